@@ -1,0 +1,138 @@
+"""A checkpoint folder -> a model across GPUs, CPU and disk, with Accelerate. GPU code is Accelerate's alone."""
+
+import logging
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from handler.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+class LoadError(RuntimeError):
+    """The checkpoint cannot be served; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What one device holds: the number of decoder layers wholly or partly there, and the bytes of weights."""
+
+    layers: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device_map: dict[str, int | str]
+    tiers: dict[str, Tier]
+
+
+def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedModel:
+    """Load the causal language model in `folder` on the tiers that `settings` allows.
+
+    Peak memory while loading is what stays resident plus about the largest shard. `work_folder` is where a
+    relative `offload_folder` lies; safetensors are read in place and leave it empty.
+
+    Raises LoadError when the folder lacks weights or tokenizer, or the model is not a causal language model.
+    """
+    _check_folder(folder, settings)
+    tokenizer = _load_tokenizer(folder, settings)
+    gpus = torch.cuda.device_count()
+    offload_folder = work_folder / settings.offload_folder
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=settings.dtype,
+        device_map=_device_map(settings, gpus),
+        max_memory=_max_memory(settings, gpus),
+        offload_folder=offload_folder,
+        offload_buffers=settings.offload_buffers,
+        trust_remote_code=settings.trust_remote_code,
+        weights_only=True,
+        local_files_only=True,
+    )
+    model.eval()
+    # A model that went to one device whole has no map of its own.
+    device_map = getattr(model, "hf_device_map", {"": model.device.type})
+    tiers = _tiers(model, device_map)
+    for device, tier in tiers.items():
+        logger.info("%s holds %d layers, %.2f GB", device, tier.layers, tier.bytes / 1e9)
+    return LoadedModel(model, tokenizer, device_map, tiers)
+
+
+def _check_folder(folder: Path, settings: Settings) -> None:
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        raise LoadError(f"{folder} holds no weights ({' or '.join(WEIGHTS)}): download the checkpoint again")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise LoadError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
+    if config.is_encoder_decoder:
+        raise LoadError(f"{config.model_type} is an encoder-decoder model: only causal language models are served")
+    remote = settings.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise LoadError(f"{config.model_type} has no causal language model in transformers: serve another checkpoint")
+
+
+def _load_tokenizer(folder: Path, settings: Settings) -> PreTrainedTokenizerBase:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise LoadError(f"{folder} holds no tokenizer (tokenizer.json): download the checkpoint's tokenizer files too")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise LoadError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        # Padding is masked, so any token will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _max_memory(settings: Settings, gpus: int) -> dict[int | str, int] | None:
+    """`max_memory` without the GPUs that this machine lacks, so that the sample's own file works on a laptop."""
+    limits = dict(settings.max_memory or {})
+    for device in [device for device in limits if isinstance(device, int) and device >= gpus]:
+        logger.warning("max_memory names GPU %d and this machine has %d: dropped", device, gpus)
+        del limits[device]
+    return limits or None
+
+
+def _device_map(settings: Settings, gpus: int) -> str | dict[str, int | str]:
+    """`device_map` with "cpu" in place of the GPUs that this machine lacks."""
+    if isinstance(settings.device_map, str):
+        return settings.device_map
+    placed = dict(settings.device_map)
+    for module, device in placed.items():
+        if isinstance(device, int) and device >= gpus:
+            logger.warning("device_map puts %r on GPU %d and this machine has %d: on the CPU", module, device, gpus)
+            placed[module] = "cpu"
+    return placed
+
+
+def _tiers(model: PreTrainedModel, placed: dict[str, int | str]) -> dict[str, Tier]:
+    """Bytes and decoder layers a device, from the device map `placed` that Accelerate settled on."""
+    size: dict[str, int] = defaultdict(int)
+    layers: dict[str, set[str]] = defaultdict(set)
+    for name, parameter in model.named_parameters():
+        module = max((key for key in placed if f"{name}.".startswith(f"{key}." if key else "")), key=len)
+        device = placed[module]
+        device = f"gpu {device}" if isinstance(device, int) else str(device)
+        size[device] += parameter.numel() * parameter.element_size()
+        if layer := re.match(r".*?\.\d+\.", name):
+            layers[device].add(layer[0])
+    return {device: Tier(len(layers[device]), size[device]) for device in size}

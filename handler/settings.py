@@ -1,0 +1,152 @@
+"""`setup_config.json`, key by key: how the model is loaded and how it generates."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+UNITS = {
+    "": 1, "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
+}  # fmt: skip
+SIZE_HELP = "a number of bytes, or a number and one of KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB"
+
+
+class SettingsError(ValueError):
+    """setup_config.json cannot be used; the message is one line that names key, value and what is allowed."""
+
+
+def parse_size(value: int | float | str) -> int:
+    """Bytes of a size as people write it: `10GB`, `"512 MiB"`, `1.5GiB`, `1000000`.
+
+    Raises ValueError for anything else, a lower-case unit included: Accelerate would read "10gb" as bits.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if isinstance(value, bool) or not match or match[2] not in UNITS:
+        raise ValueError(SIZE_HELP)
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _device(key: Any) -> int | str:
+    """GPU indices come as "0" from JSON and as 0 from Python."""
+    if key in ("cpu", "disk", "mps"):
+        return key
+    if isinstance(key, int) or (isinstance(key, str) and key.isdecimal()):
+        return int(key)
+    raise ValueError('a GPU index such as "0", "cpu" or "disk"')
+
+
+def _generation_defaults(values: Any) -> Any:
+    from transformers import GenerationConfig  # slow to import, and only needed when the key is used
+
+    if isinstance(values, dict):
+        known = {name for name in GenerationConfig().to_dict() if name != "transformers_version"} | {"stop_strings"}
+        for name in values:
+            if name not in known:
+                raise ValueError(f"GenerationConfig names, and {name!r} is none of them")
+        GenerationConfig(**values).validate(strict=True)
+    return values
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+Device = Annotated[int | str, BeforeValidator(_device)]
+
+
+class Settings(BaseModel):
+    """How the model is loaded and how it generates. Every key of the well-known sample is here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    revision: str | None = Field(None, description="Where the checkpoint came from; the files decide, not this.")
+    max_memory: dict[Device, Size] | None = Field(
+        None, description="Most bytes of weights a device may hold; what fits nowhere is read from disk."
+    )
+    low_cpu_mem_usage: bool = Field(True, description="Accepted for the sample's sake: always on.")
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, Device] = Field(
+        "auto", description="How Accelerate places layers, or a map from module name to device."
+    )
+    offload_folder: str = Field("offload", description="Where layers of .bin checkpoints go that live on disk.")
+    offload_state_dict: bool = Field(True, description="Accepted for the sample's sake: always on.")
+    offload_buffers: bool = Field(False, description="Offload the buffers of offloaded layers too.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = Field(
+        "auto",
+        validation_alias=AliasChoices("dtype", "torch_dtype"),
+        description='What the weights are computed in; "auto": as they are stored. `torch_dtype` is its old name.',
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
+
+    max_new_tokens: PositiveInt = Field(
+        80,
+        validation_alias=AliasChoices("max_new_tokens", "max_length"),
+        description="New tokens a request gets unless it says otherwise. `max_length` is the sample's name for it.",
+    )
+    generation: Annotated[dict[str, Any], BeforeValidator(_generation_defaults)] = Field(
+        default_factory=dict, description="Defaults for a request, with transformers' GenerationConfig names."
+    )
+    return_full_text: bool = Field(True, description="Answer with the prompt and its continuation, as the sample.")
+    max_prompt_tokens: PositiveInt | None = Field(None, description="Longer prompts are refused with 413.")
+    max_batch_size: PositiveInt = Field(32, description="Most requests generated for at the same time.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_each(cls, values: Any) -> Any:
+        """A key under two names is only fine when both say the same or, for max_length, when it is the older."""
+        if isinstance(values, dict):
+            if {"dtype", "torch_dtype"} <= values.keys() and values["dtype"] != values["torch_dtype"]:
+                raise ValueError(f"dtype is {values['dtype']!r} and torch_dtype {values['torch_dtype']!r}: keep one")
+            values = dict(values)
+            for new, old in (("dtype", "torch_dtype"), ("max_new_tokens", "max_length")):
+                if new in values:
+                    values.pop(old, None)
+            if values.get("device_map") is True:  # the sample's text says to set it "to true"
+                values["device_map"] = "auto"
+        return values
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings in a JSON file; all defaults when there is no such file.
+
+    Raises SettingsError, in one line, for JSON that does not parse, an unknown key or a bad value.
+    """
+    if not path.is_file():
+        return Settings()
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise SettingsError(f"{path.name} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path.name} must hold one JSON object, not {type(values).__name__}")
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(f"{path.name}: {_one_line(error, values)}") from None
+
+
+def _one_line(error: ValidationError, values: dict) -> str:
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        names = sorted({*Settings.model_fields, "torch_dtype", "max_length"})
+        return f"unknown key {location[0]!r} (value {problem['input']!r}); the keys are {', '.join(names)}"
+    if not location:
+        return problem["msg"].removeprefix("Value error, ")
+    allowed = problem["msg"].removeprefix("Value error, ")
+    key, value = location[0], values.get(location[0], problem["input"])
+    if key == "device_map":
+        devices = 'a map from module name to a GPU index, "cpu" or "disk"'
+        return f"device_map is {value!r}; allowed: auto, balanced, balanced_low_0, sequential, or {devices}"
+    where = ".".join(location[:2] if key == "max_memory" else location[:1])
+    return f"{where} is {problem['input']!r}; allowed: {allowed}"

@@ -1,0 +1,51 @@
+"""Small real models for tests and benchmarks: a tokenizer trained here, weights drawn here."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+CORPUS = [
+    "My dog is cute and my cat is not.",
+    "The quick brown fox jumps over the lazy dog, again and again.",
+    "Große Füße, naïve café, 東京の犬はかわいい, emoji 🐶🐱 and more.",
+    '{"instances": ["My dog is cute"], "parameters": {"max_new_tokens": 8}}',
+]
+
+
+def train_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, as BLOOM's is: any text survives the round trip."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def sharpen(model: PreTrainedModel) -> PreTrainedModel:
+    """Draw larger weights, so that no two tokens are nearly tied and greedy decoding is exact in any batch."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3, generator=generator)
+    return model.eval()
+
+
+def save_tiny_bloom(folder: Path, shards: bool = True, **config) -> Path:
+    """A BLOOM of 4 layers and about 90,000 weights, in several shards, with its tokenizer. Returns `folder`."""
+    tokenizer = train_tokenizer()
+    shape = {"hidden_size": 32, "n_layer": 4, "n_head": 4, **config}
+    model = sharpen(BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), **shape, pad_token_id=3)))
+    model.save_pretrained(folder, max_shard_size="130KB" if shards else "1GB")
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -2,8 +2,10 @@
 
 import hashlib
 import logging
+import re
 import shutil
 import stat
+import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -33,12 +35,12 @@ def open_checkpoint(model_dir: Path) -> Path:
     folder = model_dir / "model"
     if not folder.is_dir():
         archive = model_dir / "model.zip"
-        folder = _work_folder(model_dir, archive)
+        folder = _unpacked_folder(model_dir, archive)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not folder.is_dir():
                 _require_archive(archive)
                 unpack(archive, folder)
-            if _is_ours(model_dir):
+            if is_unpacked_copy(model_dir):
                 archive.unlink(missing_ok=True)
     return find_root(folder)
 
@@ -82,20 +84,30 @@ def unpack(archive: Path, target: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _is_ours(model_dir: Path) -> bool:
-    """Whether TorchServe unpacked this folder for us. It serves a no-archive model through a link: a user's."""
-    return not model_dir.is_symlink()
+def is_unpacked_copy(model_dir: Path) -> bool:
+    """Whether TorchServe unpacked this folder from a .mar, so that it is ours to change. A no-archive model is a
+    user's folder: TorchServe reaches it through a link that bears the model's name, not a number."""
+    unpacked = model_dir.parent.name == "models" and re.fullmatch("[0-9a-f]{32}", model_dir.name)
+    return bool(unpacked) and not model_dir.is_symlink()
 
 
-def _work_folder(model_dir: Path, archive: Path) -> Path:
-    """Where to unpack: never into a user's folder, which can be read-only and shared. There the name tells the
-    archive, so that a restart, which gets a new link, finds the work done."""
-    if _is_ours(model_dir):
+def work_folder(model_dir: Path) -> Path:
+    """Where we may write: TorchServe's copy of the model, or its folder of models; never a user's folder, which can
+    be read-only and shared."""
+    if is_unpacked_copy(model_dir):
+        return model_dir
+    return model_dir.parents[1] if model_dir.is_symlink() else Path(tempfile.gettempdir())
+
+
+def _unpacked_folder(model_dir: Path, archive: Path) -> Path:
+    """Where the zip is unpacked. Outside TorchServe's copy the name tells the archive, so that a restarted
+    TorchServe, which makes a new link, finds the work done."""
+    if is_unpacked_copy(model_dir):
         return model_dir / "model"
     _require_archive(archive)
     status = archive.stat()
     identity = f"{archive.resolve()}:{status.st_size}:{status.st_mtime_ns}"
-    return model_dir.parent / f"checkpoint-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    return work_folder(model_dir) / f"checkpoint-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def _require_archive(archive: Path) -> None:

@@ -1,0 +1,79 @@
+# A language model too large for one device, from a checkpoint to an answer on KServe. `make help` lists the commands.
+PYTHON ?= python3
+MODEL_ID ?= bigscience/bloom-7b1
+REVISION ?= main
+MODEL_NAME ?= $(notdir $(abspath $(or $(MODEL_DIR),models/SmolLM2-135M-Instruct)))
+SETUP_CONFIG ?= setup_config.json
+MODEL_CONFIG ?= model-config.yaml
+ARCHIVE_FORMAT ?= zip-store
+MAX_SHARD_SIZE ?= 2GB
+SHARD_DIR ?= $(MODEL_DIR)-sharded
+MODEL_ZIP ?= model.zip
+PORT ?= 8080
+TEXT ?= My dog is cute
+
+RUN := .venv/bin/python -m
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve stop predict download shard zip archive test lint lock bench clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## .venv with locked versions, and Java where there is none
+
+$(READY): requirements-dev.lock requirements-java.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: Python 3.11 or newer is needed (transformers 5.23 needs it): make setup PYTHON=python3.11"; exit 1; }
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	$(RUN) scripts.java || .venv/bin/pip install --quiet --disable-pip-version-check -r requirements-java.lock
+	@touch $@
+
+demo: $(READY) ## a small real model, all the way to its answer
+	@$(RUN) scripts.demo --setup-config "$(SETUP_CONFIG)" --text "$(TEXT)"
+
+serve: $(READY) ## serve MODEL_DIR as MODEL_NAME on PORT, in the foreground
+	@$(RUN) scripts.serve $(if $(MODEL_DIR),--model-dir "$(MODEL_DIR)") --model-name "$(MODEL_NAME)" \
+	    --setup-config "$(SETUP_CONFIG)" --model-config "$(MODEL_CONFIG)" --port $(PORT)
+
+stop: $(READY) ## end what `make serve` started on PORT
+	@$(RUN) scripts.serve --stop --port $(PORT)
+
+predict: $(READY) ## send TEXT to what is served on PORT
+	@$(RUN) scripts.predict --model-name "$(MODEL_NAME)" --url http://127.0.0.1:$(PORT) --text "$(TEXT)"
+
+download: $(READY) ## MODEL_ID at REVISION from the Hugging Face hub -> models/
+	@$(RUN) scripts.download --model-id "$(MODEL_ID)" --revision "$(REVISION)"
+
+shard: $(READY) ## MODEL_DIR -> SHARD_DIR in shards of MAX_SHARD_SIZE
+	@$(RUN) scripts.shard --model-dir "$(MODEL_DIR)" --output-dir "$(SHARD_DIR)" --max-shard-size "$(MAX_SHARD_SIZE)"
+
+zip: $(READY) ## MODEL_DIR -> MODEL_ZIP
+	@$(RUN) scripts.zip --model-dir "$(MODEL_DIR)" --output "$(MODEL_ZIP)"
+
+archive: $(READY) ## MODEL_ZIP (or MODEL_DIR, with no-archive) -> model_store/MODEL_NAME
+	@$(RUN) scripts.archive --model-name "$(MODEL_NAME)" --archive-format "$(ARCHIVE_FORMAT)" \
+	    --weights "$(if $(filter no-archive,$(ARCHIVE_FORMAT)),$(or $(MODEL_DIR),$(MODEL_ZIP)),$(MODEL_ZIP))" \
+	    --setup-config "$(SETUP_CONFIG)" --model-config "$(MODEL_CONFIG)"
+
+test: $(READY) ## every test, the real TorchServe among them
+	.venv/bin/pytest
+
+lint: $(READY) ## ruff and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: $(READY) ## the measurements of the README
+	@$(RUN) benchmarks
+
+lock: $(READY) ## resolve the newest allowed versions into the lock files
+	.venv/bin/pip install --quiet uv
+	.venv/bin/uv pip compile pyproject.toml --universal --no-annotate --no-header -q -o requirements.lock
+	.venv/bin/uv pip compile pyproject.toml --extra dev -c requirements.lock --universal --no-annotate --no-header -q \
+	    -o requirements-dev.lock
+
+clean: ## what was made here, but for downloaded models and .venv
+	rm -rf .run model_store model.zip .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,199 @@
+"""The next token of each row, with transformers' own logits processors.
+
+Processors that look at a row's tokens run row by row. Those that look at scores only ("warpers") run at once for
+all rows with the same settings, and on the few candidates that can win: the vocabulary may be large.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor
+from transformers.generation import logits_process as library
+
+from .errors import InvalidRequest, ModelError
+from .job import Request, TokenLogprob
+from .sequence import Sequence
+
+_WARPERS = (
+    library.TemperatureLogitsWarper,
+    library.TopHLogitsWarper,
+    library.TopKLogitsWarper,
+    library.TopPLogitsWarper,
+    library.MinPLogitsWarper,
+    library.TypicalLogitsWarper,
+    library.EpsilonLogitsWarper,
+    library.EtaLogitsWarper,
+    library.InfNanRemoveLogitsProcessor,
+    library.LogitNormalization,
+)
+_NUCLEUS = 1024  # candidates in which top_p looks first; a flatter row's whole vocabulary is sorted
+_TIES = 64  # candidates beyond top_k: the library keeps what ties with the k-th, in bfloat16 often many
+
+
+@dataclass
+class Sampler:
+    """How one sequence chooses its tokens.
+
+    processors: run on [1, vocab] float32 scores with the row's tokens; warpers: on scores alone.
+    generator: the sequence's own randomness, or None when decoding is greedy.
+    """
+
+    processors: list[LogitsProcessor] = field(default_factory=list)
+    warpers: list[Any] = field(default_factory=list)
+    generator: torch.Generator | None = None
+
+    @cached_property
+    def group(self) -> str:
+        """Equal for samplers whose rows can be drawn together."""
+        return str([self.generator is None, [(type(w).__name__, vars(w)) for w in self.warpers]])
+
+
+def library_processors(
+    model: Any, prompt_ids: list[int], parameters: dict[str, Any], device: torch.device
+) -> tuple[list[LogitsProcessor], frozenset[int]]:
+    """The processors that `model.generate` would run for these parameters, and the tokens that would end it.
+
+    Raises InvalidRequest for values that the library refuses.
+    """
+
+    def capture(model, input_ids, logits_processor, stopping_criteria, **_):
+        criteria = [c for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+        return list(logits_processor), frozenset(t for c in criteria for t in c.eos_token_id.tolist())
+
+    ids = torch.tensor([prompt_ids], device=device)
+    try:
+        # All ones: without a mask, generate takes pad tokens in the prompt for padding.
+        mask = torch.ones_like(ids)
+        config = GenerationConfig(**parameters)
+        return model.generate(ids, attention_mask=mask, generation_config=config, custom_generate=capture)
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise InvalidRequest(f"parameters {', '.join(parameters)}: {error}") from error
+
+
+def make_sampler(
+    request: Request, processors: list[LogitsProcessor], prompt_length: int, generator: torch.Generator | None
+) -> Sampler:
+    """Split the processors into those which look at tokens and those which do not, keeping their order."""
+    if request.logit_bias or request.presence_penalty or request.frequency_penalty:
+        processors = [OpenAIPenalties(request, prompt_length), *processors]
+    split = next((i for i in range(len(processors), 0, -1) if not isinstance(processors[i - 1], _WARPERS)), 0)
+    return Sampler(processors[:split], processors[split:], generator)
+
+
+class OpenAIPenalties(LogitsProcessor):
+    """Scores + logit_bias, - presence_penalty - frequency_penalty x count for each generated token."""
+
+    def __init__(self, request: Request, prompt_length: int):
+        self._presence, self._frequency = request.presence_penalty, request.frequency_penalty
+        self._prompt_length = prompt_length
+        bias = request.logit_bias or {}
+        self._biased = torch.tensor(list(bias), dtype=torch.long)
+        self._bias = torch.tensor(list(bias.values()), dtype=torch.float32)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        tokens, counts = input_ids[0, self._prompt_length :].unique(return_counts=True)
+        scores[0, tokens] -= self._presence + self._frequency * counts
+        scores[0, self._biased.to(scores.device)] += self._bias.to(scores.device)
+        return scores
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int | Exception]:
+    """Choose a token for each row of logits [rows, vocab], or tell what went wrong in that row."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for row, sequence in enumerate(sequences):
+        groups[sequence.sampler.group].append(row)
+    chosen: dict[int, int | Exception] = {}
+    for rows in groups.values():
+        own = logits if len(rows) == len(logits) else logits[rows]
+        chosen.update(zip(rows, _sample_group(own, [sequences[row] for row in rows]), strict=True))
+    return [chosen[row] for row in range(len(logits))]
+
+
+def logprobs(logits: torch.Tensor, chosen: list[int], top: int) -> list[TokenLogprob]:
+    """Log-probabilities of the chosen tokens and the `top` most likely, from raw logits [rows, vocab]."""
+    scores = logits.float().log_softmax(-1)
+    picked = scores[range(len(chosen)), list(chosen)].tolist()
+    best = scores.topk(top)
+    likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    tops = [list(zip(ids, values, strict=True)) for ids, values in likely]
+    return list(zip(chosen, picked, tops, strict=True))
+
+
+def _sample_group(logits: torch.Tensor, sequences: list[Sequence]) -> list[int | Exception]:
+    samplers = [sequence.sampler for sequence in sequences]
+    scores, failed = _processed(logits, sequences)
+    chosen, valid = _greedy(scores) if samplers[0].generator is None else _draw(scores, samplers)
+    broken = ModelError("the model's scores are not numbers; nothing can be chosen from them")
+    return [failed.get(i) or (token if valid[i] else broken) for i, token in enumerate(chosen)]
+
+
+def _processed(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[torch.Tensor, dict[int, Exception]]:
+    """Scores [rows, vocab] after the row-wise processors, in float32 as in `generate`."""
+    failed: dict[int, Exception] = {}
+    if not any(sequence.sampler.processors for sequence in sequences):
+        return logits, failed
+    scores = logits.to(torch.float32, copy=True)
+    for i, sequence in enumerate(sequences):
+        ids = torch.tensor([sequence.tokens], device=scores.device)
+        try:
+            for processor in sequence.sampler.processors:
+                scores[i : i + 1] = processor(ids, scores[i : i + 1])
+        except Exception as error:  # whatever a processor raises concerns this row alone
+            failed[i] = error
+    return scores, failed
+
+
+def _greedy(scores: torch.Tensor) -> tuple[list[int], list[bool]]:
+    # max resolves ties as argmax does, and is several times faster on bfloat16.
+    best = scores.max(dim=-1)
+    return best.indices.tolist(), (~best.values.isnan()).tolist()
+
+
+def _draw(scores: torch.Tensor, samplers: list[Sampler]) -> tuple[list[int], list[bool]]:
+    """Sample each row with its own generator, which gives one number for each token."""
+    uniform = torch.cat([torch.rand(1, 1, generator=s.generator, device=scores.device) for s in samplers])
+    chosen = torch.empty(len(samplers), dtype=torch.long, device=scores.device)
+    valid = torch.ones(len(samplers), dtype=torch.bool, device=scores.device)
+    for rows, candidates, reduced in _candidates(scores.float(), samplers[0].warpers):
+        # Inverse of the cumulative distribution: torch.multinomial would draw a number for every candidate.
+        cumulative = reduced.softmax(-1).cumsum(-1)
+        total = cumulative[:, -1:]
+        below = torch.minimum(uniform[rows] * total, total.nextafter(torch.zeros_like(total)))
+        at = torch.searchsorted(cumulative, below, right=True).clamp(max=reduced.shape[-1] - 1)
+        chosen[rows] = (at if candidates is None else candidates.gather(1, at)).squeeze(1)
+        valid[rows] = ~total.isnan().squeeze(1)
+    return chosen.tolist(), valid.tolist()
+
+
+def _candidates(scores: torch.Tensor, warpers: list[Any]):
+    """Yield rows that can be reduced alike: (rows, token ids [rows, k] or None for all, warped scores)."""
+    everyone = torch.arange(len(scores), device=scores.device)
+    kinds = [type(warper) for warper in warpers]
+    scaled = kinds[:1] == [library.TemperatureLogitsWarper]
+    first = kinds[scaled] if len(kinds) > scaled else None  # the first warper that removes tokens
+    if first is library.TopKLogitsWarper:
+        best = scores.topk(min(warpers[scaled].top_k + _TIES, scores.shape[-1]))
+        yield everyone, best.indices, _warp(best.values, warpers)
+        return
+    if first is library.TopPLogitsWarper:
+        nucleus = warpers[scaled].top_p
+        scores = _warp(scores, warpers[:scaled])
+        best = scores.topk(min(_NUCLEUS, scores.shape[-1]))
+        mass = (best.values.logsumexp(-1) - scores.logsumexp(-1)).exp()
+        for row in (mass > nucleus).nonzero().flatten():
+            # Among candidates that hold `mass` of the probability, a share of p / mass of theirs is p of all.
+            reduced = library.TopPLogitsWarper(nucleus / mass[row].item())(None, best.values[row : row + 1])
+            yield row[None], best.indices[row : row + 1], _warp(reduced, warpers[scaled + 1 :])
+        everyone, warpers = (~(mass > nucleus)).nonzero().flatten(), warpers[scaled:]  # not a number: here
+    if len(everyone):
+        yield everyone, None, _warp(scores[everyone], warpers)
+
+
+def _warp(scores: torch.Tensor, warpers: list[Any]) -> torch.Tensor:
+    for warper in warpers:
+        scores = warper(None, scores)
+    return scores

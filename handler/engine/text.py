@@ -1,0 +1,115 @@
+"""Tokens to text, one token at a time: never half a character, never part of a stop string."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+_WINDOW = 8  # tokens decoded together: enough context for any decoder, and the cost of a token stays constant
+_GARBAGE = 32  # a window this long without one clean end holds bytes that are no text
+_HALF = "\N{REPLACEMENT CHARACTER}"  # how decoders show bytes that are not, or not yet, a character
+
+
+class Detokenizer:
+    """Makes a TextStream for each sequence. `tokenizer` is any transformers tokenizer."""
+
+    def __init__(self, tokenizer: Any):
+        # Cleaning up spaces rewrites text that has been shown already ("do n" + "'t"), so it is off.
+        self._decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._special = frozenset(i for i, token in added.items() if token.special)
+
+    def stream(self, prompt_ids: Sequence[int], stop: Sequence[str]) -> "TextStream":
+        return TextStream(self._decode, self._special, prompt_ids, stop)
+
+
+class TextStream:
+    """The text of one growing sequence; `text` only ever gets longer.
+
+    Without a stop string, `text` ends up as decode(prompt + new tokens) minus its prefix decode(prompt).
+    """
+
+    def __init__(
+        self, decode: Callable, special: frozenset[int], prompt_ids: Sequence[int], stop: Sequence[str]
+    ):
+        self.text = ""
+        self._decode = decode
+        self._special = special  # decoders skip them, so they are no context either
+        self._stop = stop
+        self._maybe_stop = ""  # decoded, held back: a stop string may begin here
+        self._stopped = False
+        self._window = self._context_of(prompt_ids)
+        self._shown = self._decode(self._window)  # the part of the window's text that is out
+        self._clean = len(self._window)  # a place in the window where no character is cut
+
+    def push(self, token_id: int) -> bool:
+        """Add a token. True if it completes a stop string: `text` then ends before that string."""
+        if self._stopped or token_id in self._special:
+            return self._stopped
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        # An unfinished character has at most three bytes, which decoders show as one to three replacements.
+        complete = len(text) - min(3, len(text) - len(text.rstrip(_HALF)))
+        self._release(text, complete)
+        if complete == len(text):
+            self._slide(self._clean, held=0)
+        elif len(self._window) > _GARBAGE:
+            self._slide(len(self._window) - 4, held=len(text) - complete)
+        return self._stopped
+
+    def flush(self) -> None:
+        """The sequence ended: what was held back is text after all."""
+        text = self._decode(self._window)
+        self._release(text, len(text))
+        self.text += self._maybe_stop
+        self._maybe_stop = ""
+
+    def _context_of(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The end of the prompt, from where a character begins."""
+        size = _WINDOW
+        while True:
+            window = [i for i in prompt_ids[-size:] if i not in self._special]
+            if size >= len(prompt_ids) or not self._decode(window).startswith(_HALF):
+                return window
+            size *= 2
+
+    def _release(self, text: str, complete: int) -> None:
+        """Pass on what is new in the window's text up to `complete`."""
+        # Not just len(shown): a prompt may end in half a character that the first token completes.
+        same = _common(self._shown, text)
+        piece = text[same:complete]
+        if piece and not self._stopped:
+            self._shown = text[:complete]
+            self._pass_on(piece)
+
+    def _slide(self, start: int, held: int) -> None:
+        """Drop a long window's tokens before `start`; all but `held` characters of the rest is shown."""
+        end = len(self._window)
+        if end > _WINDOW:
+            self._window = self._window[start:]
+            text = self._decode(self._window)
+            self._shown = text[: len(text) - held]
+            end -= start
+        self._clean = end
+
+    def _pass_on(self, piece: str) -> None:
+        """Show decoded text as far as no stop string is, or may yet be, in it."""
+        buffer = self._maybe_stop + piece
+        found = [at for at in map(buffer.find, self._stop) if at >= 0]
+        self._stopped = bool(found)
+        held = max((_overlap(buffer, stop) for stop in self._stop), default=0)
+        end = min(found, default=len(buffer) - held)
+        self.text += buffer[:end]
+        self._maybe_stop = "" if found else buffer[end:]
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters at the beginning are the same."""
+    if other.startswith(one):
+        return len(one)
+    return next(i for i in range(len(one)) if one[: i + 1] != other[: i + 1])
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are the beginning, but not all, of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((k for k in range(longest, 0, -1) if text.endswith(stop[:k])), 0)

@@ -1,0 +1,102 @@
+"""Build what TorchServe loads, model_store/NAME.mar or a folder, with torch-model-archiver.
+
+torch-model-archiver copies everything into a temporary folder first. It is given the code and the settings alone;
+the weights, which are the gigabytes, are then put into its archive directly.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from handler.settings import read_settings
+from scripts.console import UserError, run
+from scripts.zip import add_file, files_in, progress_bar
+
+ROOT = Path(__file__).parents[1]
+FORMATS = ("zip-store", "no-archive")
+
+
+def archive(
+    name: str,
+    weights: Path,
+    model_store: Path,
+    setup_config: Path = ROOT / "setup_config.json",
+    model_config: Path = ROOT / "model-config.yaml",
+    archive_format: str = "zip-store",
+) -> Path:
+    """Write `model_store/NAME.mar` (zip-store) or the folder `model_store/NAME` (no-archive); its path.
+
+    weights: a model.zip, or the folder of a checkpoint. In a no-archive folder they are linked, not copied.
+    Raises UserError for weights that are not there and SettingsError for a setup_config.json that cannot be used.
+    """
+    if not weights.exists():
+        raise UserError(f"{weights} does not exist: give a model.zip (make zip) or a checkpoint folder")
+    if weights.is_file() and not zipfile.is_zipfile(weights):
+        raise UserError(f"{weights} is not a whole zip file: pack it again with make zip")
+    read_settings(setup_config)
+    model_store.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=model_store, prefix=".archive-") as scratch:
+        target = _archive_code(name, setup_config, model_config, archive_format, Path(scratch))
+        if archive_format == "no-archive":
+            link = target / ("model" if weights.is_dir() else "model.zip")
+            link.symlink_to(weights.resolve())
+        else:
+            _add_weights(target, weights)
+        return _move_into_place(target, model_store / target.name)
+
+
+def _archive_code(name: str, setup_config: Path, model_config: Path, archive_format: str, scratch: Path) -> Path:
+    """Run torch-model-archiver on everything but the weights; what it made, inside `scratch`."""
+    stage = scratch / "stage"
+    shutil.copytree(ROOT / "handler", stage / "handler", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(setup_config, stage / "setup_config.json")
+    config = shutil.copy(model_config, scratch / "model-config.yaml")
+    export, temporary = scratch / "export", scratch / "tmp"
+    export.mkdir()
+    temporary.mkdir()
+    command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name, "--version", "1.0"]
+    command += ["--handler", str(ROOT / "handler/service.py"), "--extra-files", str(stage)]
+    command += ["--config-file", str(config), "--archive-format", archive_format, "--export-path", str(export)]
+    finished = subprocess.run(command, env={**os.environ, "TMPDIR": str(temporary)}, capture_output=True, text=True)
+    if finished.returncode:
+        raise UserError(f"torch-model-archiver: {finished.stderr.strip().splitlines()[-1]}")
+    return next(export.iterdir())
+
+
+def _add_weights(mar: Path, weights: Path) -> None:
+    files = [weights] if weights.is_file() else files_in(weights)
+    with zipfile.ZipFile(mar, "a", zipfile.ZIP_STORED) as zipped, progress_bar(files, mar.name) as bar:
+        for path in files:
+            within = Path("model.zip") if weights.is_file() else Path("model") / path.relative_to(weights)
+            add_file(zipped, path, within, bar)
+
+
+def _move_into_place(made: Path, target: Path) -> Path:
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)  # removes the link to the weights, not the weights
+    return made.replace(target)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="archive", description=__doc__.splitlines()[0])
+    parser.add_argument("--model-name", required=True, help="the M of /v1/models/M:predict")
+    parser.add_argument("--weights", type=Path, required=True, help="a model.zip or a checkpoint folder")
+    parser.add_argument("--setup-config", type=Path, default=ROOT / "setup_config.json")
+    parser.add_argument("--model-config", type=Path, default=ROOT / "model-config.yaml")
+    parser.add_argument("--archive-format", choices=FORMATS, default="zip-store")
+    parser.add_argument("--model-store", type=Path, default=Path("model_store"))
+    given = parser.parse_args(argv)
+    made = archive(
+        given.model_name, given.weights, given.model_store, given.setup_config, given.model_config, given.archive_format
+    )
+    size = f": {made.stat().st_size / 1e9:.2f} GB" if made.is_file() else f": a folder, with {given.weights} linked"
+    print(f"{made}{size}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

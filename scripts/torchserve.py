@@ -1,0 +1,233 @@
+"""Start, watch and stop a TorchServe that shares nothing with any other on the machine."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import takewhile
+from pathlib import Path
+
+import psutil
+import requests
+
+from scripts.console import UserError
+from scripts.java import find_java_home
+
+PORTS = ("inference", "management", "metrics", "grpc_inference", "grpc_management")  # PORT, PORT+1, …
+MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's path on Linux
+DEATH = "Backend worker process died."  # TorchServe's log line before a worker's last traceback
+NEXT_WORKER = "s_name_part0="  # the first thing the worker says that TorchServe starts in its place
+
+
+class ModelFailed(UserError):
+    """The worker could not load the model; the message holds its own traceback."""
+
+
+def properties(model_store: Path, model: str, port: int) -> str:
+    """TorchServe's config.properties to serve one model, on this machine's loopback interface only.
+
+    model: `NAME=NAME.mar`, or `NAME=NAME` for a no-archive folder.
+    """
+    return "\n".join(
+        [
+            f"inference_address=http://127.0.0.1:{port}",
+            f"management_address=http://127.0.0.1:{port + 1}",
+            f"metrics_address=http://127.0.0.1:{port + 2}",
+            f"grpc_inference_port={port + 3}",
+            f"grpc_management_port={port + 4}",
+            f"model_store={model_store}",
+            f"load_models={model}",
+            "metrics_mode=prometheus",
+            "job_queue_size=1000",
+            "max_request_size=16777216",
+            "max_response_size=67108864",
+            "disable_token_authorization=true",
+            "enable_envvars_config=false",
+            "ts_open_inference_protocol=true",
+            "",
+        ]
+    )
+
+
+class TorchServe:
+    """One TorchServe, its worker and its work folder; a context manager that ends all of it.
+
+    with TorchServe(store / "bloom.mar", port=8080, work=folder) as server:
+        server.wait_ready(timeout=600)
+        requests.post(f"{server.url}/v1/models/bloom:predict", json=…)
+    """
+
+    def __init__(self, archive: Path, port: int, work: Path, environment: dict[str, str] | None = None):
+        self.name = archive.name.removesuffix(".mar")
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.management_url = f"http://127.0.0.1:{port + 1}"
+        self.work = work.resolve()
+        self.logs = self.work / "logs"
+        self._archive = archive.resolve()
+        self._environment = environment or {}
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> "TorchServe":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start it. Raises UserError when a port is taken or there is no Java."""
+        java_home = find_java_home()
+        if java_home is None:
+            raise UserError("TorchServe needs Java 17 or newer: run make setup, or set JAVA_HOME")
+        _check_ports(self.port)
+        shutil.rmtree(self.work, ignore_errors=True)  # what a killed one left: gigabytes, maybe
+        temporary = self._temporary_folder()
+        config = self.work / "config.properties"
+        config.write_text(properties(self._archive.parent, f"{self.name}={self._archive.name}", self.port))
+        command = [str(Path(sys.executable).parent / "torchserve"), "--start", "--foreground", "--ncs"]
+        command += ["--ts-config", str(config), "--model-store", str(self._archive.parent)]
+        environment = {
+            **os.environ,
+            "JAVA_HOME": str(java_home),
+            "TEMP": str(temporary),
+            "TMPDIR": str(temporary),
+            "LOG_LOCATION": str(self.logs),
+            "METRICS_LOCATION": str(self.logs),
+            "PYTHONUNBUFFERED": "1",
+            **self._environment,
+        }
+        with (self.work / "console.log").open("wb") as console:
+            # A session of its own, so that one signal reaches Java and the workers, and Ctrl-C only us.
+            self._process = subprocess.Popen(
+                command, cwd=self.work, env=environment, stdout=console, stderr=console, start_new_session=True
+            )
+        (self.work / "pid").write_text(f"{self._process.pid} {psutil.Process(self._process.pid).create_time()}")
+
+    def wait_ready(self, timeout: float) -> None:
+        """Wait until a worker is READY: `/ping` says Healthy long before, and also when the model cannot load.
+
+        timeout: seconds. Raises ModelFailed with the worker's traceback, UserError when TorchServe ends or the
+        time is over.
+        """
+        deadline = time.monotonic() + timeout
+        while not self.ready():
+            if failure := self.failure():
+                raise ModelFailed(f"the worker could not load the model:\n{failure}")
+            if not self.running():
+                raise UserError(f"TorchServe ended before it was ready:\n{_tail(self.work / 'console.log')}")
+            if time.monotonic() > deadline:
+                raise UserError(f"no worker was READY in {timeout:.0f} s; see {self.logs / 'model_log.log'}")
+            time.sleep(0.1)
+
+    def ready(self) -> bool:
+        """Whether a worker has loaded the model."""
+        try:
+            answer = requests.get(f"{self.management_url}/models/{self.name}", timeout=5)
+            return answer.ok and any(worker["status"] == "READY" for worker in answer.json()[0]["workers"])
+        except requests.RequestException:
+            return False
+
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def failure(self) -> str:
+        """The traceback of the first worker that died, or nothing."""
+        if DEATH not in _read(self.logs / "model_log.log"):
+            return ""
+        time.sleep(0.5)  # for the last of its lines
+        _, _, after = _read(self.logs / "model_log.log").partition(DEATH)
+        said = [line.partition(" MODEL_LOG - ")[2] for line in after.splitlines() if "-stdout MODEL_LOG - " in line]
+        return "\n".join(takewhile(lambda line: not line.startswith(NEXT_WORKER), said))
+
+    def wait(self) -> None:
+        """Wait until TorchServe ends, by whatever hand."""
+        if self._process:
+            self._process.wait()
+
+    def stop(self) -> None:
+        """End TorchServe and every worker, and remove what they unpacked. The logs stay."""
+        stop(self.work)
+        if self._process:
+            self._process.wait()
+
+    def _temporary_folder(self) -> Path:
+        """Where TorchServe unpacks models and puts its sockets, on the disk of the work folder."""
+        temporary = self.work / "tmp"
+        temporary.mkdir(parents=True)
+        if len(os.fsencode(temporary / ".ts.sock.9000")) <= MAX_SOCKET_PATH:
+            return temporary
+        short = Path(tempfile.mkdtemp(prefix="ts-")) / "tmp"
+        short.symlink_to(temporary)
+        (self.work / "short").write_text(str(short.parent))
+        return short
+
+
+def stop(work: Path, timeout: float = 30) -> bool:
+    """End the TorchServe whose work folder this is, with all its workers; whether there was one.
+
+    timeout: seconds it gets to end by itself.
+    """
+    process = _recorded_process(work)
+    if process:
+        family = [process, *process.children(recursive=True)]
+        os.killpg(process.pid, signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout)
+        for survivor in alive:
+            survivor.kill()
+        psutil.wait_procs(alive, timeout)
+    shutil.rmtree(work / "tmp", ignore_errors=True)
+    if short := _read(work / "short"):
+        shutil.rmtree(short, ignore_errors=True)
+    for name in ("pid", "short"):
+        (work / name).unlink(missing_ok=True)
+    return process is not None
+
+
+def free_port() -> int:
+    """A port with as many free ones after it as TorchServe needs."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if all(map(_is_free, range(port, port + len(PORTS)))):
+            return port
+
+
+def _check_ports(port: int) -> None:
+    for offset, purpose in enumerate(PORTS):
+        if not _is_free(port + offset):
+            raise UserError(
+                f"port {port + offset} ({purpose}) is taken: choose another PORT or stop what has it"
+            )
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            return False
+        return True
+
+
+def _recorded_process(work: Path) -> psutil.Process | None:
+    """The process that `start` recorded, unless it ended and its number now is another's."""
+    recorded = _read(work / "pid").split()
+    if not recorded or not psutil.pid_exists(int(recorded[0])):
+        return None
+    process = psutil.Process(int(recorded[0]))
+    return process if str(process.create_time()) == recorded[1] else None
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
+def _tail(path: Path, lines: int = 20) -> str:
+    return "\n".join(_read(path).splitlines()[-lines:])

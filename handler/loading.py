@@ -75,7 +75,10 @@ def _check_folder(folder: Path, settings: Settings) -> None:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (ValueError, OSError) as error:
-        raise LoadError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
+        reason = _first_line(error)
+        if "trust_remote_code" in str(error):
+            reason = "it needs Python code that comes with the checkpoint: set trust_remote_code if you trust it"
+        raise LoadError(f"{folder / 'config.json'} cannot be used: {reason}") from error
     if config.is_encoder_decoder:
         raise LoadError(f"{config.model_type} is an encoder-decoder model: only causal language models are served")
     remote = settings.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})

@@ -35,6 +35,8 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
+from scripts.console import UserError
+
 # Where transformers looks for weights in a folder; the first one that is there wins.
 WEIGHTS = (
     "model.safetensors",
@@ -53,7 +55,7 @@ PARTIAL = ".partial"
 CONNECTIONS = 4
 
 
-class DownloadError(Exception):
+class DownloadError(UserError):
     """What went wrong and what to do about it, in one line."""
 
 

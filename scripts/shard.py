@@ -6,7 +6,6 @@ and written out piece by piece, so memory stays the same however large the check
 
 import argparse
 import json
-import re
 import shutil
 import sys
 import zipfile
@@ -19,14 +18,13 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+from handler.settings import parse_size
+from scripts.console import UserError
 from scripts.download import WEIGHTS, DownloadError, first_line, require_space, size_text
 
 RECORD = "shard.json"
 # Elements converted and written at once: 32 MB of float32. Memory grows by this and no more.
 PIECE = 2**23
-UNITS = {"": 1}
-UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
-UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # The names of the safetensors format.
 CODES = {
@@ -55,7 +53,7 @@ NOT_COPIED = shutil.ignore_patterns(
 )
 
 
-class ShardError(Exception):
+class ShardError(UserError):
     """What went wrong and what to do about it, in one line."""
 
 
@@ -69,18 +67,14 @@ class Entry:
     size: int  # bytes
 
 
-def parse_size(text: str) -> int:
-    """Bytes: "2GB" is 2 * 10**9 and "2GiB" 2 * 2**30, as in Hugging Face libraries.
-
-    Raises: ShardError for anything else, and for a size below one byte.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    size = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
+def shard_size(text: str) -> int:
+    """Bytes of `--max-shard-size`. Raises: ShardError for what is no size, or less than a byte."""
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise ShardError(f"--max-shard-size is {text!r}; allowed: {error}") from None
     if size < 1:
-        raise ShardError(
-            f"--max-shard-size {text!r} is not a size; allowed are bytes as in 500000000, "
-            "KB, MB, GB, TB (powers of 1000) as in 2GB, and KiB, MiB, GiB, TiB (powers of 1024) as in 2GiB"
-        )
+        raise ShardError(f"--max-shard-size is {text!r}; allowed: at least 1 byte")
     return size
 
 
@@ -261,6 +255,7 @@ def shard(model: Path, output: Path, limit: int, dtype: str) -> str:
     config = read_config(model)
     if dtype != "keep" and "quantization_config" in config:
         raise ShardError(f"{model} is quantized, so its weights have no other dtype; use --dtype keep")
+    # The absence of the key says nothing: each model class has its own default.
     tied = config.get("tie_word_embeddings", True)
     shards = plan(files, tied, DTYPES.get(dtype), limit)
     total = sum(entry.size for entries in shards for entry in entries)
@@ -298,7 +293,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        print(shard(args.model_dir, args.output_dir, parse_size(args.max_shard_size), args.dtype))
+        print(shard(args.model_dir, args.output_dir, shard_size(args.max_shard_size), args.dtype))
     except (ShardError, DownloadError, OSError) as error:
         print(f"shard: {first_line(error)}", file=sys.stderr)
         return 1

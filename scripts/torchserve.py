@@ -1,6 +1,7 @@
 """Start, watch and stop a TorchServe that shares nothing with any other on the machine."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,8 +20,9 @@ from scripts.java import find_java_home
 
 PORTS = ("inference", "management", "metrics", "grpc_inference", "grpc_management")  # PORT, PORT+1, …
 MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's path on Linux
-DEATH = "Backend worker process died."  # TorchServe's log line before a worker's last traceback
-NEXT_WORKER = "s_name_part0="  # the first thing the worker says that TorchServe starts in its place
+# What TorchServe's worker logs before the traceback of what went wrong, and what it logs once it has.
+FAILURE = re.compile(r"MODEL_LOG - (Failed to load model|Load model .* OOM|Backend worker process died)")
+AFTERWARDS = ("Backend worker process died", "s_name_part0=")
 
 
 class ModelFailed(UserError):
@@ -137,12 +139,12 @@ class TorchServe:
 
     def failure(self) -> str:
         """The traceback of the first worker that died, or nothing."""
-        if DEATH not in _read(self.logs / "model_log.log"):
+        if not FAILURE.search(_read(self.logs / "model_log.log")):
             return ""
         time.sleep(0.5)  # for the last of its lines
-        _, _, after = _read(self.logs / "model_log.log").partition(DEATH)
-        said = [line.partition(" MODEL_LOG - ")[2] for line in after.splitlines() if "-stdout MODEL_LOG - " in line]
-        return "\n".join(takewhile(lambda line: not line.startswith(NEXT_WORKER), said))
+        lines = FAILURE.split(_read(self.logs / "model_log.log"), maxsplit=1)[-1].splitlines()[1:]
+        said = (line.partition(" MODEL_LOG - ")[2] for line in lines if "-stdout MODEL_LOG - " in line)
+        return "\n".join(takewhile(lambda line: not line.startswith(AFTERWARDS), said))
 
     def wait(self) -> None:
         """Wait until TorchServe ends, by whatever hand."""
@@ -201,9 +203,7 @@ def free_port() -> int:
 def _check_ports(port: int) -> None:
     for offset, purpose in enumerate(PORTS):
         if not _is_free(port + offset):
-            raise UserError(
-                f"port {port + offset} ({purpose}) is taken: choose another PORT or stop what has it"
-            )
+            raise UserError(f"port {port + offset} ({purpose}) is taken: choose another PORT or stop what has it")
 
 
 def _is_free(port: int) -> bool:

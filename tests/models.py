@@ -49,3 +49,15 @@ def save_tiny_bloom(folder: Path, shards: bool = True, **config) -> Path:
     model.save_pretrained(folder, max_shard_size="130KB" if shards else "1GB")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+SAMPLE_SETUP_CONFIG = {  # as every copy of the well-known sample has it
+    "revision": "main",
+    "max_memory": {"0": "10GB", "cpu": "10GB"},
+    "low_cpu_mem_usage": True,
+    "device_map": "auto",
+    "offload_folder": "offload",
+    "offload_state_dict": True,
+    "torch_dtype": "float16",
+    "max_length": "80",
+}

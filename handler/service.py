@@ -1,24 +1,31 @@
-"""What TorchServe calls: its requests in, its answers out."""
+"""What TorchServe calls: its requests in, its answers out, in either of its batching modes.
 
+Continuous mode calls `handle()` again and again with every request that is still open; one that is left out of the
+reply stays open. Plain mode wants a whole batch answered before it hands over the next one.
+"""
+
+import time
+from collections.abc import Mapping
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from ts.context import Context
+from ts.handler_utils.utils import send_intermediate_predict_response
 from ts.torch_handler.base_handler import BaseHandler
 
 from handler.checkpoint import open_checkpoint, work_folder
+from handler.engine import Engine
+from handler.exchange import Exchange, Reply
 from handler.loading import load_model
-from handler.protocols import BadRequest, Call, parse
+from handler.protocols import Served
 from handler.settings import read_settings
 
 PACKAGES = ("torchserve", "torch", "transformers", "accelerate")
 
 
 class LargeModelHandler(BaseHandler):
-    """Serves a causal language model across GPUs, CPU and disk."""
+    """Serves a causal language model across GPUs, CPU and disk, many requests at once."""
 
     def initialize(self, context: Context) -> None:
         """Load the checkpoint in TorchServe's model folder as its setup_config.json says.
@@ -28,56 +35,69 @@ class LargeModelHandler(BaseHandler):
         model_dir = Path(context.system_properties["model_dir"])
         self.settings = read_settings(model_dir / "setup_config.json")
         self.loaded = load_model(open_checkpoint(model_dir), self.settings, work_folder(model_dir))
-        self.model, self.tokenizer = self.loaded.model, self.loaded.tokenizer
+        self.model = self.loaded.model
+        self.engine = Engine(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            max_batch_size=self.settings.max_batch_size,
+            max_sequence_length=self.settings.max_sequence_length,
+            max_prompt_tokens=self.settings.max_prompt_tokens,
+            kv_cache_bytes=self.settings.kv_cache_memory,
+            prefill_chunk=self.settings.prefill_chunk,
+            max_queue=self.settings.max_queue,
+            defaults={"max_new_tokens": self.settings.max_new_tokens} | self.settings.generation,
+        )
+        self.served = Served(
+            name=context.model_name,
+            version=context.manifest["model"]["modelVersion"],
+            tokenizer=self.loaded.tokenizer,
+            max_sequence_length=self.engine.max_sequence_length,
+            return_full_text=self.settings.return_full_text,
+            created=int(time.time()),
+            describe=self.describe_handle,
+        )
+        self.continuous = bool((context.model_yaml_config or {}).get("continuousBatching"))
+        self.exchanges: dict[str, Exchange] = {}  # those that are open, by TorchServe's request id
         self.initialized = True
 
     def handle(self, data: list[dict], context: Context) -> list[Any]:
-        """Answer a batch: one entry a request, in order. A request that is wrong gets its own 400."""
+        """Carry every request of the batch on and reply to those that have something to say."""
         self.context = context
         if self._is_describe():
+            context.stopping_criteria = None
             return [self.describe_handle()]
-        calls = self.preprocess(data)
-        return self.postprocess(calls, self.inference(calls))
+        exchanges = self.preprocess(data)
+        self.inference(exchanges)
+        return self.postprocess(exchanges)
 
-    def preprocess(self, data: list[dict]) -> list[Call | BadRequest]:
-        """The prompts of each request, or what is wrong with it."""
-        calls: list[Call | BadRequest] = []
-        for entry in data:
-            try:
-                calls.append(parse(entry))
-            except BadRequest as error:
-                calls.append(error)
-        return calls
+    def preprocess(self, data: list[dict]) -> list[Exchange]:
+        """The exchanges of the batch, in order: known ones go on, new ones begin, missing ones are cancelled."""
+        ids = [self.context.get_request_id(index) for index in range(len(data))]
+        for gone in self.exchanges.keys() - set(ids):
+            self.exchanges.pop(gone).cancel()
+        for index, (request_id, entry) in enumerate(zip(ids, data, strict=True)):
+            if request_id not in self.exchanges:
+                path = self.context.get_request_header(index, "url_path") or ""
+                self.exchanges[request_id] = Exchange(entry, path, self.served, self.engine)
+        return [self.exchanges[request_id] for request_id in ids]
 
-    def inference(self, calls: list[Call | BadRequest]) -> list[list[str]]:
-        """The texts that answer each request's prompts; none for a request that is wrong."""
-        counts = [len(call.prompts) if isinstance(call, Call) else 0 for call in calls]
-        prompts = [prompt for call in calls if isinstance(call, Call) for prompt in call.prompts]
-        size = self.settings.max_batch_size
-        batches = (prompts[start : start + size] for start in range(0, len(prompts), size))
-        texts = (text for batch in batches for text in self._generate(batch))
-        return [list(islice(texts, count)) for count in counts]
+    def inference(self, exchanges: list[Exchange]) -> None:
+        """Run the engine: in continuous mode for a time slice, or until a request is done and its client can have
+        its answer; in plain mode until all are done, sending parts of streams on the way."""
+        if not self.continuous:
+            while not all(exchange.finished for exchange in exchanges):
+                self._run(self.settings.time_slice_ms)
+                self._send_parts(exchanges)
+        elif not any(exchange.finished for exchange in exchanges):
+            self._run(self.settings.time_slice_ms)
 
-    def postprocess(self, calls: list[Call | BadRequest], texts: list[list[str]]) -> list[Any]:
-        """TorchServe's answers, with the status of each."""
-        answers: list[Any] = []
-        for index, (call, answer) in enumerate(zip(calls, texts, strict=True)):
-            if isinstance(call, BadRequest):
-                self.context.set_response_status(400, "Bad Request", index)
-                answers.append({"error": {"code": 400, "message": str(call), "type": "BadRequestError"}})
-            else:
-                answers.append({"predictions": answer} if call.v1 else answer[0])
-        return answers
-
-    def _generate(self, prompts: list[str]) -> list[str]:
-        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-        inputs = inputs.to(self.model.device if self.model.device.type != "meta" else "cpu")
-        options = {"do_sample": False, "max_new_tokens": self.settings.max_new_tokens} | self.settings.generation
-        with torch.inference_mode():
-            tokens = self.model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **options)
-        if not self.settings.return_full_text:
-            tokens = tokens[:, inputs["input_ids"].shape[1] :]
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    def postprocess(self, exchanges: list[Exchange]) -> list[Any]:
+        """TorchServe's list of bodies, with status and headers in the context."""
+        replies = {index: exchange.reply(watch=self.continuous) for index, exchange in enumerate(exchanges)}
+        for request_id, exchange in zip(list(self.context.request_ids.values()), exchanges, strict=True):
+            if exchange.finished:
+                del self.exchanges[request_id]
+        return self._write(replies, len(exchanges))
 
     def describe_handle(self) -> dict[str, Any]:
         """The model as it is loaded: where its layers are, its dtype, its size in bytes, and the versions."""
@@ -85,7 +105,43 @@ class LargeModelHandler(BaseHandler):
             "model_type": self.model.config.model_type,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "memory_footprint": self.model.get_memory_footprint(),
+            "max_sequence_length": self.engine.max_sequence_length,
             "device_map": self.loaded.device_map,
             "tiers": {device: vars(tier) for device, tier in self.loaded.tiers.items()},
             "versions": {package: version(package) for package in PACKAGES},
         }
+
+    def _run(self, milliseconds: float) -> None:
+        deadline = time.monotonic() + milliseconds / 1000
+        while self.engine.has_work and time.monotonic() < deadline:
+            if any(job.finished for job in self.engine.step()):
+                return
+
+    def _send_parts(self, exchanges: list[Exchange]) -> None:
+        """Plain mode: send what streams have to say in the middle of a batch, and nothing to the others."""
+        replies = {
+            index: exchange.reply(watch=False) for index, exchange in enumerate(exchanges) if not exchange.finished
+        }
+        speaking = {index: reply for index, reply in replies.items() if reply}
+        if speaking:
+            ids = {index: self.context.request_ids[index] for index in speaking}
+            bodies = self._write(speaking, len(exchanges))
+            send_intermediate_predict_response(bodies, ids, "Prediction success", 200, self.context)
+
+    def _write(self, replies: Mapping[int, Reply | None], count: int) -> list[Any]:
+        """Replies, by position in the batch -> the list that TorchServe wants, each in its place."""
+        bodies: list[Any] = [""] * count
+        criteria = {}
+        for index, reply in replies.items():
+            if reply is None:
+                # TorchServe encodes the requests in this dictionary: one that is missing stays open, unanswered.
+                del self.context.request_ids[index]
+                continue
+            bodies[index] = reply.body
+            criteria[index] = lambda _, more=reply.more: None if more is None else not more
+            self.context.set_response_status(reply.status, reply.phrase, index)
+            self.context.set_response_content_type(index, reply.content_type)
+            for name, value in reply.headers.items():
+                self.context.set_response_header(index, name, value)
+        self.context.stopping_criteria = criteria if self.continuous else None
+        return bodies

@@ -98,7 +98,16 @@ class Settings(BaseModel):
     )
     return_full_text: bool = Field(True, description="Answer with the prompt and its continuation, as the sample.")
     max_prompt_tokens: PositiveInt | None = Field(None, description="Longer prompts are refused with 413.")
-    max_batch_size: PositiveInt = Field(32, description="Most requests generated for at the same time.")
+    max_batch_size: PositiveInt = Field(32, description="Most sequences that run at the same time.")
+    max_sequence_length: PositiveInt | None = Field(
+        None, description="Most tokens of prompt and continuation together; by default the model's own limit."
+    )
+    kv_cache_memory: Size | None = Field(
+        None, description="Most bytes of keys and values; by default max_batch_size x max_sequence_length tokens."
+    )
+    prefill_chunk: PositiveInt = Field(256, description="Most prompt tokens in one step, so that nobody stalls.")
+    max_queue: PositiveInt = Field(192, description="Most sequences that wait; more are refused with 429.")
+    time_slice_ms: PositiveInt = Field(100, description="Milliseconds between two replies to TorchServe, at most.")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,10 +1,10 @@
 """Continuous batching for any causal LM of transformers.
 
-    engine = Engine(model, tokenizer)
-    job = engine.submit(Request("My dog is", {"max_new_tokens": 20}))
-    while not job.finished:
-        engine.step()
-    print(job.choices[0].text)
+engine = Engine(model, tokenizer)
+job = engine.submit(Request("My dog is", {"max_new_tokens": 20}))
+while not job.finished:
+    engine.step()
+print(job.choices[0].text)
 """
 
 from .engine import Engine

@@ -5,7 +5,6 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,15 +26,6 @@ _FALLBACK_LENGTH = 2048  # tokens, for a model whose config names no limit
 _FALLBACK_NEW_TOKENS = 20  # as in transformers' generate
 _LIMITS = {"max_new_tokens", "max_length"}
 _ECHO_ROWS = 32  # prompt positions whose float32 scores are held at once
-
-
-@dataclass
-class Outcome:
-    """What one forward gave: logits [sum(batch.kept), vocab], or the error of all its sequences."""
-
-    batch: Batch
-    logits: torch.Tensor = torch.empty(0)
-    error: EngineError | None = None
 
 
 class Engine:
@@ -76,9 +66,8 @@ class Engine:
             prefill_chunk = max(1, min(prefill_chunk, self._runner.window // 4))
         self.max_sequence_length = self._length_limit(max_sequence_length, prefill_chunk)
         self.max_prompt_tokens = max_prompt_tokens or self.max_sequence_length
-        self._cache = KVCache(
-            max_batch_size * self.max_sequence_length, kv_cache_bytes, self._runner.bytes_per_token
-        )
+        tokens = max_batch_size * self.max_sequence_length
+        self._cache = KVCache(tokens, kv_cache_bytes, self._runner.bytes_per_token)
         self._scheduler = Scheduler(
             self._cache, max_batch_size, max_queue, prefill_chunk, one_forward=self._runner.streams_weights
         )
@@ -100,12 +89,15 @@ class Engine:
         given = params.checked(request.parameters)
         wanted = params.merged(self._defaults, given)
         params.check_request(request, self._runner.vocab_size)
+        params.check_ids(wanted, self._runner.vocab_size)
         job = Job(request, self._prompt_ids(request.prompt))
         self._limit_new_tokens(wanted, len(job.prompt_ids), explicit=not _LIMITS.isdisjoint(given))
         count = wanted.pop("num_return_sequences", 1)
         count = request.n if request.n > 1 else count
-        waiting = len(self._scheduler.waiting)
-        if waiting + count > self._scheduler.max_waiting:
+        waiting, most = len(self._scheduler.waiting), self._scheduler.max_waiting
+        if count > most:
+            raise InvalidRequest(f"n: {count} is more than may wait; send at most {most}")
+        if waiting + count > most:
             raise QueueFull(f"{waiting} sequences wait already; send the request again later")
         if max_time := wanted.pop("max_time", None):
             job.deadline = time.monotonic() + max_time
@@ -121,9 +113,13 @@ class Engine:
         """
         before = {job.id: (job, _visible(job)) for job in self._jobs.values()}
         self._expire()
-        outcomes = [self._run(batch) for batch in self._scheduler.schedule()]
-        for outcome in outcomes:
-            self._postprocess(outcome)
+        results = [(batch, self._run(batch)) for batch in self._scheduler.schedule()]
+        for batch, result in results:
+            try:
+                self._postprocess(batch, result)
+            except Exception as error:  # a bug of ours, or no memory for float32 scores
+                for sequence in batch.sequences:
+                    self._fail(sequence.job, _as_engine_error(error))
         self._scheduler.release_finished()
         return [job for job, seen in before.values() if job.finished or _visible(job) > seen]
 
@@ -149,7 +145,10 @@ class Engine:
 
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            ids = list(self._tokenizer(prompt).input_ids)
+            try:
+                ids = list(self._tokenizer(prompt).input_ids)
+            except (TypeError, ValueError) as error:  # half a surrogate pair, for one
+                raise InvalidRequest(f"prompt: send text that can be tokenized: {error}") from error
         elif isinstance(prompt, list | tuple) and all(type(i) is int for i in prompt):
             ids = list(prompt)
         else:
@@ -183,7 +182,10 @@ class Engine:
         seed = wanted.pop("seed", None)
         seed = request.seed if request.seed is not None else seed
         stop = params.stop_strings(request.stop, wanted.pop("stop_strings", None))
-        processors, eos = library_processors(self._library, job.prompt_ids, wanted, self._runner.device)
+        if request.ignore_eos:  # nothing can end it early
+            wanted = {k: v for k, v in wanted.items() if k not in ("min_new_tokens", "min_length")}
+        runner = self._runner
+        processors, eos = library_processors(self._library, job.prompt_ids, wanted, runner.device, runner.vocab_size)
         sequences = []
         for index in range(count):
             choice = Choice(index, self._detokenizer.stream(job.prompt_ids, stop))
@@ -222,19 +224,16 @@ class Engine:
         if expired:
             self._scheduler.release_finished()
 
-    def _run(self, batch: Batch) -> Outcome:
+    def _run(self, batch: Batch) -> torch.Tensor | EngineError:
+        """Logits [sum(batch.kept), vocab], or what went wrong for all of the batch."""
         try:
-            return Outcome(batch, logits=self._runner.forward(self._cache, batch, self._scheduler.shape()))
+            return self._runner.forward(self._cache, batch, self._scheduler.shape())
         except Exception as error:
-            # Its traceback holds the forward's tensors: log it here and keep only the words.
-            logger.exception("a forward of %d sequences failed", len(batch.sequences))
-            kind = OutOfMemory if _is_out_of_memory(error) else ModelError
-            return Outcome(batch, error=kind(f"{type(error).__name__}: {error}"))
+            return _as_engine_error(error)
 
-    def _postprocess(self, outcome: Outcome) -> None:
-        batch, logits = outcome.batch, outcome.logits
-        if outcome.error:
-            self._fail_batch(batch, outcome.error)
+    def _postprocess(self, batch: Batch, logits: torch.Tensor | EngineError) -> None:
+        if isinstance(logits, EngineError):
+            self._fail_batch(batch, logits)
             return
         ends = list(itertools.accumulate(batch.kept))
         for sequence, end, kept in zip(batch.sequences, ends, batch.kept, strict=True):
@@ -249,18 +248,29 @@ class Engine:
 
     def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Sample from logits [sequences, vocab] and give each sequence its token."""
-        for row, (sequence, token) in enumerate(zip(sequences, sample(logits, sequences), strict=True)):
+        tokens = sample(logits, sequences)
+        self._report_logprobs(sequences, tokens, logits)
+        for sequence, token in zip(sequences, tokens, strict=True):
             if sequence.choice.finish_reason:
                 continue  # another choice of the same job has failed
-            if isinstance(token, Exception):
-                self._fail(sequence.job, token)
-                continue
-            top = sequence.job.request.logprobs
-            if top is not None:
-                sequence.choice.logprobs += logprobs(logits[row : row + 1], [token], top)
-            self._append(sequence, token)
+            try:
+                self._append(sequence, token)
+            except Exception as error:
+                self._fail(sequence.job, error)
 
-    def _append(self, sequence: Sequence, token: int) -> None:
+    def _report_logprobs(self, sequences: list[Sequence], tokens: list[int | Exception], logits: torch.Tensor) -> None:
+        asked = [sequence.job.request.logprobs for sequence in sequences]
+        chosen = {r: t for r, t in enumerate(tokens) if isinstance(t, int) and asked[r] is not None}
+        if not chosen:
+            return
+        most = max(asked[row] or 0 for row in chosen)
+        entries = logprobs(logits[list(chosen)], list(chosen.values()), most)
+        for row, (token, logprob, best) in zip(chosen, entries, strict=True):
+            sequences[row].choice.logprobs.append((token, logprob, best[: asked[row]]))
+
+    def _append(self, sequence: Sequence, token: int | Exception) -> None:
+        if isinstance(token, Exception):
+            raise token
         choice = sequence.choice
         choice.token_ids.append(token)
         if choice.stream.push(token) or token in sequence.eos:
@@ -269,20 +279,21 @@ class Engine:
             self._finish(sequence.job, choice, "length")
 
     def _fail_batch(self, batch: Batch, error: EngineError) -> None:
-        """The forward changed nothing. Without memory the youngest goes and the others try again."""
+        """The forward changed nothing. Without memory the youngest goes and the others try again. Prompts are
+        prefilled in order, so if any is not through, the youngest is not."""
         victims = batch.sequences
         if isinstance(error, OutOfMemory):
             running = [s for s in self._scheduler.running if not s.choice.finish_reason]
-            victims = [max(running, key=lambda s: (s.prefilling, s.order))] if running else []
+            victims = [max(running, key=lambda s: s.order)] if running else []
             if self._runner.device.type == "cuda":
                 torch.cuda.empty_cache()
         for sequence in victims:
             self._fail(sequence.job, error)
 
     def _fail(self, job: Job, error: Exception) -> None:
-        if not isinstance(error, EngineError):
-            error = ModelError(f"{type(error).__name__}: {error}")
-        job.error = error
+        if job.finished:
+            return
+        job.error = _as_engine_error(error)
         self._cache.scrub([s.row for s in self._scheduler.running if s.job is job])
         self._end(job, "error")
 
@@ -292,7 +303,8 @@ class Engine:
                 self._finish(job, choice, reason)
 
     def _finish(self, job: Job, choice: Choice, reason: FinishReason) -> None:
-        choice.stream.flush()
+        if reason != "error":
+            choice.stream.flush()
         choice.finish_reason = reason
         if job.finished:
             self._jobs.pop(job.id)
@@ -323,7 +335,13 @@ def _visible(job: Job) -> int:
     return sum(len(choice.text) for choice in job.choices)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _as_engine_error(error: Exception) -> EngineError:
+    """The error in words. Its traceback, which would keep the forward's tensors alive, goes to the log."""
+    if isinstance(error, EngineError):
+        return error
+    logger.error("a step failed", exc_info=error)
     words = ("not enough memory", "out of memory", "can't allocate memory")
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in text for word in words)
+    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    no_memory = no_memory or any(word in str(error).lower() for word in words)
+    kind = OutOfMemory if no_memory else ModelError
+    return kind(f"{type(error).__name__}: {error}")

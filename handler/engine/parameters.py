@@ -9,9 +9,12 @@ from transformers import GenerationConfig
 from .errors import InvalidRequest
 from .job import Request
 
-_FRACTIONS = ("temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-_NUMBERS = (*_FRACTIONS, "repetition_penalty", "encoder_repetition_penalty", "max_time")
-_SAMPLING = ("top_k", *_FRACTIONS)
+_SHARES = ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_SAMPLING = ("temperature", "top_k", *_SHARES)
+_NUMBERS = ("temperature", *_SHARES, "repetition_penalty", "encoder_repetition_penalty", "max_time")
+_FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+_IDS = {"bad_words_ids", "suppress_tokens", "begin_suppress_tokens", *_FORCED}
+_SEEDS = range(2**62 + 1)  # seed + n must stay within 64 bits
 # Types are checked here because the library's own errors for a wrong type do not name the parameter.
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length"), (int,)),
@@ -50,8 +53,9 @@ def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """Both `checked`; `given` wins, also where two names mean the same limit."""
     rivals = {"max_new_tokens": "max_length", "min_new_tokens": "min_length"}
     rivals |= {new: old for old, new in rivals.items()}
-    kept = {k: v for k, v in defaults.items() if rivals.get(k) not in given}
-    return kept | dict(given)
+    both = {k: v for k, v in defaults.items() if rivals.get(k) not in given} | dict(given)
+    unused = () if both.get("do_sample") else _SAMPLING  # the library warns of them at every request
+    return {k: v for k, v in both.items() if k not in unused}
 
 
 def stop_strings(*sources: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -67,7 +71,7 @@ def check_request(request: Request, vocab_size: int) -> None:
     """Check what a request says beside its parameters and prompt. Raises InvalidRequest naming the field."""
     _expect("n", request.n, "an integer of at least 1", type(request.n) is int and request.n >= 1)
     seed = request.seed
-    _expect("seed", seed, "an integer", seed is None or type(seed) is int)
+    _expect("seed", seed, "0 to 2**62", seed is None or (type(seed) is int and seed in _SEEDS))
     top = request.logprobs
     fits = top is None or (type(top) is int and 0 <= top <= vocab_size)
     _expect("logprobs", top, f"an integer from 0 to {vocab_size}", fits)
@@ -77,6 +81,19 @@ def check_request(request: Request, vocab_size: int) -> None:
     bias = request.logit_bias or {}
     fits = all(type(i) is int and 0 <= i < vocab_size and isinstance(b, int | float) for i, b in bias.items())
     _expect("logit_bias", bias, f"numbers for token ids below {vocab_size}", fits)
+
+
+def check_ids(parameters: Mapping[str, Any], vocab_size: int) -> None:
+    """Check token ids here: some processors do so late, and on a GPU a bad index ends the process."""
+    for name in _IDS & parameters.keys():
+        value = parameters[name]
+        flat = [i for item in _as_list(value) for i in _as_list(item)]
+        fits = all(type(i) is int and 0 <= i < vocab_size for i in flat)
+        _expect(name, value, f"token ids below {vocab_size}", fits)
+
+
+def _as_list(value: Any) -> list[Any] | tuple[Any, ...]:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _expect(name: str, value: Any, wanted: str, holds: bool) -> None:
@@ -97,4 +114,6 @@ def _typed(name: str, value: Any) -> Any:
     fits = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
     _expect(name, value, " or ".join(t.__name__ for t in types), fits)
     _expect(name, value, "more than 0", name not in _POSITIVE or value > 0)
+    _expect(name, value, "0 to 1", name not in _SHARES or 0 <= value <= 1)  # more is ignored there
+    _expect(name, value, "0 to 2**62", name != "seed" or value in _SEEDS)
     return float(value) if name in _NUMBERS else value

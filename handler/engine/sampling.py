@@ -1,7 +1,7 @@
 """The next token of each row, with transformers' own logits processors.
 
-Processors that look at a row's tokens run row by row. Those that look at scores only ("warpers") run at once for
-all rows with the same settings, and on the few candidates that can win: the vocabulary may be large.
+Processors that look at a row's tokens run row by row. Those that look at scores only ("warpers") run at once
+for all rows with the same settings, and on the few candidates that can win: the vocabulary may be large.
 """
 
 from collections import defaultdict
@@ -52,7 +52,7 @@ class Sampler:
 
 
 def library_processors(
-    model: Any, prompt_ids: list[int], parameters: dict[str, Any], device: torch.device
+    model: Any, prompt_ids: list[int], parameters: dict[str, Any], device: torch.device, vocab_size: int
 ) -> tuple[list[LogitsProcessor], frozenset[int]]:
     """The processors that `model.generate` would run for these parameters, and the tokens that would end it.
 
@@ -68,7 +68,10 @@ def library_processors(
         # All ones: without a mask, generate takes pad tokens in the prompt for padding.
         mask = torch.ones_like(ids)
         config = GenerationConfig(**parameters)
-        return model.generate(ids, attention_mask=mask, generation_config=config, custom_generate=capture)
+        processors, eos = model.generate(ids, attention_mask=mask, generation_config=config, custom_generate=capture)
+        for processor in _split(processors)[0]:  # some check their settings only when they are used
+            processor(ids, torch.zeros(1, vocab_size, device=device))
+        return processors, eos
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         raise InvalidRequest(f"parameters {', '.join(parameters)}: {error}") from error
 
@@ -76,11 +79,17 @@ def library_processors(
 def make_sampler(
     request: Request, processors: list[LogitsProcessor], prompt_length: int, generator: torch.Generator | None
 ) -> Sampler:
-    """Split the processors into those which look at tokens and those which do not, keeping their order."""
+    """The request's own penalties, then the library's processors."""
     if request.logit_bias or request.presence_penalty or request.frequency_penalty:
         processors = [OpenAIPenalties(request, prompt_length), *processors]
-    split = next((i for i in range(len(processors), 0, -1) if not isinstance(processors[i - 1], _WARPERS)), 0)
-    return Sampler(processors[:split], processors[split:], generator)
+    return Sampler(*_split(processors), generator)
+
+
+def _split(processors: list[LogitsProcessor]) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+    """Those up to the last that looks at tokens, and the warpers after it."""
+    needs_tokens = [i for i, processor in enumerate(processors, 1) if not isinstance(processor, _WARPERS)]
+    end = max(needs_tokens, default=0)
+    return processors[:end], processors[end:]
 
 
 class OpenAIPenalties(LogitsProcessor):
@@ -126,7 +135,12 @@ def logprobs(logits: torch.Tensor, chosen: list[int], top: int) -> list[TokenLog
 def _sample_group(logits: torch.Tensor, sequences: list[Sequence]) -> list[int | Exception]:
     samplers = [sequence.sampler for sequence in sequences]
     scores, failed = _processed(logits, sequences)
-    chosen, valid = _greedy(scores) if samplers[0].generator is None else _draw(scores, samplers)
+    try:
+        chosen, valid = _greedy(scores) if samplers[0].generator is None else _draw(scores, samplers)
+    except Exception as error:
+        if len(sequences) == 1:
+            return [error]
+        return [_sample_group(logits[i : i + 1], [s])[0] for i, s in enumerate(sequences)]  # find whose it is
     broken = ModelError("the model's scores are not numbers; nothing can be chosen from them")
     return [failed.get(i) or (token if valid[i] else broken) for i, token in enumerate(chosen)]
 

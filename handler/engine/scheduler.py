@@ -49,8 +49,8 @@ class Scheduler:
         return len(self.running), max(min(s.cached + self._chunk, s.length) for s in self.running)
 
     def release_finished(self) -> None:
-        """Take finished sequences out and close the gaps: the last decoding rows fill those among decoding rows,
-        prefilling rows move up in their order, so that the oldest goes on first."""
+        """Take finished sequences out and close the gaps: the last decoding rows fill those among their
+        kind, prefilling rows move up in their order, so that the oldest goes on first."""
         self.waiting = deque(s for s in self.waiting if not s.choice.finish_reason)
         alive = [s for s in self.running if not s.choice.finish_reason]
         decoding = [s for s in alive if not s.prefilling]
@@ -65,6 +65,8 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether the rectangular store has room for one more row, all as long as the longest may get."""
+        if not self.running:
+            return True  # `submit` has seen to it
         rows = len(self.running) + 1
         columns = max(s.columns for s in [*self.running, sequence])
         return rows <= self._max_rows and rows * columns <= self._cache.max_cells

@@ -5,7 +5,8 @@ from functools import partial
 from typing import Any
 
 _WINDOW = 8  # tokens decoded together: enough context for any decoder, and the cost of a token stays constant
-_GARBAGE = 32  # a window this long without one clean end holds bytes that are no text
+_GARBAGE = 32  # so many tokens without one clean end are bytes that are no text
+_HALF_BYTES = 3  # the most bytes an unfinished character has
 _HALF = "\N{REPLACEMENT CHARACTER}"  # how decoders show bytes that are not, or not yet, a character
 
 
@@ -25,19 +26,17 @@ class Detokenizer:
 class TextStream:
     """The text of one growing sequence; `text` only ever gets longer.
 
-    Without a stop string, `text` ends up as decode(prompt + new tokens) minus its prefix decode(prompt).
+    Without a stop string, `text` ends as decode(prompt + new tokens) minus its prefix decode(prompt).
     """
 
-    def __init__(
-        self, decode: Callable, special: frozenset[int], prompt_ids: Sequence[int], stop: Sequence[str]
-    ):
+    def __init__(self, decode: Callable, special: frozenset[int], prompt: Sequence[int], stop: Sequence[str]):
         self.text = ""
         self._decode = decode
         self._special = special  # decoders skip them, so they are no context either
         self._stop = stop
         self._maybe_stop = ""  # decoded, held back: a stop string may begin here
         self._stopped = False
-        self._window = self._context_of(prompt_ids)
+        self._window = self._context_of(prompt)
         self._shown = self._decode(self._window)  # the part of the window's text that is out
         self._clean = len(self._window)  # a place in the window where no character is cut
 
@@ -47,13 +46,16 @@ class TextStream:
             return self._stopped
         self._window.append(token_id)
         text = self._decode(self._window)
-        # An unfinished character has at most three bytes, which decoders show as one to three replacements.
-        complete = len(text) - min(3, len(text) - len(text.rstrip(_HALF)))
-        self._release(text, complete)
-        if complete == len(text):
-            self._slide(self._clean, held=0)
-        elif len(self._window) > _GARBAGE:
-            self._slide(len(self._window) - 4, held=len(text) - complete)
+        # While a run of bytes ends in half a character, byte-fallback decoders replace all of the run.
+        held = len(text) - len(text.rstrip(_HALF))
+        garbage = len(self._window) - self._clean > _GARBAGE
+        if garbage:
+            held = min(held, _HALF_BYTES)
+        self._release(text, len(text) - held)
+        if not held:
+            self._slide(self._clean, held)
+        elif garbage:
+            self._slide(len(self._window) - _HALF_BYTES - 1, held)
         return self._stopped
 
     def flush(self) -> None:
@@ -63,12 +65,12 @@ class TextStream:
         self.text += self._maybe_stop
         self._maybe_stop = ""
 
-    def _context_of(self, prompt_ids: Sequence[int]) -> list[int]:
+    def _context_of(self, prompt: Sequence[int]) -> list[int]:
         """The end of the prompt, from where a character begins."""
         size = _WINDOW
         while True:
-            window = [i for i in prompt_ids[-size:] if i not in self._special]
-            if size >= len(prompt_ids) or not self._decode(window).startswith(_HALF):
+            window = [i for i in prompt[-size:] if i not in self._special]
+            if size >= len(prompt) or not self._decode(window).startswith(_HALF):
                 return window
             size *= 2
 

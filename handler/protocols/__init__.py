@@ -1,42 +1,114 @@
-"""The wire formats: what a request asks for."""
+"""The wire formats. `parse` turns what TorchServe hands over for one request into a call that can be answered."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
 from typing import Any
 
+from handler.engine import EngineError, InvalidRequest
+from handler.protocols.base import Call, NotFound, Served, failure
+from handler.protocols.kserve_v1 import PredictCall
+from handler.protocols.open_inference import InferCall
+from handler.protocols.openai import ChatCall, CompletionCall, ModelsCall, OpenAICall
+from handler.protocols.text import TextCall
 
-class BadRequest(ValueError):
-    """The request cannot be served as it is; the message says what to send instead."""
+__all__ = ["Call", "EngineError", "Served", "error_body", "failure", "parse"]
+
+COMPLETIONS = {"v1/completions": CompletionCall, "v1/chat/completions": ChatCall}
+PATHS = (*COMPLETIONS, "v1/models", "health", "describe")
+# On a path without a protocol of its own the fields tell which one is meant.
+FIELDS: dict[str, Callable[[dict[str, Any], Served], Call]] = {
+    "instances": PredictCall,
+    "inputs": InferCall,
+    "messages": ChatCall,
+    "prompt": CompletionCall,
+}
+
+NO_BODY = (
+    "the body is empty; `curl -d` sends a form, which TorchServe drops: "
+    "add -H 'Content-Type: application/json', or send text with -H 'Content-Type: text/plain'"
+)
 
 
-@dataclass(frozen=True)
-class Call:
-    """The prompts of one request, and whether it is a KServe v1 one with its list of instances."""
+class InformationCall(Call):
+    """An answer that needs no generation."""
 
-    prompts: list[str]
-    v1: bool
+    def __init__(self, answer: dict[str, Any]):
+        self._answer = answer
+
+    def answer(self, jobs: list) -> dict[str, Any]:
+        return self._answer
 
 
-def parse(entry: dict) -> Call:
-    """What TorchServe hands over for one request -> its prompts. Raises BadRequest."""
+def parse(entry: dict[str, Any], path: str, served: Served) -> Call:
+    """One request of TorchServe's batch -> a call.
+
+    entry: `{"body": …}` or the parts of a form, values as TorchServe decoded them.
+    path: what followed the model's version in `/predictions/M/VERSION/…`, or nothing.
+    Raises InvalidRequest or NotFound.
+    """
+    path = path.strip("/")
+    if path == "health":
+        return InformationCall({"status": "ok"})  # whoever can ask is answered by a model that is loaded
+    if path == "describe":
+        return InformationCall(served.describe())
+    if path == "v1/models" or path.startswith("v1/models/"):
+        return ModelsCall(served, path.removeprefix("v1/models").strip("/") or None)
+    if path in COMPLETIONS:
+        return COMPLETIONS[path](_json_object(_body(entry)), served)
+    if path:
+        raise NotFound(f"there is nothing at {path!r}; the paths are {', '.join(PATHS)}")
+    return _by_fields(_body(entry), served)
+
+
+def error_body(path: str, error: EngineError) -> dict[str, Any]:
+    """The body of an error for a request that is no call yet: OpenAI's shape on OpenAI's paths."""
+    return (OpenAICall if path.strip("/").startswith("v1/") else Call).error(error)
+
+
+def _by_fields(body: Any, served: Served) -> Call:
+    if isinstance(body, bytes):
+        body = _decoded(body)
+        if body.lstrip().startswith("{"):
+            body = _json_object(body)
+    if isinstance(body, str):
+        return TextCall(body, served)
+    if isinstance(body, dict):
+        for field, call in FIELDS.items():
+            if field in body:
+                return call(body, served)
+        if body.keys() == {"data"}:
+            return TextCall(body["data"], served)
+    raise InvalidRequest(
+        'send text, or a JSON object with "instances" (KServe v1), "inputs" (Open Inference v2), '
+        '"messages" (chat), "prompt" (completion) or "data" (text)'
+    )
+
+
+def _body(entry: dict[str, Any]) -> Any:
+    """The body as TorchServe decoded it: JSON, text, or bytes."""
     body = entry.get("body", entry.get("data"))
-    if not entry:
-        raise BadRequest("the body did not arrive: `curl -d` needs -H 'Content-Type: application/json'")
-    if isinstance(body, bytes | bytearray):
+    if isinstance(body, bytearray):
+        body = bytes(body)
+    if body in (None, b"", ""):
+        raise InvalidRequest(NO_BODY)
+    return body
+
+
+def _decoded(body: bytes) -> str:
+    try:
+        return body.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _json_object(body: Any) -> dict[str, Any]:
+    if isinstance(body, bytes):
+        body = _decoded(body)
+    if isinstance(body, str):
         try:
-            body = body.decode()
-        except UnicodeDecodeError as error:
-            raise BadRequest(f"the body is not UTF-8 text: {error}") from None
-    if isinstance(body, dict) and isinstance(body.get("instances"), list) and body["instances"]:
-        return Call([_instance(instance) for instance in body["instances"]], v1=True)
-    if isinstance(body, dict) and isinstance(body.get("data"), str):
-        body = body["data"]
-    if isinstance(body, str) and body:
-        return Call([body], v1=False)
-    raise BadRequest('send text, or {"instances": ["…"]} as application/json')
-
-
-def _instance(instance: Any) -> str:
-    text = instance.get("data") if isinstance(instance, dict) else instance
-    if not isinstance(text, str) or not text:
-        raise BadRequest('each of "instances" must be a non-empty string or {"data": "…"}')
-    return text
+            body = json.loads(body)
+        except ValueError as error:
+            raise InvalidRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {type(body).__name__}")
+    return body

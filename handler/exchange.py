@@ -1,0 +1,104 @@
+"""One HTTP request from its first byte to its last: what to reply now, and whether more follows."""
+
+import logging
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from handler.engine import Engine, EngineError, Job
+from handler.protocols import Call, Served, error_body, failure, parse
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER = "1"  # seconds, for a client that meets a full queue
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What goes to TorchServe for one request. `more`: True for a part that others follow, False for the last
+    part, None for an answer that is complete at once."""
+
+    body: Any
+    more: bool | None = None
+    status: int = 200
+    content_type: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def phrase(self) -> str:
+        return HTTPStatus(self.status).phrase
+
+
+class Exchange:
+    """A request that is being answered. The first reply fixes its status, so it comes as late as it can."""
+
+    def __init__(self, entry: dict[str, Any], path: str, served: Served, engine: Engine):
+        """Parse the request and submit its jobs, all or none. What is wrong with it becomes its reply."""
+        self._path, self._engine = path, engine
+        self._jobs: list[Job] = []
+        self._opened = False  # the first part is sent: the status is fixed, and a hang-up is noticed
+        self._refusal: EngineError | None = None
+        self._call: Call | None = None
+        try:
+            self._call = parse(entry, path, served)
+            for request in self._call.requests:
+                self._jobs.append(engine.submit(request))
+        except Exception as error:
+            self.cancel()
+            self._refusal = _engine_error(error)
+
+    @property
+    def finished(self) -> bool:
+        return self._refusal is not None or all(job.finished for job in self._jobs)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        for job in self._jobs:
+            self._engine.cancel(job.id)
+
+    def reply(self, watch: bool) -> Reply | None:
+        """What to send now; None for nothing yet.
+
+        watch: open the reply of a request that runs with an empty part, because TorchServe notices a hang-up only
+            on requests that it gets parts for. Not before its first token, when most of what can fail has not
+            failed, and not with a deadline, which has a status of its own and frees the slot by itself.
+        """
+        try:
+            return self._complete() if self.finished else self._part(watch)
+        except Exception as error:
+            self.cancel()
+            self._refusal = _engine_error(error)
+            return self._error(self._refusal)
+
+    def _complete(self) -> Reply:
+        if self._refusal or self._call is None:
+            return self._error(self._refusal or EngineError("the request was lost"))
+        if self._opened and self._call.stream:
+            return Reply(self._call.part(self._jobs), more=False)
+        if error := failure(self._jobs):
+            return self._error(error)
+        body = self._call.part(self._jobs) if self._call.stream else self._call.answer(self._jobs)
+        return Reply(body, False if self._opened else None, content_type=self._call.content_type)
+
+    def _part(self, watch: bool) -> Reply | None:
+        if self._call is None:
+            return None
+        body = self._call.part(self._jobs) if self._call.stream else ""
+        started = any(choice.token_ids for job in self._jobs for choice in job.choices)
+        has_deadline = any(job.deadline for job in self._jobs)
+        if not self._opened and not body and not (watch and started and not has_deadline and not self._call.stream):
+            return None
+        self._opened = True
+        return Reply(body, more=True, content_type=self._call.content_type) if body or watch else None
+
+    def _error(self, error: EngineError) -> Reply:
+        body = self._call.error(error) if self._call else error_body(self._path, error)
+        headers = {"Retry-After": RETRY_AFTER} if error.status == HTTPStatus.TOO_MANY_REQUESTS else {}
+        return Reply(body, False if self._opened else None, error.status, headers=headers)
+
+
+def _engine_error(error: Exception) -> EngineError:
+    if isinstance(error, EngineError):
+        return error
+    logger.error("a request failed through a fault of ours", exc_info=error)
+    return EngineError(f"an error on our side, {type(error).__name__}; the worker's log has it")

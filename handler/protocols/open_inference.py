@@ -1,0 +1,86 @@
+"""The Open Inference Protocol (KServe's v2): one BYTES tensor of prompts in, one of texts out."""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from handler.engine import InvalidRequest, Job, Request
+from handler.protocols.base import Call, Served, Strict, validated
+from handler.protocols.kserve_v1 import take_full_text, texts
+
+OUTPUT = "predictions"
+
+
+class InputTensor(Strict):
+    name: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    datatype: Literal["BYTES"]
+    data: list[Any]
+    parameters: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> "InputTensor":
+        if "binary_data_size" in self.parameters:
+            raise ValueError("binary data is not supported; send the strings in data")
+        flat = list(flatten(self.data))
+        if not all(isinstance(one, str) for one in flat):
+            raise ValueError("data must be strings, also nested as shape says")
+        if math.prod(self.shape) != len(flat):
+            raise ValueError(f"shape {self.shape} is {math.prod(self.shape)} elements and data has {len(flat)}")
+        if not flat:
+            raise ValueError("data is empty; send at least one prompt")
+        return self
+
+
+class RequestedOutput(Strict):
+    name: str
+    parameters: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> "RequestedOutput":
+        if self.parameters.get("binary_data"):
+            raise ValueError("binary_data is not supported; leave it out, the answer is JSON")
+        if self.name != OUTPUT:
+            raise ValueError(f"there is no output {self.name!r}; the one there is is {OUTPUT!r}")
+        return self
+
+
+class Infer(Strict):
+    id: str | None = None
+    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
+    outputs: list[RequestedOutput] = []
+    parameters: dict[str, Any] = {}
+
+
+def flatten(data: list[Any]) -> Any:
+    for one in data:
+        if isinstance(one, list):
+            yield from flatten(one)
+        else:
+            yield one
+
+
+class InferCall(Call):
+    """One text a prompt, in the input's shape; with num_return_sequences > 1, in one more dimension."""
+
+    def __init__(self, body: dict[str, Any], served: Served):
+        infer = validated(Infer, body)
+        if infer.parameters.get("binary_data_output"):
+            raise InvalidRequest("parameters.binary_data_output: not supported; leave it out, the answer is JSON")
+        self._id, self._served = infer.id, served
+        self._shape = infer.inputs[0].shape
+        self._full_text, parameters = take_full_text(infer.parameters, served)
+        self.requests = [Request(prompt, parameters) for prompt in flatten(infer.inputs[0].data)]
+
+    def answer(self, jobs: list[Job]) -> dict[str, Any]:
+        found = [texts(self._served, job, self._full_text) for job in jobs]
+        count = len(found[0])
+        tensor = {
+            "name": OUTPUT,
+            "shape": self._shape + ([count] if count > 1 else []),
+            "datatype": "BYTES",
+            "data": [text for several in found for text in several],
+        }
+        answer = {"model_name": self._served.name, "model_version": self._served.version, "outputs": [tensor]}
+        return answer | ({"id": self._id} if self._id is not None else {})

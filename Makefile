@@ -12,6 +12,9 @@ MODEL_ZIP ?= model.zip
 PORT ?= 8080
 TEXT ?= My dog is cute
 
+# OpenMP's waiting threads spin by default: on a machine with anything else to do, everything takes many times longer.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 RUN := .venv/bin/python -m
 READY := .venv/.ready
 

@@ -106,6 +106,7 @@ class LargeModelHandler(BaseHandler):
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "memory_footprint": self.model.get_memory_footprint(),
             "max_sequence_length": self.engine.max_sequence_length,
+            "engine": {"running": self.engine.running, "waiting": self.engine.waiting},
             "device_map": self.loaded.device_map,
             "tiers": {device: vars(tier) for device, tier in self.loaded.tiers.items()},
             "versions": {package: version(package) for package in PACKAGES},

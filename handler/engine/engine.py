@@ -79,6 +79,16 @@ class Engine:
         """Whether a job is waiting or running."""
         return bool(self._jobs)
 
+    @property
+    def running(self) -> int:
+        """Sequences that hold a slot."""
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for one."""
+        return len(self._scheduler.waiting)
+
     def submit(self, request: Request) -> Job:
         """Queue a request; it starts with the next step that has room.
 

@@ -4,8 +4,9 @@ import contextlib
 import json
 
 import pytest
+import yaml
 
-from scripts.archive import archive
+from scripts.archive import ROOT, archive
 from scripts.torchserve import TorchServe, free_port
 from scripts.zip import zip_checkpoint
 from tests.models import save_tiny_bloom
@@ -37,14 +38,31 @@ def serving(tmp_path_factory):
     """serving(weights, settings) -> a context manager of a TorchServe whose model `bloom` is READY."""
 
     @contextlib.contextmanager
-    def serving(weights, settings=None, archive_format="zip-store", environment=None, wait=True):
+    def serving(
+        weights,
+        settings=None,
+        archive_format="zip-store",
+        environment=None,
+        model_config=ROOT / "model-config.yaml",
+        wait=True,
+    ):
         folder = tmp_path_factory.mktemp("serving")
         setup = folder / "setup_config.json"
         setup.write_text(json.dumps(settings or {}))
-        made = archive("bloom", weights, folder / "store", setup, archive_format=archive_format)
+        made = archive("bloom", weights, folder / "store", setup, model_config, archive_format)
         with TorchServe(made, free_port(), folder / "work", environment) as server:
             if wait:
                 server.wait_ready(READY_TIMEOUT)
             yield server
 
     return serving
+
+
+@pytest.fixture(scope="session")
+def plain_config(tmp_path_factory):
+    """model-config.yaml in plain mode."""
+    config = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    config |= {"continuousBatching": False, "batchSize": 8}
+    path = tmp_path_factory.mktemp("plain") / "model-config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path

@@ -97,16 +97,6 @@ def test_a_work_folder_too_deep_for_a_socket(serving, bloom, tmp_path_factory, m
     assert not pathlib.Path(short).exists()
 
 
-def test_describe(serving, bloom_zip):
-    with serving(bloom_zip, {"max_memory": {"cpu": 0}}) as server:
-        answer = requests.get(f"{server.management_url}/models/bloom?customized=true", timeout=60).json()
-    described = answer[0]["customizedMetadata"]
-    assert described["device_map"] == {"": "disk"}
-    assert described["dtype"] == "float32"
-    assert described["memory_footprint"] == described["tiers"]["disk"]["bytes"] > 200_000
-    assert described["versions"]["transformers"].startswith("5.")
-
-
 def cause(serving, weights, settings=None):
     """The last line of the error that a model which cannot load ends in."""
     with serving(weights, settings, wait=False) as server, pytest.raises(ModelFailed) as error:

@@ -1,0 +1,231 @@
+"""What the real TorchServe does with our handler, in both of its batching modes."""
+
+import concurrent.futures
+import json
+import socket
+import time
+
+import psutil
+import pytest
+import requests
+
+from scripts.torchserve import ModelFailed
+
+PROMPT = "My dog is cute"
+SETTINGS = {"max_new_tokens": 8, "max_batch_size": 4, "max_queue": 4, "max_prompt_tokens": 200}
+
+
+@pytest.fixture(scope="module")
+def continuous(serving, bloom):
+    with serving(bloom, SETTINGS, "no-archive") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain(serving, bloom, plain_config):
+    with serving(bloom, SETTINGS, "no-archive", model_config=plain_config) as server:
+        yield server
+
+
+@pytest.fixture(params=["continuous", "plain"])
+def server(request):
+    return request.getfixturevalue(request.param)
+
+
+def predict(server, *instances, **parameters):
+    body = {"instances": list(instances), "parameters": parameters}
+    return requests.post(f"{server.url}/v1/models/bloom:predict", json=body, timeout=120)
+
+
+def complete(server, path="/1.0/v1/completions", **body):
+    return requests.post(
+        f"{server.url}/predictions/bloom{path}", json={"prompt": PROMPT, **body}, timeout=120, stream=True
+    )
+
+
+def start_endless(server, stream):
+    """A connection on which a long answer has begun."""
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": stream}).encode()
+    head = "POST /predictions/bloom HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert connection.recv(1)
+    return connection
+
+
+def read_to_the_end(connection):
+    """What still comes until the other side ends or resets the connection."""
+    received = b""
+    try:
+        while more := connection.recv(65536):
+            received += more
+    except ConnectionError:
+        pass
+    return received
+
+
+def at_once(count, action):
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(action, range(count)))
+
+
+def events(answer):
+    lines = [line.removeprefix("data: ") for line in answer.iter_lines(decode_unicode=True) if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_an_answer_that_is_complete_at_once(server):
+    assert predict(server, PROMPT, max_new_tokens=1).json()["predictions"][0].startswith(PROMPT)
+    assert requests.get(f"{server.url}/predictions/bloom/1.0/health", timeout=20).json() == {"status": "ok"}
+    assert requests.get(f"{server.url}/predictions/bloom/1.0/v1/models", timeout=20).json()["data"][0]["id"] == "bloom"
+
+
+def test_one_connection_for_many_answers(server):
+    """A malformed end of one answer would spoil the next on a connection that is kept open."""
+    with requests.Session() as session:
+        for new_tokens in (1, 30, 2):
+            body = {"prompt": PROMPT, "max_tokens": new_tokens, "ignore_eos": True}
+            answer = session.post(f"{server.url}/predictions/bloom", json=body, timeout=60).json()
+            assert answer["usage"]["completion_tokens"] == new_tokens
+            streamed = session.post(f"{server.url}/predictions/bloom", json={**body, "stream": True}, timeout=60)
+            assert "".join(event["choices"][0]["text"] for event in events(streamed)) == answer["choices"][0]["text"]
+
+
+def test_a_stream_comes_in_parts(server):
+    answer = complete(server, max_tokens=300, ignore_eos=True, stream=True)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert len(events(answer)) > 2
+
+
+def test_many_at_once_get_what_they_get_alone(server):
+    prompts = [PROMPT, "東京", "The quick brown fox", "a"]
+    alone = [predict(server, prompt, max_new_tokens=5 + index).json() for index, prompt in enumerate(prompts)]
+    together = at_once(4, lambda index: predict(server, prompts[index], max_new_tokens=5 + index).json())
+    assert together == alone
+
+
+def test_a_bad_request_gets_its_own_status_and_harms_nobody(server):
+    expected = predict(server, PROMPT).json()
+
+    def send(index):
+        if index % 2:
+            return predict(server, PROMPT, temperature="hot")
+        return predict(server, PROMPT)
+
+    answers = at_once(6, send)
+    assert [answer.status_code for answer in answers] == [200, 400] * 3
+    assert all(answer.json() == expected for answer in answers[::2])
+    assert all("temperature" in answer.json()["error"]["message"] for answer in answers[1::2])
+
+
+def test_nobody_waits_for_a_neighbour(continuous):
+    """A short request that comes after a long one is answered while the long one still runs."""
+    long = complete(continuous, max_tokens=1500, ignore_eos=True, stream=True)
+    first = next(long.iter_content(1))
+    assert first and predict(continuous, PROMPT).ok
+    long.close()
+
+
+@pytest.mark.parametrize(
+    "body, content_type, status, says",
+    [
+        (b"text=x", "application/x-www-form-urlencoded", 400, "Content-Type: application/json"),
+        (b"", "application/json", 400, "empty"),
+        (b"", None, 400, "empty"),
+        (b'{"instances": [', "application/json", 400, "not JSON"),
+        (b'{"instances": [', None, 400, "not JSON"),
+        (b"\xff\xfe\x00", None, 400, "UTF-8"),
+        (b"\xff\xfe\x00", "text/plain", 400, "UTF-8"),
+        (b"\xff\xfe\x00", "application/json", 400, "UTF-8"),
+        (b"[1, 2]", "application/json", 400, "JSON object"),
+        (b"17", "application/json", 400, "JSON object"),
+        (b'{"text": "x"}', "application/json", 400, "instances"),
+        (b'{"instances": "x"}', "application/json", 400, "instances"),
+        (b'{"data": "a"}', "application/json", 200, "a"),
+        ("東京".encode(), "text/plain; charset=utf-8", 200, "東京"),
+        ("東京".encode(), None, 200, "東京"),
+    ],
+)
+def test_odd_bodies(server, body, content_type, status, says):
+    headers = {"Content-Type": content_type} if content_type else {}
+    answer = requests.post(f"{server.url}/predictions/bloom", data=body, headers=headers, timeout=60)
+    answer.encoding = "utf-8"
+    assert (answer.status_code, says in answer.text) == (status, True), answer.text
+
+
+def test_a_form_part(server):
+    answer = requests.post(f"{server.url}/predictions/bloom", files={"data": (None, PROMPT)}, timeout=60)
+    assert answer.text.startswith(PROMPT)
+
+
+def test_a_prompt_that_is_too_long(server):
+    answer = predict(server, "x" * 1000)
+    assert answer.status_code == 413
+    assert "1000 tokens" in answer.text and "200" in answer.text
+
+
+def test_a_deadline(server):
+    answer = predict(server, PROMPT, max_new_tokens=1900, max_time=0.3)
+    assert answer.status_code == 408
+    assert "0.3 s" in answer.json()["error"]["message"]
+
+
+def test_a_full_queue(continuous):
+    answers = at_once(14, lambda _: predict(continuous, PROMPT, max_new_tokens=150))
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused and {answer.status_code for answer in answers} == {200, 429}
+    assert all(answer.headers["Retry-After"] == "1" for answer in refused)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_its_slot(continuous, stream):
+    """All four slots and the whole queue are taken by clients that hang up; then a new one is served at once."""
+    connections = [start_endless(continuous, stream) for _ in range(4)]
+    for connection in connections:
+        connection.close()
+    assert predict(continuous, PROMPT, max_time=60).ok
+    running = requests.get(f"{continuous.url}/predictions/bloom/1.0/describe", timeout=60).json()["engine"]
+    assert running["running"] == 0 and running["waiting"] == 0
+
+
+def test_kill_9_tells_the_clients_and_the_worker_comes_back(continuous):
+    expected = predict(continuous, PROMPT).json()
+    connections = [start_endless(continuous, stream) for stream in (True, False)]
+    status = requests.get(f"{continuous.management_url}/models/bloom", timeout=10).json()
+    worker = psutil.Process(status[0]["workers"][0]["pid"])
+    worker.kill()
+    for connection in connections:
+        assert not read_to_the_end(connection).endswith(b"0\r\n\r\n")  # which would say that it is whole
+    psutil.wait_procs([worker], 10)
+    while continuous.ready():  # until TorchServe has noticed
+        time.sleep(0.1)
+    continuous.wait_ready(120)
+    assert predict(continuous, PROMPT).json() == expected
+
+
+def test_describe(plain, continuous):
+    managed = requests.get(f"{plain.management_url}/models/bloom?customized=true", timeout=60).json()
+    described = managed[0]["customizedMetadata"]
+    assert described["device_map"] == {"": "cpu"} and described["dtype"] == "float32"
+    assert described["memory_footprint"] == described["tiers"]["cpu"]["bytes"] > 200_000
+    assert described["versions"]["transformers"].startswith("5.")
+    # The way around TorchServe's endless loop over a describe request in continuous mode.
+    other = requests.get(f"{continuous.url}/predictions/bloom/1.0/describe", timeout=60).json()
+    assert other == described
+
+
+def test_a_model_that_cannot_be_batched_is_told(serving, tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    from tests.models import train_tokenizer
+
+    tokenizer = train_tokenizer()
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with (
+        serving(tmp_path, {}, "no-archive", wait=False) as server,
+        pytest.raises(ModelFailed, match="UnsupportedModel"),
+    ):
+        server.wait_ready(120)

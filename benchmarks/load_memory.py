@@ -1,6 +1,6 @@
 """Peak memory of loading a 1.1 GB checkpoint with every layer on disk, in a process of its own.
 
-    python -m benchmarks.load_memory
+python -m benchmarks.load_memory
 """
 
 import json

@@ -1,6 +1,6 @@
 """Zip and archive of a 1.1 GB checkpoint, ours beside the sample's commands, and what they leave when it is served.
 
-    python -m benchmarks.packing
+python -m benchmarks.packing
 """
 
 import json

@@ -113,9 +113,10 @@ class LargeModelHandler(BaseHandler):
         }
 
     def _run(self, milliseconds: float) -> None:
+        """Step until the time is over, or somebody has a first token or a whole answer to be sent."""
         deadline = time.monotonic() + milliseconds / 1000
         while self.engine.has_work and time.monotonic() < deadline:
-            if any(job.finished for job in self.engine.step()):
+            if any(job.finished or len(job.choices[0].token_ids) == 1 for job in self.engine.step()):
                 return
 
     def _send_parts(self, exchanges: list[Exchange]) -> None:

@@ -204,7 +204,8 @@ def _candidates(scores: torch.Tensor, warpers: list[Any]):
             yield row[None], best.indices[row : row + 1], _warp(reduced, warpers[scaled + 1 :])
         everyone, warpers = (~(mass > nucleus)).nonzero().flatten(), warpers[scaled:]  # not a number: here
     if len(everyone):
-        yield everyone, None, _warp(scores[everyone], warpers)
+        rest = scores if len(everyone) == len(scores) else scores[everyone]
+        yield everyone, None, _warp(rest, warpers)
 
 
 def _warp(scores: torch.Tensor, warpers: list[Any]) -> torch.Tensor:

@@ -16,6 +16,7 @@ FINISH = {"stop": "stop", "length": "length"}
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: usage so far in every chunk
     include_obfuscation: bool = False
 
 
@@ -163,6 +164,7 @@ class OpenAICall(Call):
         self.stream = bool(body.stream)
         self.content_type = "text/event-stream; charset=utf-8" if self.stream else "application/json"
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._usage_so_far = bool(body.stream_options and body.stream_options.continuous_usage_stats)
         self._id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._reported: dict[int, int] = {}  # log-probabilities already sent, by choice
@@ -176,6 +178,8 @@ class OpenAICall(Call):
         if error := failure(jobs):
             return _event(self.error(error)) + "data: [DONE]\n\n"
         events = [event for found in _choices(jobs) for event in self._events(*found)]
+        if self._usage_so_far:
+            events = [event | {"usage": self._count(jobs)} for event in events]
         if all(job.finished for job in jobs):
             if self._usage:
                 events.append(self._chunk([]) | {"usage": self._count(jobs)})

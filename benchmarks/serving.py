@@ -38,7 +38,8 @@ ids = torch.randint(10, 300, (rows, prompt), generator=torch.Generator().manual_
 
 def seconds(tokens):
     started = time.perf_counter()
-    model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+    mask = torch.ones_like(ids)
+    model.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
     return time.perf_counter() - started
 
 seconds(2)

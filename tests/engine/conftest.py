@@ -1,0 +1,94 @@
+"""Tiny models of four architectures with random weights, and a tokenizer trained here: no hub, no files."""
+
+import functools
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+torch.set_num_threads(1)  # tiny matrices: a second thread only waits
+
+KINDS = ("bloom", "llama", "gpt2", "qwen2")
+VOCAB = 320
+EOS = 0
+CONTEXT = 256
+TEXT = [
+    "The dog ran home. Stop there, said the cat.",
+    "naïve café — 日本語のテキスト 🙂🚀",
+    "one two three four five",
+]
+
+
+@functools.cache
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE: most characters outside ASCII take several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<eos>", "<bos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>")
+
+
+def _config(kind: str):
+    # Weights far larger than usual, so that the best token is never nearly tied with the second.
+    wide = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "initializer_range": 0.5}
+    rope = {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": CONTEXT}
+    ids = {"vocab_size": VOCAB, "eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": EOS}
+    return {
+        "bloom": lambda: BloomConfig(**wide, **ids),
+        "llama": lambda: LlamaConfig(**wide, **rope, **ids),
+        "gpt2": lambda: GPT2Config(**wide, **ids, n_positions=CONTEXT),
+        "qwen2": lambda: Qwen2Config(**wide, **rope, **ids),
+    }[kind]()
+
+
+@functools.cache
+def make_model(kind: str):
+    """A float32 model with its weights in memory."""
+    torch.manual_seed(7)
+    return AutoModelForCausalLM.from_config(_config(kind)).eval()
+
+
+@functools.cache
+def reference(kind: str, prompt: tuple[int, ...], new: int = 24) -> list[int]:
+    """What `model.generate` makes of this prompt when it is alone. A shorter answer is its beginning."""
+    ids = torch.tensor([prompt])
+    out = make_model(kind).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+def prompt_ids(seed: int, length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (length,), generator=generator).tolist()
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model():
+    return make_model("llama")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param

@@ -1,0 +1,130 @@
+"""Only what must fail fails, and the engine goes on."""
+
+import pytest
+import torch
+
+from handler.engine import Engine, ModelError, OutOfMemory, Request
+
+from .conftest import make_model, prompt_ids, reference
+
+MEMORY_ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    MemoryError(),
+]
+
+
+def raise_in_layer(engine, monkeypatch, errors, when=lambda batch: True):
+    """Let the next forwards for which `when(batch)` holds fail after the first layer wrote its keys."""
+    layer = engine._runner._model.model.layers[1]
+    current = {}
+    forward, run = layer.forward, engine._runner.forward
+
+    def failing(*args, **kwargs):
+        if errors and when(current["batch"]):
+            raise errors.pop(0)
+        return forward(*args, **kwargs)
+
+    def remember(cache, batch, shape):
+        current["batch"] = batch
+        return run(cache, batch, shape)
+
+    monkeypatch.setattr(layer, "forward", failing)
+    monkeypatch.setattr(engine._runner, "forward", remember)
+
+
+@pytest.fixture
+def engine(tokenizer):
+    return Engine(make_model("llama"), tokenizer, max_batch_size=3, prefill_chunk=6)
+
+
+def submit(engine, seed, length=4, new=10):
+    return engine.submit(Request(prompt_ids(seed, length), {"max_new_tokens": new}))
+
+
+def finish(engine, *jobs):
+    while engine.has_work:
+        engine.step()
+    for job in jobs:
+        assert job.error is None
+        new = job.request.parameters["max_new_tokens"]
+        assert job.choices[0].token_ids == reference("llama", tuple(job.prompt_ids))[:new]
+
+
+@pytest.mark.parametrize("error", MEMORY_ERRORS, ids=lambda e: str(e)[-30:] or type(e).__name__)
+def test_out_of_memory_fails_the_youngest_only(engine, monkeypatch, error):
+    old, young = submit(engine, 0), submit(engine, 1)
+    for _ in range(4):
+        engine.step()
+    raise_in_layer(engine, monkeypatch, [error])
+    waiting = submit(engine, 2)
+    engine._scheduler._max_rows = 2
+    changed = engine.step()
+    assert changed == [young]
+    assert isinstance(young.error, OutOfMemory) and young.error.status == 507
+    assert young.choices[0].finish_reason == "error"
+    finish(engine, old, waiting)
+
+
+def test_out_of_memory_takes_who_is_prefilled_before_who_decodes(engine, monkeypatch):
+    decoding = submit(engine, 0)
+    engine.step()
+    oldest, youngest = submit(engine, 1, length=20), submit(engine, 2, length=20)
+    raise_in_layer(engine, monkeypatch, [MemoryError()], when=lambda batch: batch.sequences[0].job is decoding)
+    engine.step()
+    assert isinstance(youngest.error, OutOfMemory)
+    finish(engine, decoding, oldest)
+
+
+def test_out_of_memory_alone_leaves_an_engine_that_serves(engine, monkeypatch):
+    job = submit(engine, 0)
+    raise_in_layer(engine, monkeypatch, [MemoryError()])
+    engine.step()
+    assert isinstance(job.error, OutOfMemory)
+    finish(engine, submit(engine, 1))
+
+
+def test_another_error_fails_the_jobs_of_that_forward(engine, monkeypatch):
+    decoding = submit(engine, 0)
+    engine.step()
+    prefilled = [submit(engine, 1, length=3), submit(engine, 2, length=3)]
+    raise_in_layer(engine, monkeypatch, [ValueError("boom")], when=lambda b: b.sequences[0].prefilling)
+    changed = engine.step()
+    for job in prefilled:
+        assert type(job.error) is ModelError and job.error.status == 500 and "boom" in str(job.error)
+        assert job in changed
+    finish(engine, decoding, submit(engine, 3))
+
+
+def test_a_failed_choice_ends_the_whole_job(engine, monkeypatch):
+    job = engine.submit(Request(prompt_ids(0, 4), {"max_new_tokens": 5}, n=2))
+    raise_in_layer(engine, monkeypatch, [MemoryError()])
+    engine.step()
+    assert job.finished and [c.finish_reason for c in job.choices] == ["error", "error"]
+    assert not engine.has_work and not engine._scheduler.running
+
+
+def test_a_row_that_is_not_a_number_leaves_nothing_behind(engine, monkeypatch):
+    """The next sequence in its row meets masked columns only, and 0 x NaN would be NaN."""
+    model = engine._runner._model
+    embed = model.model.embed_tokens.forward
+
+    def poisoned(ids):
+        hidden = embed(ids)
+        return torch.where((ids == 300)[..., None], float("nan"), hidden)
+
+    monkeypatch.setattr(model.model.embed_tokens, "forward", poisoned)
+    neighbour = submit(engine, 0)
+    broken = engine.submit(Request([5, 300, 6, 300, 7], {"max_new_tokens": 5}))
+    engine.step()
+    engine.step()
+    assert isinstance(broken.error, ModelError)
+    finish(engine, neighbour, submit(engine, 1, length=2, new=20))
+
+
+def test_an_error_keeps_no_tensors_alive(engine, monkeypatch):
+    job = submit(engine, 0)
+    raise_in_layer(engine, monkeypatch, [ValueError("boom")])
+    engine.step()
+    assert job.error.__traceback__ is None and job.error.__cause__ is None

@@ -1,0 +1,141 @@
+"""Rows that grow, move and keep to their bounds; models that do not fit the scheme."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    MptConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from handler.engine import Engine, Request, UnsupportedModel
+from handler.engine.kv_cache import KVCache
+
+from .conftest import VOCAB, prompt_ids, reference
+
+
+def store(cache, first, lengths, counts, keys, shape):
+    cache.aim(first, lengths, counts, shape)
+    return cache.update(keys, -keys, 0)
+
+
+def numbered(rows, new, start=0):
+    """Keys [rows, 1, new, 1]: row r's i-th has the value 100 r + start + i."""
+    values = torch.arange(rows)[:, None] * 100 + start + torch.arange(new)
+    return values.float()[:, None, :, None]
+
+
+def test_equal_rows_are_views_of_the_store():
+    cache = KVCache(100, None, 1)
+    keys, values = store(cache, 0, [0, 0], [3, 3], numbered(2, 3), (2, 3))
+    assert keys.flatten().tolist() == [0, 1, 2, 100, 101, 102]
+    assert torch.equal(values, -keys)
+    assert keys.untyped_storage().data_ptr() == cache.layers[0].keys.untyped_storage().data_ptr()
+
+
+def test_ragged_rows_stay_left_aligned():
+    cache = KVCache(100, None, 1)
+    store(cache, 0, [0, 0], [3, 1], numbered(2, 3), (2, 3))
+    keys, _ = store(cache, 0, [3, 1], [1, 1], torch.tensor([7.0, 107.0]).view(2, 1, 1, 1), (2, 4))
+    assert keys[0].flatten().tolist() == [0, 1, 2, 7]
+    assert keys[1].flatten().tolist()[:2] == [100, 107]
+    keys, _ = store(cache, 0, [4, 2], [1, 3], numbered(2, 3, start=50), (2, 5))
+    # While the forward runs, new tokens of all rows stand in the same columns …
+    assert keys[:, 0, 4:, 0].tolist() == [[50, 51, 52], [150, 151, 152]]
+    # … and in the store each row goes on without a gap.
+    assert cache.layers[0].keys[0, 0, :5, 0].tolist() == [0, 1, 2, 7, 50]
+    assert cache.layers[0].keys[1, 0, :5, 0].tolist() == [100, 107, 150, 151, 152]
+
+
+def test_the_store_grows_by_doubling_and_keeps_its_content():
+    cache = KVCache(10_000, None, 1)
+    sizes = set()
+    for length in range(64):
+        keys, _ = store(cache, 0, [length], [1], numbered(1, 1, start=length), (1, length + 1))
+        sizes.add(cache.layers[0].keys.shape[2])
+    assert keys.flatten().tolist() == list(range(64))
+    assert len(sizes) == 7
+
+
+def test_the_store_never_exceeds_its_bound():
+    cache = KVCache(48, None, 1)
+    store(cache, 0, [0], [20], numbered(1, 20), (1, 20))
+    for rows in range(2, 9):
+        store(cache, 0, [6] * rows, [0] * rows, numbered(rows, 0), (rows, 6))
+        shape = cache.layers[0].keys.shape
+        assert shape[0] * shape[2] <= 48 and shape[0] >= rows and shape[2] >= 6
+    assert cache.layers[0].keys[0, 0, :6, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_bytes_bound_the_store():
+    cache = KVCache(1000, max_bytes=640, bytes_per_token=4)
+    assert cache.max_cells == 160
+    store(cache, 0, [0], [1], numbered(1, 1), (1, 1))
+    assert cache.max_cells == 80  # the keys and values that came are larger than the estimate
+
+
+def test_scrubbed_rows_are_zero():
+    cache = KVCache(100, None, 1)
+    store(cache, 0, [0, 0], [2, 2], numbered(2, 2) * float("nan"), (2, 2))
+    cache.scrub([1, 99])
+    assert cache.layers[0].keys[1].eq(0).all() and cache.layers[0].keys[0].isnan().any()
+
+
+def test_rows_move_when_neighbours_leave(kind, tokenizer):
+    from .conftest import make_model
+
+    engine = Engine(make_model(kind), tokenizer, max_batch_size=4, prefill_chunk=5)
+    moves = []
+    move = engine._cache.move
+    engine._cache.move = lambda *a: moves.append(a) or move(*a)
+    prompts = [prompt_ids(i, n) for i, n in enumerate((3, 4, 5, 23))]
+    news = (3, 9, 12, 6)
+    jobs = [engine.submit(Request(p, {"max_new_tokens": n})) for p, n in zip(prompts, news, strict=True)]
+    while engine.has_work:
+        engine.step()
+        running = engine._scheduler.running
+        assert [s.row for s in running] == list(range(len(running)))
+        assert [s.prefilling for s in running] == sorted(s.prefilling for s in running)
+    assert moves
+    for job, prompt, new in zip(jobs, prompts, news, strict=True):
+        assert job.choices[0].token_ids == reference(kind, tuple(prompt))[:new]
+
+
+def test_a_sliding_window_bounds_the_length(tokenizer, caplog):
+    torch.manual_seed(3)
+    config = MistralConfig(
+        vocab_size=VOCAB, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        intermediate_size=64, sliding_window=40, initializer_range=0.5, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    engine = Engine(model, tokenizer)
+    assert engine.max_sequence_length == 30 and "sliding window" in caplog.text
+    engine._scheduler._one_forward = True  # where columns and positions differ most
+    prompts = [prompt_ids(i, n) for i, n in enumerate((20, 2, 9, 21))]
+    jobs = []
+    for prompt in prompts:
+        jobs.append(engine.submit(Request(prompt, {"max_new_tokens": 9})))
+        engine.step()
+    while engine.has_work:
+        engine.step()
+    for job, prompt in zip(jobs, prompts, strict=True):
+        ids = torch.tensor([prompt])
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)
+        assert job.choices[0].token_ids == alone[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AutoModelForCausalLM.from_config(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1)),
+        lambda: AutoModelForCausalLM.from_config(MptConfig(vocab_size=64, d_model=16, n_heads=2, n_layers=1)),
+        lambda: T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_ff=16, num_layers=1, num_heads=2)),
+    ],
+    ids=["mamba", "mpt", "t5"],
+)
+def test_models_that_cannot_be_batched_by_rows_are_refused(make, tokenizer):
+    with pytest.raises(UnsupportedModel):
+        Engine(make(), tokenizer)

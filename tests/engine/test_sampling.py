@@ -1,0 +1,153 @@
+"""The next token: the library's distribution, each row's own randomness."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import logits_process as library
+
+from handler.engine import Engine, ModelError, Request
+from handler.engine.job import Choice, Job
+from handler.engine.sampling import Sampler, _candidates, sample
+from handler.engine.sequence import Sequence
+
+from .conftest import make_model, prompt_ids, reference
+
+HOT = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 12, "eos_token_id": []}
+
+
+def sequences(*samplers):
+    return [Sequence(Job(Request([1]), [1]), Choice(0, None), s, 9, frozenset(), 0) for s in samplers]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"top_k": 0},
+        {"top_k": 40},
+        {"top_k": 0, "top_p": 0.8},
+        {"top_k": 0, "min_p": 0.02, "repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
+def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(kind, tokenizer, parameters):
+    model = make_model(kind)
+    prompt = prompt_ids(1, 9)
+
+    def text(seed, crowd):
+        engine = Engine(model, tokenizer, max_batch_size=8, prefill_chunk=16)
+        for i in range(crowd):
+            other = {} if i % 2 else parameters
+            engine.submit(Request(prompt_ids(10 + i, 3 + 4 * i), HOT | other, seed=i))
+        engine.step()
+        job = engine.submit(Request(prompt, HOT | parameters, seed=seed))
+        while not job.finished:
+            engine.step()
+        return job.choices[0].token_ids
+
+    alone = text(5, crowd=0)
+    assert text(5, crowd=5) == alone
+    assert text(6, crowd=0) != alone
+
+
+def test_without_a_seed_texts_differ(model, tokenizer):
+    jobs = Engine(model, tokenizer).generate([prompt_ids(1, 5)] * 4, **HOT)
+    assert len({tuple(job.choices[0].token_ids) for job in jobs}) > 1
+
+
+warpers = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.floats(0.2, 3.0).map(library.TemperatureLogitsWarper),
+        "top_h": st.floats(0.2, 0.9).map(library.TopHLogitsWarper),
+        "top_k": st.integers(1, 60).map(library.TopKLogitsWarper),
+        "top_p": st.floats(0.05, 0.99).map(library.TopPLogitsWarper),
+        "min_p": st.floats(0.001, 0.5).map(library.MinPLogitsWarper),
+        "typical_p": st.floats(0.1, 0.95).map(library.TypicalLogitsWarper),
+        "epsilon": st.floats(1e-4, 0.01).map(library.EpsilonLogitsWarper),
+    },
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 999), chain=warpers, spread=st.sampled_from([0.1, 2.0, 8.0]))
+def test_few_candidates_have_the_librarys_distribution(seed, chain, spread):
+    order = ["temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon"]
+    steps = [chain[name] for name in order if name in chain]
+    scores = torch.randn(3, 4000, generator=torch.Generator().manual_seed(seed)) * spread
+    expected = scores
+    for step in steps:
+        expected = step(None, expected)
+    expected = expected.softmax(-1)
+    got = torch.zeros_like(expected)
+    for rows, ids, reduced in _candidates(scores, steps):
+        probabilities = reduced.softmax(-1)
+        got[rows] = probabilities if ids is None else torch.zeros(len(rows), 4000).scatter(1, ids, probabilities)
+    assert torch.allclose(got.sum(-1), torch.ones(3), atol=1e-4)
+    # A token on the very edge of a nucleus may fall on either side by rounding.
+    assert (got - expected).abs().sum(-1).max() < 2e-2 + 2 * expected.max() * (spread < 1)
+
+
+def test_a_nucleus_is_found_without_sorting_the_vocabulary():
+    scores = torch.randn(2, 5000)
+    scores[0, :5] += 20  # a peaked row and a flat one
+    parts = list(_candidates(scores, [library.TopPLogitsWarper(0.9)]))
+    assert [rows.tolist() for rows, _, _ in parts] == [[0], [1]]
+    assert parts[0][2].shape[-1] < 5000 and parts[1][1] is None
+
+
+def test_draws_follow_the_probabilities():
+    scores = torch.tensor([0.5, 0.3, 0.2, 0.0]).log().expand(4000, 4)
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample(scores, sequences(*[Sampler(generator=generator)] * 4000))
+    shares = torch.tensor(drawn).bincount(minlength=4) / 4000
+    assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.2, 0.0]), atol=0.03)
+    assert shares[3] == 0
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-24])
+def test_what_is_impossible_is_never_drawn(monkeypatch, number):
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.full((1, 1), number))
+    scores = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
+    assert sample(scores, sequences(Sampler(generator=torch.Generator()))) in ([1], [2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_ties_go_to_the_lowest_token(dtype, rows):
+    logits = torch.randn(rows, 70001).to(dtype).clamp(max=1.0)
+    assert sample(logits, sequences(*[Sampler()] * rows)) == logits.float().argmax(-1).tolist()
+
+
+def test_scores_that_are_not_numbers_fail_their_row_only():
+    logits = torch.zeros(4, 50)
+    logits[:, 7] = 1
+    logits[1, 3] = logits[3, 3] = float("nan")
+    cold, hot = Sampler(), Sampler(warpers=[library.TopKLogitsWarper(1)], generator=torch.Generator())
+    chosen = sample(logits, sequences(cold, cold, hot, hot))
+    assert chosen[0] == chosen[2] == 7
+    assert isinstance(chosen[1], ModelError) and isinstance(chosen[3], ModelError)
+
+
+class Broken:
+    def __call__(self, ids, scores):
+        raise KeyError("mine")
+
+
+@pytest.mark.parametrize("part", ["processors", "warpers", "generator", "text"])
+def test_a_row_that_cannot_be_sampled_fails_alone(model, tokenizer, part):
+    engine = Engine(model, tokenizer)
+    parameters = {"max_new_tokens": 4, "top_k": 1, "eos_token_id": []}
+    bad, good = (engine.submit(Request(prompt_ids(i, 5), parameters, seed=1)) for i in range(2))
+    sampler = engine._scheduler.waiting[0].sampler
+    if part == "text":
+        bad.choices[0].stream.push = Broken().__call__
+    elif part == "generator":
+        sampler.generator = "none"
+    else:
+        getattr(sampler, part).append(Broken())
+    while engine.has_work:
+        engine.step()
+    assert bad.error.status == 500 and bad.choices[0].finish_reason == "error"
+    assert good.error is None
+    assert good.choices[0].token_ids == reference("llama", tuple(prompt_ids(1, 5)))[:4]

@@ -1,5 +1,6 @@
 """Start, watch and stop a TorchServe that shares nothing with any other on the machine."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -87,7 +88,8 @@ class TorchServe:
         if java_home is None:
             raise UserError("TorchServe needs Java 17 or newer: run make setup, or set JAVA_HOME")
         _check_ports(self.port)
-        shutil.rmtree(self.work, ignore_errors=True)  # what a killed one left: gigabytes, maybe
+        stop(self.work)  # what is left of one that was killed: processes, gigabytes
+        shutil.rmtree(self.work, ignore_errors=True)
         temporary = self._temporary_folder()
         config = self.work / "config.properties"
         config.write_text(properties(self._archive.parent, f"{self.name}={self._archive.name}", self.port))
@@ -179,7 +181,8 @@ def stop(work: Path, timeout: float = 30) -> bool:
     process = _recorded_process(work)
     if process:
         family = [process, *process.children(recursive=True)]
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it may just have ended
+            os.killpg(process.pid, signal.SIGTERM)
         _, alive = psutil.wait_procs(family, timeout)
         for survivor in alive:
             survivor.kill()

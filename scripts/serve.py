@@ -18,6 +18,7 @@ RUN = Path(".run")  # one work folder a port
 def serve(archive_path: Path, port: int, timeout: float) -> None:
     """Serve an archive in the foreground. Raises UserError when it cannot be loaded."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored when started in a shell's background
     started = time.monotonic()
     with TorchServe(archive_path, port, RUN / str(port)) as server:
         print(f"loading {server.name}; logs in {RUN / str(port) / 'logs'}", flush=True)

@@ -57,11 +57,13 @@ class Generation(Strict):
 
     def parameters(self) -> dict[str, Any]:
         """Those that were given, under the names of transformers' GenerationConfig."""
+        sampled = any((self.temperature, self.top_p, self.min_p, self.top_k and self.top_k > 0))
         given = {
             "max_new_tokens": self.max_tokens or None,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "top_k": self.top_k if self.top_k and self.top_k > 0 else None,
+            # Off unless asked for: in transformers sampling alone would bring a top_k of 50.
+            "top_k": max(self.top_k or 0, 0) if sampled else None,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
             "min_new_tokens": self.min_tokens,
@@ -133,6 +135,9 @@ class Chat(Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    # without influence when there are no tools
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Any = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> "Chat":
@@ -229,7 +234,7 @@ class CompletionCall(OpenAICall):
     _body: Completion
 
     def __init__(self, body: dict[str, Any], served: Served):
-        completion = validated(Completion, body)
+        completion = validated(Completion, _without_nulls(body))
         super().__init__(completion, served)
         self._echo = bool(completion.echo)
         # The engine generates at least one token; with max_tokens 0 it is left out of the answer.
@@ -291,7 +296,7 @@ class ChatCall(OpenAICall):
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, body: dict[str, Any], served: Served):
-        chat = validated(Chat, body)
+        chat = validated(Chat, _without_nulls(body))
         super().__init__(chat, served)
         logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
         self.requests = [chat.request(self._prompt(chat), logprobs)]
@@ -353,6 +358,11 @@ class ModelsCall(Call):
     @staticmethod
     def error(error: EngineError) -> dict[str, Any]:
         return openai_error(error)
+
+
+def _without_nulls(body: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's null is the same as leaving a field out, also one that is not supported."""
+    return {name: value for name, value in body.items() if value is not None}
 
 
 def openai_error(error: EngineError) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+import math
+
+import pytest
+import torch
+
+PROMPT = "My dog is cute"
+COMPLETIONS, CHAT = "v1/completions", "v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+def texts(answer):
+    return [choice["text"] for choice in answer["choices"]]
+
+
+def test_a_completion(send, generate, loaded):
+    status, answer, _ = send({"model": "bloom", "prompt": PROMPT, "max_tokens": 5, "user": "me"}, COMPLETIONS)
+    prompt_tokens = len(loaded.tokenizer(PROMPT).input_ids)
+    assert status == 200 and answer["object"] == "text_completion" and answer["model"] == "bloom"
+    assert answer["choices"] == [{"index": 0, "text": generate(PROMPT, 5), "logprobs": None, "finish_reason": "length"}]
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 5, "total_tokens": prompt_tokens + 5}
+    assert answer["usage"] == usage
+
+
+def test_every_form_of_prompt(send, generate, loaded):
+    ids = loaded.tokenizer(PROMPT).input_ids
+    other = loaded.tokenizer("a").input_ids
+    one, two = generate(PROMPT), generate("a")
+    assert texts(send({"prompt": [PROMPT, "a"]}, COMPLETIONS)[1]) == [one, two]
+    assert texts(send({"prompt": ids}, COMPLETIONS)[1]) == [one]
+    assert texts(send({"prompt": [ids, other]}, COMPLETIONS)[1]) == [one, two]
+    assert texts(send({"prompt": PROMPT})[1]) == [one]  # without a path
+
+
+def test_n_and_seed(send):
+    body = {"prompt": [PROMPT, "a"], "n": 2, "temperature": 1.5, "seed": 3}
+    answer = send(body, COMPLETIONS)[1]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert len(set(texts(answer))) == 4
+    assert texts(send(body, COMPLETIONS)[1]) == texts(answer)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_stop(send, generate, several):
+    whole = generate(PROMPT, 20)
+    stop = whole[3:5]
+    answer = send({"prompt": PROMPT, "max_tokens": 20, "stop": [stop, "never"] if several else stop}, COMPLETIONS)[1]
+    assert texts(answer) == [whole[: whole.index(stop)]]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_echo_and_logprobs(send, loaded):
+    ids = loaded.tokenizer(PROMPT).input_ids
+    answer = send({"prompt": PROMPT, "max_tokens": 3, "logprobs": 2, "echo": True}, COMPLETIONS)[1]
+    (choice,) = answer["choices"]
+    logprobs = choice["logprobs"]
+    with torch.inference_mode():
+        expected = loaded.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert choice["text"].startswith(PROMPT) and "".join(logprobs["tokens"][: len(ids)]) == PROMPT
+    assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+    for position in range(1, len(ids)):
+        assert math.isclose(logprobs["token_logprobs"][position], expected[position - 1, ids[position]], abs_tol=1e-4)
+    assert math.isclose(logprobs["token_logprobs"][len(ids)], expected[-1].max(), abs_tol=1e-4)
+    assert all(len(top) <= 2 for top in logprobs["top_logprobs"][1:])
+    assert len({len(logprobs[name]) for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}) == 1
+    assert logprobs["text_offset"][:2] == [0, len(logprobs["tokens"][0])]
+
+
+def test_the_prompt_alone_for_its_logprobs(send, loaded):
+    answer = send({"prompt": PROMPT, "max_tokens": 0, "logprobs": 0, "echo": True}, COMPLETIONS)[1]
+    assert texts(answer) == [PROMPT] and answer["usage"]["completion_tokens"] == 0
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == len(loaded.tokenizer(PROMPT).input_ids)
+
+
+def test_penalties_and_bias(send, generate, loaded):
+    token = loaded.tokenizer("z", add_special_tokens=False).input_ids[0]
+    assert texts(send({"prompt": PROMPT, "max_tokens": 3, "logit_bias": {str(token): 100}}, COMPLETIONS)[1]) == ["zzz"]
+    repeated = {"prompt": "a", "max_tokens": 8, "ignore_eos": True}
+    plain = texts(send(repeated, COMPLETIONS)[1])
+    assert texts(send({**repeated, "repetition_penalty": 5.0}, COMPLETIONS)[1]) != plain
+    off = {"top_k": -1, "temperature": 0, "presence_penalty": 0, "frequency_penalty": 0, "min_tokens": 0, "n": None}
+    assert texts(send({**repeated, **off}, COMPLETIONS)[1]) == plain
+
+
+@pytest.mark.parametrize("extra", [{}, {"n": 2, "temperature": 1.0, "seed": 1}, {"echo": True}, {"logprobs": 1}])
+def test_a_stream_adds_up_to_the_answer(send, stream, extra):
+    body = {"prompt": [PROMPT, "東京"], "max_tokens": 12, **extra}
+    whole = send(body, COMPLETIONS)[1]
+    events = stream({**body, "stream_options": {"include_usage": True}}, COMPLETIONS)
+    assert events[-1]["choices"] == [] and events[-1]["usage"] == whole["usage"]
+    for choice in whole["choices"]:
+        mine = [event["choices"][0] for event in events[:-1] if event["choices"][0]["index"] == choice["index"]]
+        assert "".join(one["text"] for one in mine) == choice["text"]
+        assert [one["finish_reason"] for one in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
+        if "logprobs" in extra:
+            tokens = [token for one in mine for token in one["logprobs"]["tokens"]]
+            offsets = [offset for one in mine for offset in one["logprobs"]["text_offset"]]
+            assert (tokens, offsets) == (choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"])
+    assert all(event["usage"] is None for event in events[:-1])
+
+
+def test_usage_in_every_chunk(stream):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = stream({"prompt": PROMPT, "max_tokens": 6, "stream_options": options}, COMPLETIONS)
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts) and counts[-1] == 6
+
+
+def test_chat(send, generate, chat):
+    prompt = "<system>be brief<user>hello<assistant>"
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": parts}]
+    status, answer, _ = send({"messages": messages, "max_completion_tokens": 6}, CHAT)
+    assert status == 200 and answer["object"] == "chat.completion"
+    message = {"role": "assistant", "content": generate(prompt, 6), "refusal": None}
+    assert answer["choices"][0]["message"] == message
+
+
+def test_chat_logprobs(send, chat):
+    body = {**HELLO, "max_tokens": 3, "logprobs": True, "top_logprobs": 2}
+    entries = send(body, CHAT)[1]["choices"][0]["logprobs"]["content"]
+    assert len(entries) == 3 and all(len(entry["top_logprobs"]) == 2 for entry in entries)
+    assert all(entry["logprob"] == entry["top_logprobs"][0]["logprob"] for entry in entries)
+
+
+def test_a_chat_stream(send, stream, chat):
+    whole = send({**HELLO, "max_tokens": 10}, CHAT)[1]["choices"][0]["message"]["content"]
+    events = stream({**HELLO, "max_tokens": 10}, CHAT)
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert deltas[0]["role"] == "assistant" and not any("role" in delta for delta in deltas[1:])
+    assert "".join(delta.get("content", "") for delta in deltas) == whole
+
+
+@pytest.mark.parametrize(
+    "path, body, status, param",
+    [
+        (COMPLETIONS, {"prompt": PROMPT, "model": "gpt-4"}, 404, "model"),
+        (COMPLETIONS, {}, 400, "prompt"),
+        (COMPLETIONS, {"prompt": []}, 400, "prompt"),
+        (COMPLETIONS, {"prompt": [999999]}, 400, "prompt"),
+        (COMPLETIONS, {"prompt": PROMPT, "suffix": "x"}, 400, "suffix"),
+        (COMPLETIONS, {"prompt": PROMPT, "best_of": 3}, 400, None),
+        (COMPLETIONS, {"prompt": PROMPT, "max_tokens": 0}, 400, None),
+        (COMPLETIONS, {"prompt": PROMPT, "temperature": -1}, 400, "temperature"),
+        (COMPLETIONS, {"prompt": PROMPT, "stream_options": {"include_usage": True}}, 400, None),
+        (COMPLETIONS, {"prompt": "x" * 150}, 413, None),
+        (CHAT, HELLO | {"tools": [{"type": "function"}]}, 400, "tools"),
+        (CHAT, HELLO | {"response_format": {"type": "json_object"}}, 400, "response_format.type"),
+        (CHAT, HELLO | {"top_logprobs": 2}, 400, None),
+        (CHAT, {"messages": []}, 400, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None),
+        (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages"),
+    ],
+)
+def test_errors_have_openais_shape_and_name_the_field(send, chat, path, body, status, param):
+    got, answer, _ = send(body, path)
+    assert got == status, answer
+    assert answer["error"].keys() == {"message", "type", "param", "code"}
+    assert param is None or answer["error"]["param"] == param
+
+
+def test_sampling_is_from_the_whole_vocabulary_unless_top_k_is_given(send, monkeypatch):
+    from handler.engine import Engine
+
+    seen = []
+    submit = Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda self, request: seen.append(request) or submit(self, request))
+    for extra in ({"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"temperature": 0}, {}):
+        send({"prompt": PROMPT, **extra}, COMPLETIONS)
+    assert [request.parameters.get("top_k") for request in seen] == [0, 5, None, None]
+
+
+def test_null_and_harmless_values_are_no_error(send, chat):
+    nulls = {"stop": None, "seed": None, "logit_bias": None, "stream": None, "n": None, "max_tokens": None}
+    assert send({"prompt": PROMPT, "suffix": None, **nulls}, COMPLETIONS)[0] == 200
+    extra = {"tools": None, "tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"}}
+    assert send({**HELLO, **nulls, **extra}, CHAT)[0] == 200
+
+
+def test_chat_without_a_template(send):
+    status, answer, _ = send(HELLO, CHAT)
+    assert status == 400 and "no chat template" in answer["error"]["message"]
+
+
+def test_models(send):
+    status, answer, _ = send(None, "v1/models")
+    assert status == 200 and [model["id"] for model in answer["data"]] == ["bloom"]
+    assert send(None, "v1/models/bloom")[1]["max_model_len"] == 2048
+    assert send(None, "v1/models/other")[0] == 404

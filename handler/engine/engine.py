@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _FALLBACK_LENGTH = 2048  # tokens, for a model whose config names no limit
 _FALLBACK_NEW_TOKENS = 20  # as in transformers' generate
 _LIMITS = {"max_new_tokens", "max_length"}
+_IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
 _ECHO_ROWS = 32  # prompt positions whose float32 scores are held at once
 
 
@@ -37,7 +38,8 @@ class Engine:
     max_sequence_length: most tokens of prompt and continuation together; None: the model's limit, else 2048.
     max_prompt_tokens: most tokens of a prompt; None: no limit of its own.
     kv_cache_bytes: most bytes of keys and values; None: max_batch_size x max_sequence_length tokens.
-    prefill_chunk: most prompt tokens in one step, so that long prompts do not stall those who decode.
+    prefill_chunk: most prompt tokens in one step, so that long prompts do not stall those who decode; four times
+        that while nobody decodes.
     max_queue: most sequences that wait to run.
     defaults: generation parameters under `GenerationConfig` names for requests that do not give them. Of the
         model's own generation config only the eos, bos and pad tokens count.
@@ -62,14 +64,20 @@ class Engine:
         self._defaults = params.checked(defaults or {})
         self._detokenizer = Detokenizer(tokenizer)
         self._library = _with_special_tokens_only(model)
+        idle_chunk = _IDLE_CHUNKS * prefill_chunk
         if self._runner.window:
-            prefill_chunk = max(1, min(prefill_chunk, self._runner.window // 4))
+            prefill_chunk = idle_chunk = max(1, min(prefill_chunk, self._runner.window // 4))
         self.max_sequence_length = self._length_limit(max_sequence_length, prefill_chunk)
         self.max_prompt_tokens = max_prompt_tokens or self.max_sequence_length
         tokens = max_batch_size * self.max_sequence_length
         self._cache = KVCache(tokens, kv_cache_bytes, self._runner.bytes_per_token)
         self._scheduler = Scheduler(
-            self._cache, max_batch_size, max_queue, prefill_chunk, one_forward=self._runner.streams_weights
+            self._cache,
+            max_batch_size,
+            max_queue,
+            prefill_chunk,
+            idle_chunk,
+            one_forward=self._runner.streams_weights,
         )
         self._jobs: dict[str, Job] = {}  # those that are not finished
         self._order = itertools.count()

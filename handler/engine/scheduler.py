@@ -10,18 +10,19 @@ class Scheduler:
     """First come, first served. running[i] has row i of the cache; decoding rows come before prefilling ones.
 
     max_rows: most sequences that run at once; max_waiting: most that wait.
-    chunk: most prompt tokens in one step.
+    chunk: most prompt tokens in a step that others decode in; idle_chunk: in one that nobody decodes in.
     one_forward: decoding and prefilling rows share one padded forward, since a pass over the weights is what
         costs; otherwise they get one each, since padding decoding rows to a chunk multiplies their work.
     """
 
-    def __init__(self, cache: KVCache, max_rows: int, max_waiting: int, chunk: int, one_forward: bool):
+    def __init__(self, cache: KVCache, max_rows: int, max_waiting: int, chunk: int, idle_chunk: int, one_forward: bool):
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.max_waiting = max_waiting
         self._cache = cache
         self._max_rows = max_rows
-        self._chunk = chunk
+        self._chunk, self._idle_chunk = chunk, idle_chunk
+        self._budget = chunk  # this step's
         self._one_forward = one_forward
 
     def schedule(self) -> list[Batch]:
@@ -30,7 +31,8 @@ class Scheduler:
             self.waiting[0].row = len(self.running)
             self.running.append(self.waiting.popleft())
         decode, prefill = Batch(), Batch()
-        budget = self._chunk
+        decoding = any(not sequence.prefilling for sequence in self.running)
+        budget = self._budget = self._chunk if decoding else self._idle_chunk
         for sequence in self.running:
             batch = prefill if sequence.prefilling else decode
             missing = min(sequence.length - sequence.cached, budget if sequence.prefilling else 1)
@@ -46,7 +48,7 @@ class Scheduler:
 
     def shape(self) -> tuple[int, int]:
         """Rows and columns that running sequences fill at most after this step."""
-        return len(self.running), max(min(s.cached + self._chunk, s.length) for s in self.running)
+        return len(self.running), max(min(s.cached + self._budget, s.length) for s in self.running)
 
     def release_finished(self) -> None:
         """Take finished sequences out and close the gaps: the last decoding rows fill those among their

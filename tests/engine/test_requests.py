@@ -268,12 +268,25 @@ def test_all_prompts_together_share_one_chunk(model, tokenizer, monkeypatch):
     engine = Engine(model, tokenizer, prefill_chunk=8)
     counts = []
     run = engine._runner.forward
+    engine.submit(Request(prompt_ids(9, 3), {"max_new_tokens": 20}))
+    engine.step()  # this one decodes from now on
     monkeypatch.setattr(engine._runner, "forward", lambda c, b, s: counts.append(b.counts) or run(c, b, s))
     for i in range(3):
         engine.submit(Request(prompt_ids(i, 5), {"max_new_tokens": 1}))
     for _ in range(2):
         engine.step()
-    assert counts == [[5, 3], [2, 5]]
+    assert counts == [[1], [5, 3], [1], [2, 5]]
+
+
+def test_prompts_take_more_of_a_step_that_nobody_decodes_in(model, tokenizer, monkeypatch):
+    engine = Engine(model, tokenizer, prefill_chunk=4)
+    counts = []
+    run = engine._runner.forward
+    monkeypatch.setattr(engine._runner, "forward", lambda c, b, s: counts.append(b.counts) or run(c, b, s))
+    for i in range(4):
+        engine.submit(Request(prompt_ids(i, 5), {"max_new_tokens": 1}))
+    engine.step()
+    assert counts == [[5, 5, 5, 1]]
 
 
 # ends

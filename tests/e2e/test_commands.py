@@ -54,6 +54,7 @@ def test_serve_predict_and_both_ways_to_end_it(bloom, end):
             assert make("stop", f"PORT={port}").stdout.strip() == "stopped"
         assert serving.wait(60) == 0
     finally:
+        make("stop", f"PORT={port}")
         serving.kill()
     deadline = time.monotonic() + 10
     while serves(port) and time.monotonic() < deadline:

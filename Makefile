@@ -70,7 +70,9 @@ lint: $(READY) ## ruff and mypy
 	.venv/bin/mypy
 
 bench: $(READY) ## the measurements of the README
-	@$(RUN) benchmarks
+	@$(RUN) benchmarks.packing
+	@$(RUN) benchmarks.load_memory
+	@$(RUN) benchmarks.serving
 
 lock: $(READY) ## resolve the newest allowed versions into the lock files
 	.venv/bin/pip install --quiet uv

@@ -66,7 +66,6 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     tiers = _tiers(model, device_map)
     for device, tier in tiers.items():
         logger.info("%s holds %d layers, %.2f GB", device, tier.layers, tier.bytes / 1e9)
-    _warn_of_slow_dtype(model.dtype, tiers)
     return LoadedModel(model, tokenizer, device_map, tiers)
 
 
@@ -126,15 +125,6 @@ def _device_map(settings: Settings, gpus: int) -> str | dict[str, int | str]:
             logger.warning("device_map puts %r on GPU %d and this machine has %d: on the CPU", module, device, gpus)
             placed[module] = "cpu"
     return placed
-
-
-def _warn_of_slow_dtype(dtype: torch.dtype, tiers: dict[str, Tier]) -> None:
-    """A CPU without instructions for bfloat16 gains nothing from a batch in it."""
-    on_cpu = not any(device.startswith("gpu") for device in tiers)
-    if on_cpu and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        logger.warning(
-            "this CPU has no bfloat16 instructions: float32 needs twice the memory and serves many users faster"
-        )
 
 
 def _tiers(model: PreTrainedModel, placed: dict[str, int | str]) -> dict[str, Tier]:

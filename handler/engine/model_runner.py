@@ -2,12 +2,13 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from .cpu_linear import WideLinear, cpu_lacks
 from .errors import UnsupportedModel
 from .kv_cache import KVCache
 from .sequence import Batch
@@ -35,6 +36,7 @@ class ModelRunner:
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
         if not self._takes_positions and config.model_type not in _POSITIONS_FROM_MASK:
             raise UnsupportedModel(f"{type(model).__name__} takes no position_ids: rows differ in length")
+        self._products = WideLinear if cpu_lacks(model.dtype) else nullcontext
         self._model = model
         self._head = model.get_output_embeddings()
         if self._head is None:
@@ -75,7 +77,7 @@ class ModelRunner:
             # Padding gets position 0, which every model has.
             inputs["position_ids"] = torch.where(new < count, length + new, 0).to(self.device)
         cache.aim(batch.sequences[0].row, lengths, counts, shape)
-        with self._head_sees_only(keep):
+        with self._head_sees_only(keep), self._products():
             return self._model(**inputs).logits
 
     @contextmanager

@@ -90,15 +90,6 @@ def test_the_dtype_asked_for(bloom, tmp_path):
     assert load_model(bloom, Settings(), tmp_path).model.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "dtype, supported, warned", [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
-)
-def test_a_cpu_without_bfloat16_is_told(bloom, tmp_path, caplog, monkeypatch, dtype, supported, warned):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    load_model(bloom, Settings(dtype=dtype), tmp_path)
-    assert caplog.text.count("no bfloat16 instructions") == warned
-
-
 def test_a_tokenizer_without_a_pad_token(tmp_path):
     tokenizer = train_tokenizer()
     tokenizer.pad_token = None

@@ -1,0 +1,55 @@
+"""Linear layers of 16-bit weights on a CPU that has no instructions for them.
+
+There, PyTorch's product of many rows in bfloat16 or float16 takes a time in proportion to the rows, as if each
+row were alone. Widening the weights to float32, block by block in the cache, costs about as much as four rows, and
+then float32's fast product does the rest.
+"""
+
+import torch
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+_WORTH_ROWS = 12  # below, PyTorch's own product is as fast (python -m benchmarks.cpu_linear)
+_BLOCK_ELEMENTS = 1 << 20  # 4 MB in float32: stays in the cache between being widened and being used
+
+
+class WideLinear(TorchFunctionMode):
+    """While entered, `linear` on the CPU multiplies 16-bit weights in float32 when there are many rows.
+
+    A mode rather than changed modules: Accelerate's hooks hold on to each module's own forward. Results are as
+    near to the exact product as PyTorch's, or nearer; they are rounded once, to the weights' dtype.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is linear and not kwargs and _is_slow(*args[:2]):
+            return wide_linear(*args)
+        return function(*args, **(kwargs or {}))
+
+
+def cpu_lacks(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no instructions for products in `dtype`."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in supported and not supported[dtype]()
+
+
+def wide_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """inputs [..., in] times weight [out, in] transposed, plus bias [out]; [..., out] in the dtype of `inputs`."""
+    rows = inputs.reshape(-1, inputs.shape[-1]).float()
+    block = max(1, _BLOCK_ELEMENTS // weight.shape[1])
+    wide = torch.empty(min(block, len(weight)), weight.shape[1])  # one buffer, used for every block
+    output = inputs.new_empty(len(rows), len(weight))
+    for start in range(0, len(weight), block):
+        part = weight[start : start + block]
+        product = rows @ wide[: len(part)].copy_(part).t()
+        if bias is not None:
+            product += bias[start : start + block]
+        output[:, start : start + block] = product
+    return output.view(*inputs.shape[:-1], len(weight))
+
+
+def _is_slow(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    rows = inputs.numel() // inputs.shape[-1]
+    return weight.device.type == "cpu" and weight.dtype == inputs.dtype and weight.itemsize == 2 and rows >= _WORTH_ROWS

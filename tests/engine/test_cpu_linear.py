@@ -1,0 +1,74 @@
+"""16-bit products on a CPU without instructions for them, whatever this CPU has."""
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from handler.engine import Engine, Request, cpu_linear, model_runner
+from handler.loading import load_model
+from handler.settings import Settings
+from tests.models import save_tiny_bloom
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def lacking(monkeypatch):
+    """A CPU without 16-bit instructions; the list of the row counts that were widened."""
+    widened = []
+
+    def spy(inputs, weight, bias=None):
+        widened.append(inputs.numel() // inputs.shape[-1])
+        return wide(inputs, weight, bias)
+
+    wide = cpu_linear.wide_linear
+    monkeypatch.setattr(cpu_linear, "wide_linear", spy)
+    monkeypatch.setattr(model_runner, "cpu_lacks", lambda dtype: dtype in DTYPES)
+    return widened
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, biased", [((16, 24), True), ((2, 9, 24), False), ((1, 24), True)])
+def test_it_is_the_exact_product_rounded_once(monkeypatch, dtype, shape, biased):
+    monkeypatch.setattr(cpu_linear, "_BLOCK_ELEMENTS", 24 * 7)  # 50 outputs: seven blocks and a rest
+    torch.manual_seed(0)
+    inputs, weight, bias = (torch.randn(size).to(dtype) for size in (shape, (50, 24), (50,)))
+    exact = linear(inputs.double(), weight.double(), bias.double() if biased else None)
+    product = cpu_linear.wide_linear(inputs, weight, bias if biased else None)
+    assert product.dtype == dtype
+    torch.testing.assert_close(product.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_few_rows_and_other_dtypes_are_left_to_pytorch(lacking):
+    few, many = cpu_linear._WORTH_ROWS - 1, cpu_linear._WORTH_ROWS
+    weight = torch.randn(4, 3).bfloat16()
+    with cpu_linear.WideLinear():
+        linear(torch.randn(few, 3).bfloat16(), weight)
+        linear(torch.randn(many, 3), weight.float())
+        assert not lacking
+        linear(torch.randn(many, 3).bfloat16(), weight)
+    assert lacking == [many]
+    linear(torch.randn(many, 3).bfloat16(), weight)
+    assert lacking == [many]
+
+
+@pytest.mark.parametrize("tier", ["cpu", "disk"])
+def test_generation_is_what_pytorch_makes_it_and_layers_may_be_on_disk(lacking, monkeypatch, tmp_path, tier):
+    folder = save_tiny_bloom(tmp_path / "bloom")
+    settings = Settings(dtype="bfloat16", max_memory={"cpu": 0 if tier == "disk" else 10**9})
+    loaded = load_model(folder, settings, tmp_path)
+    prompts = [[10 + i, 20 + i, 30 + i] for i in range(16)]
+
+    def texts():
+        engine = Engine(loaded.model, loaded.tokenizer, max_batch_size=16)
+        jobs = [engine.submit(Request(prompt, {"max_new_tokens": 4})) for prompt in prompts]
+        while engine.has_work:
+            engine.step()
+        return [job.choices[0].token_ids for job in jobs]
+
+    wide = texts()
+    assert max(lacking) >= 16
+    lacking.clear()
+    monkeypatch.setattr(model_runner, "cpu_lacks", lambda dtype: False)
+    assert texts() == wide
+    assert not lacking

@@ -13,12 +13,16 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import yaml
+
 from handler.settings import read_settings
 from scripts.console import UserError, run
 from scripts.zip import add_file, files_in, progress_bar
 
 ROOT = Path(__file__).parents[1]
 FORMATS = ("zip-store", "no-archive")
+# Before a worker that is not READY counts as dead: imports, and a disk as slow as a cluster's network volumes.
+STARTUP_SECONDS, STARTUP_BYTES_PER_SECOND = 300, 20_000_000
 
 
 def archive(
@@ -41,7 +45,7 @@ def archive(
     read_settings(setup_config)
     model_store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=model_store, prefix=".archive-") as scratch:
-        target = _archive_code(name, setup_config, model_config, archive_format, Path(scratch))
+        target = _archive_code(name, weights, setup_config, model_config, archive_format, Path(scratch))
         if archive_format == "no-archive":
             link = target / ("model" if weights.is_dir() else "model.zip")
             link.symlink_to(weights.resolve())
@@ -50,12 +54,15 @@ def archive(
         return _move_into_place(target, model_store / target.name)
 
 
-def _archive_code(name: str, setup_config: Path, model_config: Path, archive_format: str, scratch: Path) -> Path:
+def _archive_code(
+    name: str, weights: Path, setup_config: Path, model_config: Path, archive_format: str, scratch: Path
+) -> Path:
     """Run torch-model-archiver on everything but the weights; what it made, inside `scratch`."""
     stage = scratch / "stage"
     shutil.copytree(ROOT / "handler", stage / "handler", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(setup_config, stage / "setup_config.json")
-    config = shutil.copy(model_config, scratch / "model-config.yaml")
+    config = scratch / "model-config.yaml"
+    config.write_text(_with_startup_timeout(model_config.read_text(), weights))
     export, temporary = scratch / "export", scratch / "tmp"
     export.mkdir()
     temporary.mkdir()
@@ -68,8 +75,23 @@ def _archive_code(name: str, setup_config: Path, model_config: Path, archive_for
     return next(export.iterdir())
 
 
+def _with_startup_timeout(model_config: str, weights: Path) -> str:
+    """model-config.yaml with the seconds that these weights may take to be unpacked and loaded, unless it has its own.
+
+    TorchServe's own 120 s would kill a worker that is still unpacking a large checkpoint.
+    """
+    if "startupTimeout" in yaml.safe_load(model_config):
+        return model_config
+    size = sum(path.stat().st_size for path in _weight_files(weights))
+    return f"{model_config.rstrip()}\nstartupTimeout: {STARTUP_SECONDS + size // STARTUP_BYTES_PER_SECOND}\n"
+
+
+def _weight_files(weights: Path) -> list[Path]:
+    return [weights] if weights.is_file() else files_in(weights)
+
+
 def _add_weights(mar: Path, weights: Path) -> None:
-    files = [weights] if weights.is_file() else files_in(weights)
+    files = _weight_files(weights)
     with zipfile.ZipFile(mar, "a", zipfile.ZIP_STORED) as zipped, progress_bar(files, mar.name) as bar:
         for path in files:
             within = Path("model.zip") if weights.is_file() else Path("model") / path.relative_to(weights)

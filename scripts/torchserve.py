@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import requests
 
+from scripts.config_properties import PORTS, laptop_properties
 from scripts.console import UserError
 from scripts.java import find_java_home
 
-PORTS = ("inference", "management", "metrics", "grpc_inference", "grpc_management")  # PORT, PORT+1, …
 MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's path on Linux
 # What TorchServe's worker logs before the traceback of what went wrong, and what it logs once it has.
 FAILURE = re.compile(r"MODEL_LOG - (Failed to load model|Load model .* OOM|Backend worker process died)")
@@ -28,32 +28,6 @@ AFTERWARDS = ("Backend worker process died", "s_name_part0=")
 
 class ModelFailed(UserError):
     """The worker could not load the model; the message holds its own traceback."""
-
-
-def properties(model_store: Path, model: str, port: int) -> str:
-    """TorchServe's config.properties to serve one model, on this machine's loopback interface only.
-
-    model: `NAME=NAME.mar`, or `NAME=NAME` for a no-archive folder.
-    """
-    return "\n".join(
-        [
-            f"inference_address=http://127.0.0.1:{port}",
-            f"management_address=http://127.0.0.1:{port + 1}",
-            f"metrics_address=http://127.0.0.1:{port + 2}",
-            f"grpc_inference_port={port + 3}",
-            f"grpc_management_port={port + 4}",
-            f"model_store={model_store}",
-            f"load_models={model}",
-            "metrics_mode=prometheus",
-            "job_queue_size=1000",
-            "max_request_size=16777216",
-            "max_response_size=67108864",
-            "disable_token_authorization=true",
-            "enable_envvars_config=false",
-            "ts_open_inference_protocol=true",
-            "",
-        ]
-    )
 
 
 class TorchServe:
@@ -92,7 +66,7 @@ class TorchServe:
         shutil.rmtree(self.work, ignore_errors=True)
         temporary = self._temporary_folder()
         config = self.work / "config.properties"
-        config.write_text(properties(self._archive.parent, f"{self.name}={self._archive.name}", self.port))
+        config.write_text(laptop_properties(self._archive, self.port))
         command = [str(Path(sys.executable).parent / "torchserve"), "--start", "--foreground", "--ncs"]
         command += ["--ts-config", str(config), "--model-store", str(self._archive.parent)]
         environment = {

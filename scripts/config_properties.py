@@ -1,0 +1,81 @@
+"""TorchServe's config.properties for a laptop and for a cluster: the same model and limits at different addresses."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CLUSTER_STORE = "/mnt/models/model-store"  # where KServe's storage initializer puts what was uploaded
+# KServe's wrapper listens on 8080 and on 8081 (gRPC) and asks TorchServe on 8085.
+CLUSTER_PORTS = {
+    "inference": 8085,
+    "management": 8086,
+    "metrics": 8082,
+    "grpc_inference": 7070,
+    "grpc_management": 7071,
+}
+PORTS = tuple(CLUSTER_PORTS)  # on a laptop: PORT, PORT+1, …
+
+WORKER_DEFAULTS = {  # TorchServe's own, for what model-config.yaml leaves out
+    "minWorkers": 1,
+    "maxWorkers": 1,
+    "batchSize": 1,
+    "maxBatchDelay": 100,
+    "responseTimeout": 120,
+    "startupTimeout": 120,
+}
+
+
+def laptop_properties(archive: Path, port: int) -> str:
+    """For one archive where it lies, on five ports from `port` on, on this machine's loopback interface only."""
+    ports = {name: port + offset for offset, name in enumerate(PORTS)}
+    return _properties(archive, archive.parent, ports, "127.0.0.1")
+
+
+def cluster_properties(archive: Path) -> str:
+    """For one archive in KServe's container: open to the pod's network but for management."""
+    return _properties(archive, Path(CLUSTER_STORE), CLUSTER_PORTS, "0.0.0.0")
+
+
+def model_config(archive: Path) -> dict[str, Any]:
+    """model-config.yaml of a .mar or of a no-archive folder."""
+    return yaml.safe_load(_read(archive, "model-config.yaml"))
+
+
+def _properties(archive: Path, model_store: Path, ports: dict[str, int], host: str) -> str:
+    name = archive.name.removesuffix(".mar")
+    version = json.loads(_read(archive, "MAR-INF/MANIFEST.json"))["model"]["modelVersion"]
+    config = model_config(archive)
+    worker = {key: config.get(key, default) for key, default in WORKER_DEFAULTS.items()}
+    model = {version: {"defaultVersion": True, "marName": archive.name} | worker}
+    snapshot = {"name": "startup.cfg", "modelCount": 1, "models": {name: model}}
+    values = {
+        "inference_address": f"http://{host}:{ports['inference']}",
+        "management_address": f"http://127.0.0.1:{ports['management']}",
+        "metrics_address": f"http://{host}:{ports['metrics']}",
+        "grpc_inference_address": host,
+        "grpc_inference_port": ports["grpc_inference"],
+        "grpc_management_port": ports["grpc_management"],
+        "model_store": model_store,
+        # A snapshot, not load_models: KServe's wrapper takes the model's name from it.
+        "model_snapshot": json.dumps(snapshot, separators=(",", ":")),
+        "metrics_mode": "prometheus",
+        "job_queue_size": 1000,
+        "max_request_size": 2**24,
+        "max_response_size": 2**26,
+        "disable_token_authorization": "true",
+        "enable_model_api": "false",
+        # TS_SERVICE_ENVELOPE, which KServe sets, would wrap the handler in one that answers only the first of a batch.
+        "enable_envvars_config": "false",
+        "ts_open_inference_protocol": "true",
+    }
+    return "".join(f"{key}={value}\n" for key, value in values.items())
+
+
+def _read(archive: Path, name: str) -> bytes:
+    if archive.is_dir():
+        return (archive / name).read_bytes()
+    with zipfile.ZipFile(archive) as zipped:
+        return zipped.read(name)

@@ -1,0 +1,90 @@
+"""config.properties for a laptop and for a cluster, from one archive."""
+
+import json
+
+import pytest
+import yaml
+
+from scripts.archive import ROOT, STARTUP_BYTES_PER_SECOND, STARTUP_SECONDS, archive
+from scripts.config_properties import cluster_properties, laptop_properties, model_config
+from tests.models import save_tiny_bloom
+
+SAME = [
+    "metrics_mode",
+    "job_queue_size",
+    "max_request_size",
+    "max_response_size",
+    "disable_token_authorization",
+    "enable_model_api",
+    "enable_envvars_config",
+    "ts_open_inference_protocol",
+    "model_snapshot",
+]
+
+
+@pytest.fixture(scope="module")
+def bloom(tmp_path_factory):
+    return save_tiny_bloom(tmp_path_factory.mktemp("checkpoint") / "bloom")
+
+
+@pytest.fixture(params=["zip-store", "no-archive"])
+def made(request, bloom, tmp_path):
+    return archive("bloom", bloom, tmp_path / "store", archive_format=request.param)
+
+
+def read(text):
+    return dict(line.split("=", 1) for line in text.splitlines())
+
+
+def test_both_are_the_same_but_for_where_they_listen(made):
+    laptop, cluster = read(laptop_properties(made, 9000)), read(cluster_properties(made))
+    assert laptop.keys() == cluster.keys()
+    assert {name: laptop[name] for name in SAME} == {name: cluster[name] for name in SAME}
+
+
+def test_a_laptop_listens_on_loopback_alone(made):
+    values = read(laptop_properties(made, 9000))
+    addresses = [values[f"{name}_address"] for name in ("inference", "management", "metrics")]
+    assert addresses == [f"http://127.0.0.1:{port}" for port in (9000, 9001, 9002)]
+    assert values["grpc_inference_address"] == "127.0.0.1"
+    assert values["model_store"] == str(made.parent)
+
+
+def test_a_cluster_reaches_all_but_management(made):
+    values = read(cluster_properties(made))
+    assert values["inference_address"] == "http://0.0.0.0:8085"
+    assert values["management_address"] == "http://127.0.0.1:8086"
+    assert values["metrics_address"] == "http://0.0.0.0:8082"
+    assert values["model_store"] == "/mnt/models/model-store"
+    assert values["enable_envvars_config"] == values["enable_model_api"] == "false"
+
+
+def test_the_snapshot_says_what_the_archives_own_configuration_says(made):
+    models = json.loads(read(cluster_properties(made))["model_snapshot"])["models"]
+    (model,) = models["bloom"].values()
+    packed = model_config(made)
+    assert model.pop("defaultVersion") is True and model.pop("marName") == made.name
+    assert model == {key: packed[key] for key in model} and model["batchSize"] == 256
+
+
+def test_the_time_to_start_grows_with_the_checkpoint(bloom, tmp_path):
+    shard = bloom / "model-00001-of-00003.safetensors"
+    size = sum(path.stat().st_size for path in bloom.iterdir())
+    small = model_config(archive("small", bloom, tmp_path, archive_format="no-archive"))
+    assert small["startupTimeout"] == STARTUP_SECONDS + size // STARTUP_BYTES_PER_SECOND
+    large = tmp_path / "large"
+    large.mkdir()
+    for path in bloom.iterdir():
+        (large / path.name).symlink_to(path)
+    (large / shard.name).unlink()
+    with (large / shard.name).open("wb") as sparse:
+        sparse.truncate(10**12)
+    slow = model_config(archive("large", large, tmp_path, archive_format="no-archive"))
+    assert slow["startupTimeout"] > 50_000
+
+
+def test_a_time_to_start_of_ones_own_is_kept(bloom, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text((ROOT / "model-config.yaml").read_text() + "startupTimeout: 77")
+    made = archive("bloom", bloom, tmp_path, model_config=own, archive_format="no-archive")
+    assert yaml.safe_load((made / "model-config.yaml").read_text())["startupTimeout"] == 77

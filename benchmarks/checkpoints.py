@@ -1,4 +1,4 @@
-"""The checkpoint that the benchmarks share: BLOOM-560m's exact shape with random weights, 1.1 GB in bfloat16."""
+"""What the benchmarks share: BLOOM-560m's exact shape with random weights, 1.1 GB in bfloat16."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from tests.models import train_tokenizer
+
+WORK = Path(".run/bench")  # of every benchmark
 
 
 def bloom_560m(folder: Path, shard_size: str = "100MB") -> Path:

@@ -8,8 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.checkpoints import bloom_560m
-from benchmarks.packing import WORK
+from benchmarks.checkpoints import WORK, bloom_560m
 
 CHILD = """
 import json, pathlib, re, sys

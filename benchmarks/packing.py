@@ -11,12 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.checkpoints import bloom_560m
+from benchmarks.checkpoints import WORK, bloom_560m
 from scripts.archive import ROOT, archive
 from scripts.torchserve import TorchServe, free_port
 from scripts.zip import files_in, zip_checkpoint
-
-WORK = Path(".run/bench")
 
 
 def seconds(action: Callable[[], object]) -> float:

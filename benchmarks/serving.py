@@ -17,8 +17,7 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.checkpoints import bloom_560m
-from benchmarks.packing import WORK
+from benchmarks.checkpoints import WORK, bloom_560m
 from scripts.archive import archive
 from scripts.torchserve import TorchServe, free_port
 
@@ -59,7 +58,9 @@ def guidellm() -> Path:
 def static_generate(folder: Path, dtype: str, rows: int, new_tokens: int = NEW_TOKENS) -> float:
     """Tokens a second of one `model.generate` over `rows` equal prompts, in a process of its own."""
     arguments = [str(folder), dtype, str(rows), str(PROMPT_TOKENS), str(new_tokens)]
-    ended = subprocess.run([sys.executable, "-c", STATIC, *arguments], check=True, capture_output=True, text=True)
+    command = [sys.executable, "-c", STATIC, *arguments]
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as TorchServe's worker has it
+    ended = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(ended.stdout.splitlines()[-1])
 
 

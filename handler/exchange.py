@@ -86,10 +86,11 @@ class Exchange:
         body = self._call.part(self._jobs) if self._call.stream else ""
         started = any(choice.token_ids for job in self._jobs for choice in job.choices)
         has_deadline = any(job.deadline for job in self._jobs)
-        if not self._opened and not body and not (watch and started and not has_deadline and not self._call.stream):
+        may_open = started and not has_deadline and not self._call.stream
+        if not body and not (watch and (self._opened or may_open)):
             return None
         self._opened = True
-        return Reply(body, more=True, content_type=self._call.content_type) if body or watch else None
+        return Reply(body, more=True, content_type=self._call.content_type)
 
     def _error(self, error: EngineError) -> Reply:
         body = self._call.error(error) if self._call else error_body(self._path, error)

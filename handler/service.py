@@ -124,7 +124,8 @@ class LargeModelHandler(BaseHandler):
         replies = {
             index: exchange.reply(watch=False) for index, exchange in enumerate(exchanges) if not exchange.finished
         }
-        speaking = {index: reply for index, reply in replies.items() if reply}
+        # An error that ends a stream is left for the end of the batch.
+        speaking = {index: reply for index, reply in replies.items() if reply and reply.more}
         if speaking:
             ids = {index: self.context.request_ids[index] for index in speaking}
             bodies = self._write(speaking, len(exchanges))

@@ -50,14 +50,18 @@ def _device(key: Any) -> int | str:
 
 
 def _generation_defaults(values: Any) -> Any:
+    """Held to what a request is held to, so that no default makes every request fail."""
     from transformers import GenerationConfig  # slow to import, and only needed when the key is used
 
+    from handler.engine.errors import InvalidRequest
+    from handler.engine.parameters import checked
+
     if isinstance(values, dict):
-        known = {name for name in GenerationConfig().to_dict() if name != "transformers_version"} | {"stop_strings"}
-        for name in values:
-            if name not in known:
-                raise ValueError(f"GenerationConfig names, and {name!r} is none of them")
-        GenerationConfig(**values).validate(strict=True)
+        try:
+            known = checked(values)
+        except InvalidRequest as error:
+            raise ValueError(f"GenerationConfig's parameters as a request may have them: {error}") from None
+        GenerationConfig(**{k: v for k, v in known.items() if k != "seed"}).validate(strict=True)
     return values
 
 

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,10 +31,14 @@ def zip_checkpoint(model_dir: Path, archive: Path) -> Path:
     files = files_in(model_dir)
     archive.parent.mkdir(parents=True, exist_ok=True)
     partial = archive.with_name(f"{archive.name}.partial")
+    sums = ""
     try:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as zipped, progress_bar(files, archive.name) as bar:
-            sums = [f"{add_file(zipped, path, path.relative_to(model_dir), bar)}\n" for path in files]
-            zipped.writestr(MANIFEST, "".join(sums))
+            for path in files:
+                digest, name = hashlib.sha256(), path.relative_to(model_dir)
+                add_file(zipped, path, name, bar, digest.update)
+                sums += f"{digest.hexdigest()}  {name.as_posix()}\n"
+            zipped.writestr(MANIFEST, sums)
         partial.rename(archive)
     finally:
         partial.unlink(missing_ok=True)
@@ -47,15 +51,15 @@ def progress_bar(files: list[Path], title: str) -> tqdm:
     return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None)
 
 
-def add_file(zipped: zipfile.ZipFile, path: Path, name: Path, bar: tqdm) -> str:
-    """Store one file in the zip under `name`; its line for SHA256SUMS."""
-    digest = hashlib.sha256()
+def add_file(
+    zipped: zipfile.ZipFile, path: Path, name: Path, bar: tqdm, see: Callable[[bytes], None] = lambda chunk: None
+) -> None:
+    """Store one file in the zip under `name`; `see` is shown its bytes on the way."""
     with zipped.open(zipfile.ZipInfo.from_file(path, name.as_posix()), "w", force_zip64=True) as sink:
         for chunk in _chunks(path):
-            digest.update(chunk)
+            see(chunk)
             sink.write(chunk)
             bar.update(len(chunk))
-    return f"{digest.hexdigest()}  {name.as_posix()}"
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -1,5 +1,6 @@
 """Small real models for tests and benchmarks: a tokenizer trained here, weights drawn here."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,21 +15,25 @@ CORPUS = [
 ]
 
 
-def train_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, as BLOOM's is: any text survives the round trip."""
+SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def train_tokenizer(
+    vocab_size: int = 384, corpus: Sequence[str] = CORPUS, special_tokens: Mapping[str, str] = SPECIAL_TOKENS
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, as BLOOM's is: any text survives the round trip, and most characters outside ASCII
+    take several tokens. The special tokens have the first ids, in their order."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        special_tokens=list(special_tokens.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
 
 
 def sharpen(model: PreTrainedModel) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from handler.protocols.open_inference import InferCall
 from handler.protocols.openai import ChatCall, CompletionCall, ModelsCall, OpenAICall
 from handler.protocols.text import TextCall
 
-__all__ = ["Call", "EngineError", "Served", "error_body", "failure", "parse"]
+__all__ = ["Call", "Served", "error_body", "failure", "parse"]
 
 COMPLETIONS = {"v1/completions": CompletionCall, "v1/chat/completions": ChatCall}
 PATHS = (*COMPLETIONS, "v1/models", "health", "describe")

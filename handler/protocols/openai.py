@@ -3,6 +3,7 @@
 import json
 import time
 import uuid
+from itertools import accumulate
 from typing import Annotated, Any, Literal, cast
 
 from jinja2 import TemplateError
@@ -237,6 +238,7 @@ class CompletionCall(OpenAICall):
         completion = validated(Completion, _without_nulls(body))
         super().__init__(completion, served)
         self._echo = bool(completion.echo)
+        self._offsets: dict[tuple[str, int], int] = {}  # characters of the tokens already reported, by choice
         # The engine generates at least one token; with max_tokens 0 it is left out of the answer.
         self._prompt_only = completion.max_tokens == 0
         if self._prompt_only:
@@ -267,27 +269,18 @@ class CompletionCall(OpenAICall):
 
     def _logprobs(self, job: Job, choice: Choice, echo: bool, start: int) -> dict[str, Any]:
         """OpenAI's legacy form: parallel lists over tokens. The first prompt token has no probability."""
-        entries: list[Any] = [] if self._prompt_only else list(choice.logprobs)
-        entries = ([*job.prompt_logprobs] if echo else []) + entries[start:]
-        ids = ([*job.prompt_ids] if echo else []) + [
-            entry[0] for entry in ([] if self._prompt_only else choice.logprobs[start:])
-        ]
+        own = [] if self._prompt_only else choice.logprobs[start:]
+        entries: list[Any] = [*(job.prompt_logprobs if echo else []), *own]
+        ids = [*(job.prompt_ids if echo else []), *(token for token, *_ in own)]
         tokens = [self._token(token) for token in ids]
-        before = 0 if echo or not self._echo else len(self._served.prompt_text(job))
-        before += sum(len(self._token(entry[0])) for entry in choice.logprobs[:start])
-        offsets = []
-        for token in tokens:
-            offsets.append(before)
-            before += len(token)
-        most = job.request.logprobs or 0
+        key = (job.id, choice.index)
+        at = self._offsets.get(key, 0 if echo or not self._echo else len(self._served.prompt_text(job)))
+        *offsets, self._offsets[key] = accumulate(map(len, tokens), initial=at)
+        tops = [entry and {self._token(token): logprob for token, logprob in entry[2]} for entry in entries]
         return {
             "tokens": tokens,
             "token_logprobs": [entry and entry[1] for entry in entries],
-            "top_logprobs": [
-                entry and {self._token(token): logprob for token, logprob in entry[2]} for entry in entries
-            ]
-            if most
-            else None,
+            "top_logprobs": tops if job.request.logprobs else None,
             "text_offset": offsets,
         }
 

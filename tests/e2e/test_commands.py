@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,8 +74,6 @@ def test_stop_when_nothing_is_served():
 
 
 def test_serve_on_a_port_that_is_taken(bloom):
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]

@@ -1,5 +1,7 @@
 """A checkpoint, packed as a user packs it, behind the real TorchServe."""
 
+from pathlib import Path
+
 import psutil
 import pytest
 import requests
@@ -92,9 +94,7 @@ def test_a_work_folder_too_deep_for_a_socket(serving, bloom, tmp_path_factory, m
     with serving(bloom, {"max_new_tokens": 8}) as server:
         assert predict(server, PROMPTS[0]).ok
         short = (server.work / "short").read_text()
-    import pathlib
-
-    assert not pathlib.Path(short).exists()
+    assert not Path(short).exists()
 
 
 def cause(serving, weights, settings=None):

@@ -7,7 +7,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -16,6 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+
+from tests.models import train_tokenizer
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
 
@@ -32,18 +33,7 @@ TEXT = [
 
 @functools.cache
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: most characters outside ASCII take several tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=["<eos>", "<bos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>")
+    return train_tokenizer(VOCAB, TEXT, {"eos_token": "<eos>", "bos_token": "<bos>"})
 
 
 def _config(kind: str):

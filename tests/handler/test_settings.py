@@ -77,6 +77,8 @@ def test_both_names_of_a_key(read):
         ({"max_new_tokens": 0}, "max_new_tokens", "0", "greater than 0"),
         ({"max_batch_size": -1}, "max_batch_size", "-1", "greater than 0"),
         ({"generation": {"temprature": 1}}, "generation", "temprature", "GenerationConfig"),
+        ({"generation": {"num_beams": 4}}, "generation", "num_beams", "cannot be honoured"),
+        ({"generation": {"temperature": -1}}, "generation", "temperature", "positive"),
         ({"trust_remote_code": "maybe"}, "trust_remote_code", "maybe", "boolean"),
     ],
 )
@@ -92,6 +94,10 @@ def test_a_bad_value_is_one_line_with_key_value_and_what_is_allowed(read, values
 def test_a_file_that_is_no_json_object(read, text):
     with pytest.raises(SettingsError, match=r"setup_config\.json"):
         read(text)
+
+
+def test_a_temperature_alone_asks_for_sampling_as_it_does_in_a_request(read):
+    assert read({"generation": {"temperature": 0.7, "seed": 3}}).generation == {"temperature": 0.7, "seed": 3}
 
 
 def test_every_key_is_described():

@@ -11,7 +11,8 @@ from .job import Request
 
 _SHARES = ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _SAMPLING = ("temperature", "top_k", *_SHARES)
-_NUMBERS = ("temperature", *_SHARES, "repetition_penalty", "encoder_repetition_penalty", "max_time")
+_PENALTIES = ("repetition_penalty", "encoder_repetition_penalty")
+_NUMBERS = ("temperature", *_SHARES, *_PENALTIES, "max_time")
 _FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 _IDS = {"bad_words_ids", "suppress_tokens", "begin_suppress_tokens", *_FORCED}
 _SEEDS = range(2**62 + 1)  # seed + n must stay within 64 bits
@@ -29,7 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "sequence_bias": (list, tuple, dict),
     "stop_strings": (str, list, tuple),
 }
-_POSITIVE = ("max_new_tokens", "max_length", "num_return_sequences", "max_time")
+_POSITIVE = ("max_new_tokens", "max_length", "num_return_sequences", "max_time", *_PENALTIES)
 _LIBRARY = GenerationConfig()
 _NEUTRAL = GenerationConfig._get_default_generation_params()
 
@@ -114,6 +115,7 @@ def _typed(name: str, value: Any) -> Any:
     fits = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
     _expect(name, value, " or ".join(t.__name__ for t in types), fits)
     _expect(name, value, "more than 0", name not in _POSITIVE or value > 0)
+    _expect(name, value, "0 or more", name != "temperature" or value >= 0)
     _expect(name, value, "0 to 1", name not in _SHARES or 0 <= value <= 1)  # more is ignored there
     _expect(name, value, "0 to 2**62", name != "seed" or value in _SEEDS)
     return float(value) if name in _NUMBERS else value

@@ -78,7 +78,7 @@ def test_both_names_of_a_key(read):
         ({"max_batch_size": -1}, "max_batch_size", "-1", "greater than 0"),
         ({"generation": {"temprature": 1}}, "generation", "temprature", "GenerationConfig"),
         ({"generation": {"num_beams": 4}}, "generation", "num_beams", "cannot be honoured"),
-        ({"generation": {"temperature": -1}}, "generation", "temperature", "positive"),
+        ({"generation": {"temperature": -1}}, "generation", "temperature", "0 or more"),
         ({"trust_remote_code": "maybe"}, "trust_remote_code", "maybe", "boolean"),
     ],
 )

@@ -3,11 +3,19 @@
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from handler.settings import Settings
@@ -52,8 +60,8 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=settings.dtype,
-        device_map=_device_map(settings, gpus),
-        max_memory=_max_memory(settings, gpus),
+        device_map=device_map(settings, gpus),
+        max_memory=max_memory(settings, gpus),
         offload_folder=offload_folder,
         offload_buffers=settings.offload_buffers,
         trust_remote_code=settings.trust_remote_code,
@@ -62,16 +70,21 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     )
     model.eval()
     # A model that went to one device whole has no map of its own.
-    device_map = getattr(model, "hf_device_map", {"": model.device.type})
-    tiers = _tiers(model, device_map)
+    placed = getattr(model, "hf_device_map", {"": model.device.type})
+    tiers = _tiers(model, placed)
     for device, tier in tiers.items():
         logger.info("%s holds %d layers, %.2f GB", device, tier.layers, tier.bytes / 1e9)
-    return LoadedModel(model, tokenizer, device_map, tiers)
+    return LoadedModel(model, tokenizer, placed, tiers)
 
 
 def _check_folder(folder: Path, settings: Settings) -> None:
     if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise LoadError(f"{folder} holds no weights ({' or '.join(WEIGHTS)}): download the checkpoint again")
+    read_config(folder, settings)
+
+
+def read_config(folder: Path, settings: Settings) -> PreTrainedConfig:
+    """config.json of a causal language model. Raises LoadError for anything else."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (ValueError, OSError) as error:
@@ -84,6 +97,7 @@ def _check_folder(folder: Path, settings: Settings) -> None:
     remote = settings.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise LoadError(f"{config.model_type} has no causal language model in transformers: serve another checkpoint")
+    return config
 
 
 def _load_tokenizer(folder: Path, settings: Settings) -> PreTrainedTokenizerBase:
@@ -106,36 +120,47 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _max_memory(settings: Settings, gpus: int) -> dict[int | str, int] | None:
-    """`max_memory` without the GPUs that this machine lacks, so that the sample's own file works on a laptop."""
+def max_memory(settings: Settings, gpus: int) -> dict[int | str, int] | None:
+    """`max_memory` without the GPUs from number `gpus` on, so that the sample's own file works on a laptop."""
     limits = dict(settings.max_memory or {})
     for device in [device for device in limits if isinstance(device, int) and device >= gpus]:
-        logger.warning("max_memory names GPU %d and this machine has %d: dropped", device, gpus)
+        logger.warning("max_memory names GPU %d and the machine has %d: dropped", device, gpus)
         del limits[device]
     return limits or None
 
 
-def _device_map(settings: Settings, gpus: int) -> str | dict[str, int | str]:
-    """`device_map` with "cpu" in place of the GPUs that this machine lacks."""
+def device_map(settings: Settings, gpus: int) -> str | dict[str, int | str]:
+    """`device_map` with "cpu" in place of the GPUs from number `gpus` on, which the machine lacks."""
     if isinstance(settings.device_map, str):
         return settings.device_map
     placed = dict(settings.device_map)
     for module, device in placed.items():
         if isinstance(device, int) and device >= gpus:
-            logger.warning("device_map puts %r on GPU %d and this machine has %d: on the CPU", module, device, gpus)
+            logger.warning("device_map puts %r on GPU %d and the machine has %d: on the CPU", module, device, gpus)
             placed[module] = "cpu"
     return placed
 
 
-def _tiers(model: PreTrainedModel, placed: dict[str, int | str]) -> dict[str, Tier]:
-    """Bytes and decoder layers a device, from the device map `placed` that Accelerate settled on."""
-    size: dict[str, int] = defaultdict(int)
-    layers: dict[str, set[str]] = defaultdict(set)
+def placement(model: PreTrainedModel, placed: dict[str, int | str]) -> Iterator[tuple[str, str, int]]:
+    """(name, "gpu 0", "cpu" or "disk", bytes) of every parameter, from the device map that Accelerate settled on."""
     for name, parameter in model.named_parameters():
         module = max((key for key in placed if f"{name}.".startswith(f"{key}." if key else "")), key=len)
         device = placed[module]
         device = f"gpu {device}" if isinstance(device, int) else str(device)
-        size[device] += parameter.numel() * parameter.element_size()
-        if layer := re.match(r".*?\.\d+\.", name):
-            layers[device].add(layer[0])
+        yield name, device, parameter.numel() * parameter.element_size()
+
+
+def decoder_layer(name: str) -> str | None:
+    """The decoder layer that a parameter belongs to, such as `transformer.h.3`; None outside of them."""
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match[1] if match else None
+
+
+def _tiers(model: PreTrainedModel, placed: dict[str, int | str]) -> dict[str, Tier]:
+    size: dict[str, int] = defaultdict(int)
+    layers: dict[str, set[str]] = defaultdict(set)
+    for name, device, count in placement(model, placed):
+        size[device] += count
+        if layer := decoder_layer(name):
+            layers[device].add(layer)
     return {device: Tier(len(layers[device]), size[device]) for device in size}

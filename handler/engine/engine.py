@@ -22,7 +22,6 @@ from .text import Detokenizer
 
 logger = logging.getLogger(__name__)
 
-_FALLBACK_LENGTH = 2048  # tokens, for a model whose config names no limit
 _FALLBACK_NEW_TOKENS = 20  # as in transformers' generate
 _LIMITS = {"max_new_tokens", "max_length"}
 _IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
@@ -67,7 +66,7 @@ class Engine:
         idle_chunk = _IDLE_CHUNKS * prefill_chunk
         if self._runner.window:
             prefill_chunk = idle_chunk = max(1, min(prefill_chunk, self._runner.window // 4))
-        self.max_sequence_length = self._length_limit(max_sequence_length, prefill_chunk)
+        self.max_sequence_length = self._runner.length_limit(max_sequence_length, prefill_chunk)
         self.max_prompt_tokens = max_prompt_tokens or self.max_sequence_length
         tokens = max_batch_size * self.max_sequence_length
         self._cache = KVCache(tokens, kv_cache_bytes, self._runner.bytes_per_token)
@@ -221,17 +220,6 @@ class Engine:
         else:
             generator.manual_seed(seed + index)
         return generator
-
-    def _length_limit(self, asked: int | None, chunk: int) -> int:
-        own, window = self._runner.max_length, self._runner.window
-        limit = min(asked or own or _FALLBACK_LENGTH, own or asked or _FALLBACK_LENGTH)
-        if window and limit > window - chunk:
-            # The library cuts windows by column, which is not a token's position while a chunk is prefilled.
-            limit = max(window - chunk, 1)
-            logger.warning("the sliding window of %d limits sequences to %d tokens", window, limit)
-        if asked and limit < asked:
-            logger.warning("max_sequence_length %d is beyond the model; using %d", asked, limit)
-        return limit
 
     # step: schedule, run, postprocess. Only `_postprocess` and `_end` change sequences.
 

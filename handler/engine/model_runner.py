@@ -1,6 +1,7 @@
 """One forward of the model over neighbouring rows, through its ordinary `forward` and Accelerate's hooks."""
 
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -13,6 +14,9 @@ from .errors import UnsupportedModel
 from .kv_cache import KVCache
 from .sequence import Batch
 
+logger = logging.getLogger(__name__)
+
+_FALLBACK_LENGTH = 2048  # tokens, for a model whose config names no limit
 _LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 _POSITIONS_FROM_MASK = ("bloom",)  # no position_ids: ALiBi counts the ones in the 2D attention mask
 
@@ -49,6 +53,18 @@ class ModelRunner:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * config.num_hidden_layers * heads * size * self._model.dtype.itemsize
+
+    def length_limit(self, asked: int | None, chunk: int) -> int:
+        """Most tokens in a sequence, where `asked` are wished for and prompts are prefilled in chunks of `chunk`."""
+        own, window = self.max_length, self.window
+        limit = min(asked or own or _FALLBACK_LENGTH, own or asked or _FALLBACK_LENGTH)
+        if window and limit > window - chunk:
+            # The library cuts windows by column, which is not a token's position while a chunk is prefilled.
+            limit = max(window - chunk, 1)
+            logger.warning("the sliding window of %d limits sequences to %d tokens", window, limit)
+        if asked and limit < asked:
+            logger.warning("max_sequence_length %d is beyond the model; using %d", asked, limit)
+        return limit
 
     def forward(self, cache: KVCache, batch: Batch, shape: tuple[int, int]) -> torch.Tensor:
         """Run a batch; `cache` holds its new tokens afterwards. To be called in inference mode.

@@ -21,7 +21,7 @@ READY_KSERVE := .venv-kserve/.ready
 PIP_INSTALL := bin/pip install --quiet --disable-pip-version-check -r
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop predict download shard zip archive test lint lock bench clean
+.PHONY: help setup demo serve stop predict download shard zip archive plan test lint lock bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -69,6 +69,11 @@ archive: $(READY) ## MODEL_ZIP (or MODEL_DIR, with no-archive) -> model_store/MO
 	    --weights "$(if $(filter no-archive,$(ARCHIVE_FORMAT)),$(or $(MODEL_DIR),$(MODEL_ZIP)),$(MODEL_ZIP))" \
 	    --setup-config "$(SETUP_CONFIG)" --model-config "$(MODEL_CONFIG)"
 
+plan: $(READY) ## where MODEL_DIR goes on GPUS and CPU, and whether it fits -> plan.json, plan.svg
+	@$(RUN) scripts.plan --model-dir "$(or $(MODEL_DIR),$(error MODEL_DIR=… is missing: a checkpoint, or a folder with its config.json))" \
+	    $(if $(GPUS),--gpus "$(GPUS)") $(if $(CPU),--cpu "$(CPU)") --setup-config "$(SETUP_CONFIG)" \
+	    --json plan.json --picture plan.svg
+
 test: $(READY) $(READY_KSERVE) ## every test, the real TorchServe among them
 	.venv/bin/pytest
 
@@ -90,4 +95,4 @@ lock: $(READY) ## resolve the newest allowed versions into the lock files
 	.venv/bin/uv pip compile requirements-kserve.in --universal --no-annotate --no-header -q -o requirements-kserve.lock
 
 clean: ## what was made here, but for downloaded models and .venv
-	rm -rf .run model_store model.zip .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .run model_store model.zip plan.json plan.svg .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _FALLBACK_NEW_TOKENS = 20  # as in transformers' generate
 _LIMITS = {"max_new_tokens", "max_length"}
-_IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
+IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
 _ECHO_ROWS = 32  # prompt positions whose float32 scores are held at once
 
 
@@ -63,7 +63,7 @@ class Engine:
         self._defaults = params.checked(defaults or {})
         self._detokenizer = Detokenizer(tokenizer)
         self._library = _with_special_tokens_only(model)
-        idle_chunk = _IDLE_CHUNKS * prefill_chunk
+        idle_chunk = IDLE_CHUNKS * prefill_chunk
         if self._runner.window:
             prefill_chunk = idle_chunk = max(1, min(prefill_chunk, self._runner.window // 4))
         self.max_sequence_length = self._runner.length_limit(max_sequence_length, prefill_chunk)

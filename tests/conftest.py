@@ -1,0 +1,27 @@
+"""The cloud stores' stand-ins, for the tests of the upload and of KServe's way down again."""
+
+import uuid
+
+import pytest
+
+from tests import clouds
+
+
+@pytest.fixture(scope="session", params=["s3", "gcs", "azure"])
+def cloud_server(request, tmp_path_factory):
+    if request.param == "azure" and not clouds.AZURITE.is_file():
+        pytest.skip("Azurite is not installed: npm's registry could not be reached")
+    with getattr(clouds, request.param)(tmp_path_factory.mktemp(request.param) / "log") as cloud:
+        yield cloud
+
+
+@pytest.fixture
+def cloud(cloud_server, monkeypatch):
+    """A store with an empty bucket, and a proxy before it as `cloud.proxy`, in this process's environment."""
+    proxy = clouds.Proxy(cloud_server.port)
+    for name, value in cloud_server.environment(proxy.port).items():
+        monkeypatch.setenv(name, value)
+    cloud_server.bucket, cloud_server.proxy = f"bucket-{uuid.uuid4()}", proxy
+    clouds.make_bucket(cloud_server)
+    yield cloud_server
+    proxy.close()

@@ -58,33 +58,18 @@ class TorchServe:
 
     def start(self) -> None:
         """Start it. Raises UserError when a port is taken or there is no Java."""
-        java_home = find_java_home()
-        if java_home is None:
-            raise UserError("TorchServe needs Java 17 or newer: run make setup, or set JAVA_HOME")
         _check_ports(self.port)
         stop(self.work)  # what is left of one that was killed: processes, gigabytes
         shutil.rmtree(self.work, ignore_errors=True)
         temporary = self._temporary_folder()
         config = self.work / "config.properties"
         config.write_text(laptop_properties(self._archive, self.port))
-        command = [str(Path(sys.executable).parent / "torchserve"), "--start", "--foreground", "--ncs"]
-        command += ["--ts-config", str(config), "--model-store", str(self._archive.parent)]
-        environment = {
-            # Threads that spin while they wait slow a busy machine down twentyfold, and Java is always beside us.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            **os.environ,
-            "JAVA_HOME": str(java_home),
-            "TEMP": str(temporary),
-            "TMPDIR": str(temporary),
-            "LOG_LOCATION": str(self.logs),
-            "METRICS_LOCATION": str(self.logs),
-            "PYTHONUNBUFFERED": "1",
-            **self._environment,
-        }
+        start = command(config, self._archive.parent)
+        variables = environment(temporary, self.logs) | self._environment
         with (self.work / "console.log").open("wb") as console:
             # A session of its own, so that one signal reaches Java and the workers, and Ctrl-C only us.
             self._process = subprocess.Popen(
-                command, cwd=self.work, env=environment, stdout=console, stderr=console, start_new_session=True
+                start, cwd=self.work, env=variables, stdout=console, stderr=console, start_new_session=True
             )
         (self.work / "pid").write_text(f"{self._process.pid} {psutil.Process(self._process.pid).create_time()}")
 
@@ -145,6 +130,33 @@ class TorchServe:
         short.symlink_to(temporary)
         (self.work / "short").write_text(str(short.parent))
         return short
+
+
+def command(config: Path, model_store: Path) -> list[str]:
+    """What starts TorchServe in the foreground."""
+    start = [str(Path(sys.executable).parent / "torchserve"), "--start", "--foreground", "--ncs"]
+    return [*start, "--ts-config", str(config), "--model-store", str(model_store)]
+
+
+def environment(temporary: Path, logs: Path) -> dict[str, str]:
+    """This process's environment and what TorchServe needs in it to write to these two folders alone.
+
+    Raises UserError when there is no Java.
+    """
+    java_home = find_java_home()
+    if java_home is None:
+        raise UserError("TorchServe needs Java 17 or newer: run make setup, or set JAVA_HOME")
+    return {
+        # Threads that spin while they wait slow a busy machine down twentyfold, and Java is always beside us.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "JAVA_HOME": str(java_home),
+        "TEMP": str(temporary),
+        "TMPDIR": str(temporary),
+        "LOG_LOCATION": str(logs),
+        "METRICS_LOCATION": str(logs),
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def stop(work: Path, timeout: float = 30) -> bool:

@@ -2,7 +2,14 @@
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -12,6 +19,7 @@ from scripts.zip import zip_checkpoint
 from tests.models import save_tiny_bloom
 
 READY_TIMEOUT = 180  # seconds
+ENTRY = [sys.executable, "-m", "scripts.container"]
 
 
 def pytest_collection_modifyitems(items):
@@ -66,3 +74,68 @@ def plain_config(tmp_path_factory):
     path = tmp_path_factory.mktemp("plain") / "model-config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+@pytest.fixture
+def container(tmp_path_factory):
+    """container(mount, *arguments) -> a context manager of what the container's entry runs on that folder.
+
+    Its addresses are on free ports in place of the pod's.
+    """
+
+    @contextlib.contextmanager
+    def container(mount, *arguments, wait=True):
+        port = free_port()
+        addresses = [f"inference_address=http://127.0.0.1:{port}", f"management_address=http://127.0.0.1:{port + 1}"]
+        addresses += [f"metrics_address=http://127.0.0.1:{port + 2}"]
+        addresses += [f"grpc_inference_port={port + 3}", f"grpc_management_port={port + 4}"]
+        with tempfile.TemporaryDirectory(prefix="pod-") as folder:  # short, for the path of a socket
+            pod = Pod(f"http://127.0.0.1:{port}", Path(folder))
+            config = ["--ts-config", str(mount / "config/config.properties")]
+            pod.start(*(arguments or ["serve"]), *config, *addresses)
+            try:
+                if wait:
+                    pod.wait_ready()
+                yield pod
+            finally:
+                pod.end()
+
+    return container
+
+
+class Pod:
+    """A process in place of a container, with a temporary folder of its own."""
+
+    def __init__(self, url, folder):
+        self.url, self.folder = url, folder
+        self.environment = {**os.environ, "TMPDIR": str(folder), "TS_SERVICE_ENVELOPE": "kserve"}
+
+    def start(self, *arguments):
+        log = (self.folder / "log").open("ab")
+        self.process = subprocess.Popen([*ENTRY, *arguments], env=self.environment, stdout=log, stderr=log)
+        self.arguments = arguments
+
+    def run(self, *arguments):
+        """A probe or a hook."""
+        return subprocess.run([*ENTRY, *arguments], env=self.environment, capture_output=True, text=True, timeout=120)
+
+    def wait_ready(self):
+        deadline = time.monotonic() + READY_TIMEOUT
+        while (probe := self.run("ready")).returncode:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"not ready: {probe.stderr}\n{(self.folder / 'log').read_text()}")
+            time.sleep(0.2)
+
+    def family(self):
+        process = psutil.Process(self.process.pid)
+        return [process, *process.children(recursive=True)]
+
+    def end(self):
+        """As Kubernetes does; what is left after the grace period."""
+        family = self.family() if self.process.poll() is None else []
+        self.process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=30)
+        for process in alive:
+            process.kill()
+        self.process.wait()
+        return alive

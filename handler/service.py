@@ -12,6 +12,8 @@ from typing import Any
 
 from ts.context import Context
 from ts.handler_utils.utils import send_intermediate_predict_response
+from ts.metrics.dimension import Dimension
+from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
 from handler.checkpoint import open_checkpoint, work_folder
@@ -21,6 +23,7 @@ from handler.loading import load_model
 from handler.protocols import Served
 from handler.settings import read_settings
 
+METRICS_PERIOD = 1  # seconds between two reports of the engine's gauges while it works
 PACKAGES = ("torchserve", "torch", "transformers", "accelerate")
 
 
@@ -58,6 +61,7 @@ class LargeModelHandler(BaseHandler):
         )
         self.continuous = bool((context.model_yaml_config or {}).get("continuousBatching"))
         self.exchanges: dict[str, Exchange] = {}  # those that are open, by TorchServe's request id
+        self.reported = 0.0
         self.initialized = True
 
     def handle(self, data: list[dict], context: Context) -> list[Any]:
@@ -68,6 +72,7 @@ class LargeModelHandler(BaseHandler):
             return [self.describe_handle()]
         exchanges = self.preprocess(data)
         self.inference(exchanges)
+        self._report()
         return self.postprocess(exchanges)
 
     def preprocess(self, data: list[dict]) -> list[Exchange]:
@@ -111,6 +116,19 @@ class LargeModelHandler(BaseHandler):
             "tiers": {device: vars(tier) for device, tier in self.loaded.tiers.items()},
             "versions": {package: version(package) for package in PACKAGES},
         }
+
+    def _report(self) -> None:
+        """Set the gauges RunningSequences and WaitingSequences among TorchServe's metrics; always when the engine has
+        run dry, because nobody calls again before the next request."""
+        now = time.monotonic()
+        if self.engine.has_work and now < self.reported + METRICS_PERIOD:
+            return
+        self.reported = now
+        for name, value in (("Running", self.engine.running), ("Waiting", self.engine.waiting)):
+            dimensions = [Dimension("ModelName", self.served.name), Dimension("Level", "Model")]
+            self.context.metrics.add_metric(
+                f"{name}Sequences", value, "count", dimensions=dimensions, metric_type=MetricTypes.GAUGE
+            )
 
     def _run(self, milliseconds: float) -> None:
         """Step until the time is over, or somebody has a first token or a whole answer to be sent."""

@@ -62,6 +62,8 @@ def _properties(archive: Path, model_store: Path, ports: dict[str, int], host: s
         # A snapshot, not load_models: KServe's wrapper takes the model's name from it.
         "model_snapshot": json.dumps(snapshot, separators=(",", ":")),
         "metrics_mode": "prometheus",
+        "model_metrics_auto_detect": "true",  # RunningSequences and WaitingSequences of the handler
+        "vmargs": "-Xmx1g",  # a quarter of the machine's memory otherwise, which belongs to the model
         "job_queue_size": 1000,
         "max_request_size": 2**24,
         "max_response_size": 2**26,

@@ -11,6 +11,8 @@ from tests.models import save_tiny_bloom
 
 SAME = [
     "metrics_mode",
+    "model_metrics_auto_detect",
+    "vmargs",
     "job_queue_size",
     "max_request_size",
     "max_response_size",

@@ -23,7 +23,7 @@ NPM = $(NODE)/bin/node $(NODE)/lib/node_modules/npm/bin/npm-cli.js
 PIP_INSTALL := bin/pip install --quiet --disable-pip-version-check -r
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop predict download shard zip archive upload plan test lint lock bench clean
+.PHONY: help setup demo serve stop predict download shard zip archive upload plan manifest deploy test lint lock bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -83,6 +83,21 @@ plan: $(READY) ## where MODEL_DIR goes on GPUS and CPU, and whether it fits -> p
 	@$(RUN) scripts.plan --model-dir "$(or $(MODEL_DIR),$(error MODEL_DIR=… is missing: a checkpoint, or a folder with its config.json))" \
 	    $(if $(GPUS),--gpus "$(GPUS)") $(if $(CPU),--cpu "$(CPU)") --setup-config "$(SETUP_CONFIG)" \
 	    --json plan.json --picture plan.svg
+
+MANIFEST = $(RUN) scripts.manifest --model-name "$(MODEL_NAME)" --model-dir "$(or $(MODEL_DIR),$(error MODEL_DIR=… is missing: \
+	    memory and disk are reckoned from the checkpoint))" \
+	    --storage-uri "$(or $(STORAGE_URI),$(error STORAGE_URI=… is missing: where make upload put the archive))" \
+	    --setup-config "$(SETUP_CONFIG)" --archive-format "$(ARCHIVE_FORMAT)" $(if $(VARIANT),--variant "$(VARIANT)") \
+	    $(if $(GPUS),--gpus "$(GPUS)") $(if $(CPUS),--cpus "$(CPUS)") $(if $(REPLICAS),--replicas "$(REPLICAS)") \
+	    $(if $(MAX_REPLICAS),--max-replicas "$(MAX_REPLICAS)") $(if $(IMAGE),--image "$(IMAGE)") \
+	    $(if $(NAMESPACE),--namespace "$(NAMESPACE)")
+
+manifest: $(READY) ## print the InferenceService of STORAGE_URI, sized for MODEL_DIR; VARIANT=classic, keda, canary, …
+	@$(MANIFEST)
+
+deploy: $(READY) ## the same, applied with kubectl
+	@command -v kubectl > /dev/null || { echo "error: kubectl is not on the PATH; make manifest prints what it would apply"; exit 1; }
+	@mkdir -p .run && $(MANIFEST) > .run/manifest.yaml && kubectl apply -f .run/manifest.yaml
 
 test: $(READY) $(READY_KSERVE) ## every test, the real TorchServe among them
 	.venv/bin/pytest

@@ -85,6 +85,8 @@ def _check_folder(folder: Path, settings: Settings) -> None:
 
 def read_config(folder: Path, settings: Settings) -> PreTrainedConfig:
     """config.json of a causal language model. Raises LoadError for anything else."""
+    if not (folder / "config.json").is_file():
+        raise LoadError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (ValueError, OSError) as error:

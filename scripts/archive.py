@@ -83,7 +83,12 @@ def _with_startup_timeout(model_config: str, weights: Path) -> str:
     if "startupTimeout" in yaml.safe_load(model_config):
         return model_config
     size = sum(path.stat().st_size for path in _weight_files(weights))
-    return f"{model_config.rstrip()}\nstartupTimeout: {STARTUP_SECONDS + size // STARTUP_BYTES_PER_SECOND}\n"
+    return f"{model_config.rstrip()}\nstartupTimeout: {startup_seconds(size)}\n"
+
+
+def startup_seconds(weights: int) -> int:
+    """What a worker may take to unpack and load so many bytes of weights."""
+    return STARTUP_SECONDS + weights // STARTUP_BYTES_PER_SECOND
 
 
 def _weight_files(weights: Path) -> list[Path]:

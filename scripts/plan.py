@@ -11,6 +11,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -196,9 +197,32 @@ def plan(
     """Place the checkpoint in `model_dir` on `gpus` (bytes each) and `cpu` bytes, as load_model would.
 
     gpus: None takes those that max_memory names, of any size. cpu: None is as much as needed.
-    Raises LoadError for a folder that holds no causal language model, UnsupportedModel for one that the engine
-    cannot run.
+    Raises UserError for a folder that holds no causal language model, or one that the engine cannot run.
     """
+    try:
+        with _quiet():
+            return _plan(model_dir, settings, gpus, cpu, bandwidth)
+    except (LoadError, UnsupportedModel) as error:
+        raise UserError(str(error)) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Accelerate says of GPUs that are not here, and the loader of those that are not named."""
+    loggers = [logging.getLogger(name) for name in ("accelerate", "handler")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _plan(
+    model_dir: Path, settings: Settings, gpus: Sequence[int | None] | None, cpu: int | None, bandwidth: Bandwidth
+) -> Plan:
     if gpus is None:
         gpus = [None] * len([device for device in settings.max_memory or {} if isinstance(device, int)])
     files = [path for pattern in WEIGHTS for path in model_dir.glob(pattern)]
@@ -512,21 +536,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the plan here as JSON")
     parser.add_argument("--picture", type=Path, help="draw the plan here: .svg or .png")
     given = parser.parse_args(argv)
-    # Accelerate warns of GPUs that are named and not here, and the loader of those that are not named.
-    for name in ("accelerate", "handler"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     if not given.setup_config.is_file():
         raise UserError(f"{given.setup_config} does not exist: name the setup_config.json to plan for")
     gpus = None if given.gpus is None else parse_gpus(given.gpus)
     cpu = None if given.cpu is None else size_option("CPU", given.cpu)
     speeds = {name: size_option(name, getattr(given, f"{name}_bandwidth")) for name in ("disk", "pcie", "ram")}
-    try:
-        made = plan(given.model_dir, read_settings(given.setup_config), gpus, cpu, Bandwidth(**speeds))
-        print(report(made))
-        for remedy in remedies(made, given.model_dir):
-            print(f"                 {remedy}")
-    except (LoadError, UnsupportedModel) as error:
-        raise UserError(str(error)) from None
+    made = plan(given.model_dir, read_settings(given.setup_config), gpus, cpu, Bandwidth(**speeds))
+    print(report(made))
+    for remedy in remedies(made, given.model_dir):
+        print(f"                 {remedy}")
     if given.json:
         given.json.write_text(json.dumps(made.as_json(), indent=2) + "\n")
     if given.picture:

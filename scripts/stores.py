@@ -100,8 +100,9 @@ class Upload(Protocol):
         """Make the object of its parts."""
 
 
-def open_store(uri: str) -> Store:
-    """The store of a storageUri, as KServe writes it. Raises UserError for one that names no bucket and path."""
+def parse_uri(uri: str) -> tuple[str, str, str]:
+    """(where, bucket, path) of a storageUri as KServe writes it: "gs", "s3", "file" or an Azure account's URL; a
+    folder's path is all in the last. Raises UserError for one that names no bucket and path."""
     url = urlsplit(uri)
     azure = url.scheme in ("https", "http") and ".blob." in url.netloc
     if not azure and url.scheme not in ("gs", "s3", "file"):
@@ -109,18 +110,26 @@ def open_store(uri: str) -> Store:
             f"STORAGE_URI is {uri!r}: write gs://BUCKET/PATH, s3://BUCKET/PATH, file:///PATH or "
             "https://ACCOUNT.blob.core.windows.net/CONTAINER/PATH"
         )
-    bucket, _, prefix = f"{'' if azure else url.netloc}{url.path}".strip("/").partition("/")
+    bucket, _, path = f"{'' if azure else url.netloc}{url.path}".strip("/").partition("/")
     if url.scheme == "file":
         if url.netloc or not bucket:
             raise UserError(f"STORAGE_URI is {uri!r}: write file:///an/absolute/path")
-        return FolderStore(Path(url.path))
-    if not bucket or not prefix or url.query:
+        return "file", "", url.path
+    if not bucket or not path or url.query:
         raise UserError(f"STORAGE_URI is {uri!r}: KServe wants a bucket and a path in it, such as gs://BUCKET/bloom")
-    if url.scheme == "s3":
-        return S3Store(bucket, prefix)
-    if url.scheme == "gs":
-        return GoogleStore(bucket, prefix)
-    return AzureStore(f"{url.scheme}://{url.netloc}", bucket, prefix)
+    return f"{url.scheme}://{url.netloc}" if azure else url.scheme, bucket, path
+
+
+def open_store(uri: str) -> Store:
+    """The store of a storageUri. Raises UserError as `parse_uri`, and for credentials that are not there."""
+    where, bucket, path = parse_uri(uri)
+    if where == "file":
+        return FolderStore(Path(path))
+    if where == "s3":
+        return S3Store(bucket, path)
+    if where == "gs":
+        return GoogleStore(bucket, path)
+    return AzureStore(where, bucket, path)
 
 
 class FolderStore:

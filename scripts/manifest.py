@@ -1,0 +1,195 @@
+"""Print the manifests of an InferenceService, with memory, disk and probes reckoned from the checkpoint.
+
+They are deploy/classic.yaml, or deploy/runtime.yaml with deploy/inference-service.yaml, and what a file in
+deploy/variants merges into them.
+"""
+
+import argparse
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from handler.settings import read_settings
+from scripts.archive import FORMATS, startup_seconds
+from scripts.console import UserError, run
+from scripts.plan import Plan, parse_gpus, plan
+from scripts.stores import parse_uri
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+IMAGE = "torchserve-large-models:0.1.0"
+NAMES = "bloom"  # the name that stands in deploy/ for the model's
+VOLUMES = ("pvc", "air-gapped")  # variants that read the archive from a volume
+SHARED_MEMORY = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the manifests are rendered for."""
+
+    name: str
+    storage_uri: str
+    made: Plan
+    archive_format: str = "zip-store"
+    image: str = IMAGE
+    cpus: int = 4
+    replicas: int = 1
+    max_replicas: int | None = None
+    namespace: str | None = None
+
+
+def variants() -> list[str]:
+    return ["classic", "runtime", *sorted(path.stem for path in (DEPLOY / "variants").glob("*.yaml"))]
+
+
+def manifests(service: Service, variant: str = "runtime") -> list[dict[str, Any]]:
+    """The documents to apply, in order."""
+    extra: dict[str, Any] = {"base": variant, "merge": {}}
+    if variant not in ("classic", "runtime"):
+        extra = _load(f"variants/{variant}.yaml", service)[0]
+    if extra["base"] == "classic":
+        documents = _load("classic.yaml", service)
+    else:
+        documents = _load("runtime.yaml", service) + _load("inference-service.yaml", service)
+    documents[-1] = _merged(documents[-1], extra["merge"])
+    for document in documents:
+        _fill(document, service)
+    documents = [*extra.get("documents", []), *documents]
+    for document in documents:
+        if document["kind"] == "PersistentVolumeClaim":
+            document["metadata"]["name"] = service.storage_uri.split("/")[2]
+            document["spec"]["resources"]["requests"]["storage"] = _gibibytes(service.made.checkpoint_bytes)
+        if service.namespace:
+            document["metadata"]["namespace"] = service.namespace
+    return documents
+
+
+def _load(name: str, service: Service) -> list[dict[str, Any]]:
+    """The documents of a file in deploy/, under the model's name."""
+    return _renamed(list(yaml.safe_load_all((DEPLOY / name).read_text())), service.name)
+
+
+def _renamed(value: Any, name: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _renamed(item, name) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, name) for item in value]
+    return value.replace(NAMES, name) if isinstance(value, str) else value
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(base[key], changes[key]) for key in base.keys() & changes.keys() if isinstance(base[key], dict)
+    }
+    return base | changes | both
+
+
+def _fill(document: dict[str, Any], service: Service) -> None:
+    if document["kind"] == "ServingRuntime":
+        (container,) = document["spec"]["containers"]
+        container["image"] = service.image
+        tmp = next(volume for volume in document["spec"]["volumes"] if volume["name"] == "tmp")
+        tmp["emptyDir"]["sizeLimit"] = _gibibytes(service.made.disk_request(service.archive_format))
+        for probe in (container["startupProbe"], container["livenessProbe"]):
+            probe["failureThreshold"] = math.ceil(_startup(service) / probe["periodSeconds"])
+        return
+    predictor = document["spec"]["predictor"]
+    model = predictor.get("pytorch") or predictor["model"]
+    predictor["minReplicas"] = service.replicas
+    predictor["maxReplicas"] = service.max_replicas or max(predictor["maxReplicas"], service.replicas)
+    model["resources"] = _resources(service)
+    model["storageUri"] = service.storage_uri
+    if "pytorch" in predictor:
+        repository, tag = _split_tag(service.image)
+        model["image"], model["runtimeVersion"] = repository, tag
+        document["metadata"]["annotations"]["serving.knative.dev/progress-deadline"] = f"{_startup(service)}s"
+
+
+def _startup(service: Service) -> int:
+    return startup_seconds(service.made.checkpoint_bytes)
+
+
+def _resources(service: Service) -> dict[str, dict[str, str]]:
+    """Memory is a limit too: the model's is known, and what goes beyond it is a mistake that others should not pay."""
+    made = service.made
+    disk = made.disk_request(service.archive_format)
+    if not service.storage_uri.startswith("pvc://"):
+        disk += made.checkpoint_bytes  # which the storage initializer fetches
+    amounts = {"memory": _gibibytes(made.memory_request + SHARED_MEMORY)}
+    if made.gpus:
+        amounts["nvidia.com/gpu"] = str(len(made.gpus))
+    return {
+        "requests": {"cpu": str(service.cpus), "ephemeral-storage": _gibibytes(disk), **amounts},
+        "limits": amounts,
+    }
+
+
+def _split_tag(image: str) -> tuple[str, str]:
+    repository, colon, tag = image.rpartition(":")
+    if not colon or "/" in tag:
+        raise UserError(f"IMAGE is {image!r}: give it with its tag, such as {IMAGE}")
+    return repository, tag
+
+
+def _gibibytes(count: float) -> str:
+    return f"{math.ceil(count / 2**30)}Gi"
+
+
+def check(service: Service, variant: str) -> None:
+    """Raises UserError for a name that Kubernetes, or a storageUri that KServe, could not read."""
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", service.name):
+        raise UserError(
+            f"MODEL_NAME is {service.name!r}: Kubernetes wants at most 40 lower-case letters, digits and hyphens, "
+            "such as bloom-7b1; archive it under such a name with make archive MODEL_NAME=…"
+        )
+    uri = service.storage_uri
+    if re.fullmatch(r"pvc://[^/]+/.+", uri):
+        return
+    if variant in VOLUMES:
+        raise UserError(f"STORAGE_URI is {uri!r}: for the variant {variant} write pvc://CLAIM/PATH")
+    if parse_uri(uri)[0] == "file":
+        raise UserError(f"STORAGE_URI is {uri!r}, which no pod can read; for a volume write pvc://CLAIM/PATH")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="manifest", description=__doc__.splitlines()[0])
+    parser.add_argument("--model-name", required=True, help="as it was archived")
+    parser.add_argument(
+        "--model-dir", type=Path, required=True, help="the checkpoint, or a folder with its config.json"
+    )
+    parser.add_argument("--storage-uri", help="as it was uploaded; pvc://CLAIM/PATH for a volume")
+    parser.add_argument("--variant", choices=variants(), default="runtime")
+    parser.add_argument("--setup-config", type=Path, default=ROOT / "setup_config.json")
+    parser.add_argument("--archive-format", choices=FORMATS, default="zip-store")
+    parser.add_argument("--gpus", default="0", help="of a pod: 1x16GiB; 2x16GiB (default: none)")
+    parser.add_argument("--cpus", type=int, default=4, help="of a pod (default: %(default)s)")
+    parser.add_argument("--replicas", type=int, default=1, help="at least (default: %(default)s)")
+    parser.add_argument("--max-replicas", type=int, help="at most (default: the variant's)")
+    parser.add_argument("--image", default=IMAGE, help="of deploy/Dockerfile, in your registry (default: %(default)s)")
+    parser.add_argument("--namespace")
+    given = parser.parse_args(argv)
+    made = plan(given.model_dir, read_settings(given.setup_config), parse_gpus(given.gpus))
+    service = Service(
+        given.model_name,
+        given.storage_uri,
+        made,
+        given.archive_format,
+        given.image,
+        given.cpus,
+        given.replicas,
+        given.max_replicas,
+        given.namespace,
+    )
+    check(service, given.variant)
+    if made.missing:
+        print(f"warning: {made.verdict} (make plan says what would)", file=sys.stderr)
+    print(yaml.safe_dump_all(manifests(service, given.variant), sort_keys=False), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

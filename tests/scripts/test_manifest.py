@@ -1,0 +1,194 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import BloomConfig
+
+from handler.settings import Settings
+from scripts.archive import ROOT, startup_seconds
+from scripts.console import UserError
+from scripts.container import CONFIG
+from scripts.manifest import Service, check, main, manifests, variants
+from scripts.plan import plan
+
+GB, GIB = 10**9, 2**30
+URIS = {"pvc": "pvc://models/bloom-7b1", "air-gapped": "pvc://models/bloom-7b1", "s3": "s3://bucket/bloom-7b1"}
+
+
+@pytest.fixture(scope="module")
+def bloom_7b1(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bloom-7b1")
+    shape = {"vocab_size": 250880, "hidden_size": 4096, "n_layer": 30, "n_head": 32, "seq_length": 2048}
+    BloomConfig(**shape, dtype="float16", architectures=["BloomForCausalLM"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(bloom_7b1):
+    settings = Settings(max_memory={0: 10 * GB, "cpu": 10 * GB}, kv_cache_memory=GB)
+    return plan(bloom_7b1, settings, [16 * GB], 32 * GB)
+
+
+def render(made, variant="runtime", **more):
+    uri = URIS.get(variant, "gs://bucket/bloom-7b1")
+    return {d["kind"]: d for d in manifests(Service("bloom-7b1", uri, made, **more), variant)}
+
+
+def test_every_variant_of_the_issue_is_there():
+    wanted = {"classic", "runtime", "concurrency", "keda", "canary", "pvc", "air-gapped", "s3", "monitoring"}
+    assert set(variants()) == wanted
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_kserves_own_models_know_every_field(made, variant):
+    documents = list(render(made, variant, namespace="models").values())
+    command = [ROOT / ".venv-kserve/bin/python", Path(__file__).with_name("kserve_models.py")]
+    read = subprocess.run(command, input=json.dumps(documents), capture_output=True, text=True)
+    assert (read.returncode, read.stdout.strip()) == (0, ""), read.stdout + read.stderr
+    assert {document["metadata"]["namespace"] for document in documents} == {"models"}
+    assert '"bloom"' not in json.dumps(documents)  # the name that stands in deploy/
+
+
+def test_kserves_models_would_notice(made):
+    document = render(made)["InferenceService"]
+    document["spec"]["predictor"]["minReplica"] = 1
+    command = [ROOT / ".venv-kserve/bin/python", Path(__file__).with_name("kserve_models.py")]
+    read = subprocess.run(command, input=json.dumps([document]), capture_output=True, text=True, check=True)
+    assert "InferenceService.spec.predictor.minReplica" in read.stdout
+
+
+def test_memory_and_disk_come_from_the_plan(made):
+    documents = render(made)
+    resources = documents["InferenceService"]["spec"]["predictor"]["model"]["resources"]
+    memory = int(resources["limits"]["memory"].removesuffix("Gi")) * GIB
+    assert made.memory_request < memory < made.memory_request + 1.3 * GIB
+    assert resources["requests"]["memory"] == resources["limits"]["memory"]
+    assert resources["limits"]["nvidia.com/gpu"] == "1"
+    (tmp,) = [v for v in documents["ServingRuntime"]["spec"]["volumes"] if v["name"] == "tmp"]
+    size = int(tmp["emptyDir"]["sizeLimit"].removesuffix("Gi")) * GIB
+    assert made.disk_request("zip-store") <= size < made.disk_request("zip-store") + GIB
+    disk = int(resources["requests"]["ephemeral-storage"].removesuffix("Gi")) * GIB
+    assert disk >= made.checkpoint_bytes + made.disk_request("zip-store")
+    folder = render(made, archive_format="no-archive")
+    (tmp,) = [v for v in folder["ServingRuntime"]["spec"]["volumes"] if v["name"] == "tmp"]
+    assert tmp["emptyDir"]["sizeLimit"] == "1Gi"
+    on_volume = render(made, "pvc", archive_format="no-archive")
+    assert (
+        on_volume["InferenceService"]["spec"]["predictor"]["model"]["resources"]["requests"]["ephemeral-storage"]
+        == "1Gi"
+    )
+    assert on_volume["PersistentVolumeClaim"]["spec"]["resources"]["requests"]["storage"] == "14Gi"
+
+
+def test_without_gpus_none_are_asked_for(bloom_7b1):
+    resources = render(plan(bloom_7b1, Settings(), []))["InferenceService"]["spec"]["predictor"]["model"]["resources"]
+    assert "nvidia.com/gpu" not in resources["limits"]
+
+
+def test_probes_wait_as_long_as_the_checkpoint_may_take(made):
+    (container,) = render(made)["ServingRuntime"]["spec"]["containers"]
+    for probe in (container["startupProbe"], container["livenessProbe"]):
+        assert probe["failureThreshold"] * probe["periodSeconds"] >= startup_seconds(made.checkpoint_bytes)
+    annotations = render(made, "classic")["InferenceService"]["metadata"]["annotations"]
+    assert annotations["serving.knative.dev/progress-deadline"] == f"{startup_seconds(made.checkpoint_bytes)}s"
+
+
+def test_probes_hooks_and_arguments_are_commands_that_the_entry_knows(made):
+    (container,) = render(made)["ServingRuntime"]["spec"]["containers"]
+    hook = container["lifecycle"]["preStop"]
+    commands = [container[name]["exec"]["command"] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
+    assert all(command == ["python", "-m", "scripts.container", "ready"] for command in commands)
+    drain = hook["exec"]["command"]
+    assert drain[:4] == ["python", "-m", "scripts.container", "drain"]
+    grace = render(made)["InferenceService"]["spec"]["predictor"]["terminationGracePeriodSeconds"]
+    assert float(drain[-1]) < grace
+    assert container["args"] == ["serve"]
+    assert str(CONFIG) == "/mnt/models/config/config.properties"
+
+
+def test_a_pod_has_no_rights_that_it_does_not_need(made):
+    (container,) = render(made)["ServingRuntime"]["spec"]["containers"]
+    context = container["securityContext"]
+    assert context["runAsNonRoot"] and context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
+    assert context["capabilities"] == {"drop": ["ALL"]}
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/tmp", "/dev/shm"}
+
+
+def test_the_classic_one_is_as_people_know_it(made):
+    predictor = render(made, "classic", image="registry.example/team/torchserve:1.2", replicas=2)["InferenceService"][
+        "spec"
+    ]["predictor"]
+    assert predictor["pytorch"]["storageUri"] == "gs://bucket/bloom-7b1"
+    assert (predictor["pytorch"]["image"], predictor["pytorch"]["runtimeVersion"]) == (
+        "registry.example/team/torchserve",
+        "1.2",
+    )
+    assert (predictor["minReplicas"], predictor["maxReplicas"]) == (2, 2)
+
+
+def test_autoscaling_and_canary(made):
+    concurrency = render(made, "concurrency", max_replicas=7)["InferenceService"]["spec"]["predictor"]
+    assert (concurrency["scaleMetric"], concurrency["maxReplicas"]) == ("concurrency", 7)
+    keda = render(made, "keda")["InferenceService"]
+    assert keda["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] == "RawDeployment"
+    (metric,) = keda["spec"]["predictor"]["autoScaling"]["metrics"]
+    assert metric["external"]["metric"]["query"] == 'sum(WaitingSequences{ModelName="bloom-7b1"})'
+    assert render(made, "canary")["InferenceService"]["spec"]["predictor"]["canaryTrafficPercent"] == 10
+
+
+def test_credentials_reach_the_pod_by_its_service_account(made):
+    documents = render(made, "s3")
+    account = documents["InferenceService"]["spec"]["predictor"]["serviceAccountName"]
+    assert documents["ServiceAccount"]["metadata"]["name"] == account
+    assert documents["ServiceAccount"]["secrets"] == [{"name": documents["Secret"]["metadata"]["name"]}]
+
+
+@pytest.mark.parametrize(
+    "name, uri, variant, message",
+    [
+        ("SmolLM2-135M", "gs://b/p", "runtime", "Kubernetes wants at most 40 lower-case letters"),
+        ("bloom", "file:///mnt", "runtime", "no pod can read; for a volume write pvc://CLAIM/PATH"),
+        ("bloom", "gs://b", "runtime", "KServe wants a bucket and a path"),
+        ("bloom", "gs://b/p", "pvc", "for the variant pvc write pvc://CLAIM/PATH"),
+    ],
+)
+def test_what_kubernetes_would_refuse_is_refused_here(made, name, uri, variant, message):
+    with pytest.raises(UserError, match=message):
+        check(Service(name, uri, made), variant)
+
+
+def test_an_image_without_a_tag(made):
+    with pytest.raises(UserError, match="give it with its tag"):
+        render(made, "classic", image="registry.example:5000/torchserve")
+
+
+def test_the_command_prints_yaml_that_is_applied_by_deploy(bloom_7b1, tmp_path):
+    """kubectl is one that keeps what it is given: there is no cluster here."""
+    more = [f"MODEL_DIR={bloom_7b1}", "MODEL_NAME=bloom-7b1", "STORAGE_URI=gs://bucket/bloom-7b1", "GPUS=1x16GB"]
+    printed = subprocess.run(["make", "manifest", *more], cwd=ROOT, capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    documents = list(yaml.safe_load_all(printed.stdout))
+    assert [document["kind"] for document in documents] == ["ServingRuntime", "InferenceService"]
+    assert printed.stderr.startswith("warning: does not fit")
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f'#!/bin/sh\necho "$1 $2"; cat "$3" > {tmp_path}/applied\n')
+    kubectl.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    deployed = subprocess.run(
+        ["make", "deploy", *more], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert deployed.stdout == "apply -f\n", deployed.stderr
+    assert list(yaml.safe_load_all((tmp_path / "applied").read_text())) == documents
+
+
+def test_what_is_missing_is_named(tmp_path, capsys):
+    with pytest.raises(UserError, match="no config"):
+        main(["--model-name", "bloom", "--model-dir", str(tmp_path), "--storage-uri", "gs://b/p"])
+    made = subprocess.run(
+        [sys.executable, "-m", "scripts.manifest", "--model-name", "x"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert made.returncode == 2 and "--storage-uri" in made.stderr

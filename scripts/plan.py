@@ -178,7 +178,7 @@ class Plan:
         """Everything above under its own name, for other programs."""
         values = asdict(self) | {"settings": self.settings.model_dump(mode="json")}
         for device, values_of_device in zip(self.devices, values["devices"], strict=True):
-            values_of_device.update(needed=device.needed, missing=device.missing)
+            values_of_device.update(needed=device.needed, missing=self.missing.get(device.name, 0))
         names = ("weights", "kv_cache", "loading", "memory_request", "seconds_a_step", "offloaded", "verdict")
         values |= {name: getattr(self, name) for name in names}
         values["disk_request"] = {name: self.disk_request(name) for name in ("zip-store", "no-archive")}
@@ -225,13 +225,15 @@ def _plan(
 ) -> Plan:
     if gpus is None:
         gpus = [None] * len([device for device in settings.max_memory or {} if isinstance(device, int)])
-    files = [path for pattern in WEIGHTS for path in model_dir.glob(pattern)]
+    kinds = [list(model_dir.glob(pattern)) for pattern in WEIGHTS]
+    files = next((files for files in kinds if files), [])  # what the loader prefers
     model = meta_model(read_config(model_dir, settings), settings, files)
     placed = _place(model, settings, gpus, cpu)
     parts = _parts(model, placed)
     runner = ModelRunner(model)
     length = runner.length_limit(settings.max_sequence_length, settings.prefill_chunk)
     stored = sum(path.stat().st_size for path in files)
+    archived = sum(path.stat().st_size for files in kinds for path in files)
     weights = sum(part.bytes for part in parts)
     on_disk = sum(part.bytes for part in parts if part.device == "disk")
     in_place = not files or files[0].suffix == ".safetensors"
@@ -246,7 +248,7 @@ def _plan(
         max_sequence_length=length,
         kv_bytes_per_token=runner.bytes_per_token,
         largest_shard=max((path.stat().st_size for path in files), default=min(weights, SHARD_BYTES)),
-        checkpoint_bytes=stored or weights,
+        checkpoint_bytes=archived or weights,
         offload_bytes=0 if in_place else on_disk,
         # Safetensors are read as they are stored, which may be wider than what is computed in.
         streamed=_streamed(model, parts, stored / weights if stored and in_place else 1.0),

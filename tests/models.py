@@ -56,6 +56,13 @@ def save_tiny_bloom(folder: Path, shards: bool = True, **config) -> Path:
     return folder
 
 
+def save_bloom_7b1_config(folder: Path) -> Path:
+    """The config.json of bigscience/bloom-7b1, and nothing else, in `folder`; `folder`."""
+    shape = {"vocab_size": 250880, "hidden_size": 4096, "n_layer": 30, "n_head": 32, "seq_length": 2048}
+    BloomConfig(**shape, dtype="float16", architectures=["BloomForCausalLM"]).save_pretrained(folder)
+    return folder
+
+
 SAMPLE_SETUP_CONFIG = {  # as every copy of the well-known sample has it
     "revision": "main",
     "max_memory": {"0": "10GB", "cpu": "10GB"},

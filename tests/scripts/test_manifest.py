@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import BloomConfig
 
 from handler.settings import Settings
 from scripts.archive import ROOT, startup_seconds
@@ -14,6 +13,7 @@ from scripts.console import UserError
 from scripts.container import CONFIG
 from scripts.manifest import Service, check, main, manifests, variants
 from scripts.plan import plan
+from tests.models import save_bloom_7b1_config
 
 GB, GIB = 10**9, 2**30
 URIS = {"pvc": "pvc://models/bloom-7b1", "air-gapped": "pvc://models/bloom-7b1", "s3": "s3://bucket/bloom-7b1"}
@@ -21,10 +21,7 @@ URIS = {"pvc": "pvc://models/bloom-7b1", "air-gapped": "pvc://models/bloom-7b1",
 
 @pytest.fixture(scope="module")
 def bloom_7b1(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bloom-7b1")
-    shape = {"vocab_size": 250880, "hidden_size": 4096, "n_layer": 30, "n_head": 32, "seq_length": 2048}
-    BloomConfig(**shape, dtype="float16", architectures=["BloomForCausalLM"]).save_pretrained(folder)
-    return folder
+    return save_bloom_7b1_config(tmp_path_factory.mktemp("bloom-7b1"))
 
 
 @pytest.fixture(scope="module")

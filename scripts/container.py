@@ -36,6 +36,7 @@ def serve(ts_config: Path, changes: dict[str, str]) -> int:
 
     What the image has no write access to, and what KServe's environment would break, is set here.
     """
+    from scripts.config_properties import to_text
     from scripts.torchserve import command, environment
 
     if not ts_config.is_file():
@@ -110,10 +111,6 @@ def read_properties(text: str) -> dict[str, str]:
     lines = [line.strip() for line in text.splitlines()]
     pairs = [line.split("=", 1) for line in lines if "=" in line and not line.startswith(("#", "!"))]
     return {key.strip(): value.strip() for key, value in pairs}
-
-
-def to_text(properties: dict[str, str]) -> str:
-    return "".join(f"{key}={value}\n" for key, value in properties.items())
 
 
 def _work_folder() -> Path:

@@ -35,7 +35,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
-from scripts.console import UserError
+from scripts.console import UserError, first_line
 
 # Where transformers looks for weights in a folder; the first one that is there wins.
 WEIGHTS = (
@@ -281,10 +281,6 @@ def explain(error: Exception, model_id: str, revision: str) -> str:
             return f"no answer from {hub} ({first_line(error)}); check the network and run the command again"
         case _:
             return first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

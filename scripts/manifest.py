@@ -57,8 +57,10 @@ def manifests(service: Service, variant: str = "runtime") -> list[dict[str, Any]
     else:
         documents = _load("runtime.yaml", service) + _load("inference-service.yaml", service)
     documents[-1] = _merged(documents[-1], extra["merge"])
-    for document in documents:
-        _fill(document, service)
+    *runtimes, inference_service = documents
+    for runtime in runtimes:
+        _fill_runtime(runtime, service)
+    _fill_inference_service(inference_service, service)
     documents = [*extra.get("documents", []), *documents]
     for document in documents:
         if document["kind"] == "PersistentVolumeClaim":
@@ -89,15 +91,16 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return base | changes | both
 
 
-def _fill(document: dict[str, Any], service: Service) -> None:
-    if document["kind"] == "ServingRuntime":
-        (container,) = document["spec"]["containers"]
-        container["image"] = service.image
-        tmp = next(volume for volume in document["spec"]["volumes"] if volume["name"] == "tmp")
-        tmp["emptyDir"]["sizeLimit"] = _gibibytes(service.made.disk_request(service.archive_format))
-        for probe in (container["startupProbe"], container["livenessProbe"]):
-            probe["failureThreshold"] = math.ceil(_startup(service) / probe["periodSeconds"])
-        return
+def _fill_runtime(document: dict[str, Any], service: Service) -> None:
+    (container,) = document["spec"]["containers"]
+    container["image"] = service.image
+    tmp = next(volume for volume in document["spec"]["volumes"] if volume["name"] == "tmp")
+    tmp["emptyDir"]["sizeLimit"] = _gibibytes(service.made.disk_request(service.archive_format))
+    for probe in (container["startupProbe"], container["livenessProbe"]):
+        probe["failureThreshold"] = math.ceil(_startup(service) / probe["periodSeconds"])
+
+
+def _fill_inference_service(document: dict[str, Any], service: Service) -> None:
     predictor = document["spec"]["predictor"]
     model = predictor.get("pytorch") or predictor["model"]
     predictor["minReplicas"] = service.replicas
@@ -162,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--model-dir", type=Path, required=True, help="the checkpoint, or a folder with its config.json"
     )
-    parser.add_argument("--storage-uri", help="as it was uploaded; pvc://CLAIM/PATH for a volume")
+    parser.add_argument("--storage-uri", required=True, help="as it was uploaded; pvc://CLAIM/PATH for a volume")
     parser.add_argument("--variant", choices=variants(), default="runtime")
     parser.add_argument("--setup-config", type=Path, default=ROOT / "setup_config.json")
     parser.add_argument("--archive-format", choices=FORMATS, default="zip-store")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import _get_device_map
+from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 
 from handler.engine import UnsupportedModel
 from handler.engine.engine import IDLE_CHUNKS
@@ -225,7 +226,7 @@ def _plan(
 ) -> Plan:
     if gpus is None:
         gpus = [None] * len([device for device in settings.max_memory or {} if isinstance(device, int)])
-    kinds = [list(model_dir.glob(pattern)) for pattern in WEIGHTS]
+    kinds = [sorted(model_dir.glob(pattern)) for pattern in WEIGHTS]
     files = next((files for files in kinds if files), [])  # what the loader prefers
     model = meta_model(read_config(model_dir, settings), settings, files)
     placed = _place(model, settings, gpus, cpu)
@@ -324,14 +325,8 @@ def meta_model(config: PreTrainedConfig, settings: Settings, files: Sequence[Pat
 
 
 def _stored_dtype(files: Sequence[Path]) -> torch.dtype:
-    """Of the first floating-point tensor, as transformers finds it."""
-    from safetensors import safe_open
-
-    for path in files:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as shard:
-                return next((shard.get_tensor(name).dtype for name in shard.keys()), torch.float32)  # noqa: SIM118
-    return torch.float32
+    """As from_pretrained finds it when the config names none: from the first file's headers, reading no weights."""
+    return get_state_dict_dtype(load_state_dict(files[0], map_location="meta")) if files else torch.float32
 
 
 def _place(

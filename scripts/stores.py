@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from scripts.console import UserError
+from scripts.console import UserError, first_line
 
 PART_BYTES = 32 * 2**20
 MAX_PARTS = 9000  # S3 takes 10,000 parts of an object, Azure 50,000
@@ -44,6 +44,10 @@ class Part:
         with path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
+
+    def is_in(self, path: Path) -> bool:
+        """Whether a file has these bytes in this place."""
+        return hashlib.sha256(self.read(path)).digest() == self.sha256
 
 
 def parts_of(path: Path, pool: ThreadPoolExecutor) -> list[Part]:
@@ -152,7 +156,7 @@ class FolderStore:
         there = self._folder / key
         if not there.is_file() or there.stat().st_size != path.stat().st_size:
             return False
-        return all(hashlib.sha256(part.read(there)).digest() == part.sha256 for part in parts)
+        return all(part.is_in(there) for part in parts)
 
     def keys(self, folder: str) -> list[str]:
         found = (self._folder / folder).rglob("*")
@@ -163,8 +167,7 @@ class FolderStore:
 
     def put(self, key: str, data: bytes, part: Part) -> None:
         target = self._folder / key
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}{UNFINISHED}")
+        partial = _partial(target)
         partial.write_bytes(data)
         partial.rename(target)
 
@@ -172,13 +175,18 @@ class FolderStore:
         return _FolderUpload(self._folder / key, parts)
 
 
+def _partial(target: Path) -> Path:
+    """The file to write until it is whole, in a folder that is there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f"{target.name}{UNFINISHED}")
+
+
 class _FolderUpload:
     def __init__(self, target: Path, parts: Sequence[Part]):
-        target.parent.mkdir(parents=True, exist_ok=True)
         self._target, self._parts = target, parts
-        self._partial = target.with_name(f"{target.name}{UNFINISHED}")
+        self._partial = _partial(target)
         self._partial.touch()
-        self.done = {part.number for part in parts if hashlib.sha256(part.read(self._partial)).digest() == part.sha256}
+        self.done = {part.number for part in parts if part.is_in(self._partial)}
 
     def put(self, part: Part, data: bytes) -> None:
         with self._partial.open("r+b") as file:
@@ -358,7 +366,7 @@ class GoogleStore:
             return f"there is no bucket {name}: make it (gcloud storage buckets create {uri}) or name another"
         refused = isinstance(error, GoogleAuthError) and not isinstance(error, TransportError)
         if refused or isinstance(error, exceptions.Unauthorized):
-            return f"Google refuses the credentials ({_first_line(error)}): run gcloud auth application-default login"
+            return f"Google refuses the credentials ({first_line(error)}): run gcloud auth application-default login"
         if isinstance(error, exceptions.Forbidden):
             return f"no permission for {uri}/{self.prefix}: grant roles/storage.objectUser on the bucket"
         return _broken(uri, error)
@@ -522,8 +530,4 @@ class _AzureUpload:
 
 
 def _broken(where: str, error: Exception) -> str:
-    return f"{where} did not take it ({_first_line(error)}): run the same command again to go on where it stopped"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{where} did not take it ({first_line(error)}): run the same command again to go on where it stopped"

@@ -4,6 +4,7 @@ The cache knows no sequences and no lengths. Before a forward the runner says wi
 and where their new tokens go; a forward that fails has therefore changed nothing that anybody relies on.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,20 +12,27 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+# Columns come in such steps and an eighth more than needed, for they are computed with too; rows double.
+_COLUMN_STEP = 32
+_SPARE_COLUMNS = 1.125
+
 
 class Target:
     """Where the keys and values of the next forward belong. Shared by all layers.
 
     first, rows: the contiguous rows first..first+rows-1 take part.
     past: columns in use before the forward, the longest row's length.
-    new: columns the forward adds; the mask and the causal test see past + new columns.
-    row, step, column: int64 [tokens], None when all rows are equally long: token i of the forward, found at
+    new: columns the forward adds.
+    seen: columns that the model gets and the mask has. All of the store's where each row adds one token: keys and
+        values then lie without gaps, and torch.bmm need not copy them first.
+    shape: rows and columns the store must have.
+    row, step, column: int64 [tokens], unset when all rows are equally long: token i of the forward, found at
         [row - first, step], is written to [row, column].
     """
 
     def __init__(self) -> None:
-        self.first = self.rows = self.past = self.new = 0
-        self.shape = (0, 0)  # rows and columns the store must have
+        self.first = self.rows = self.past = self.new = self.seen = 0
+        self.shape = (0, 0)
         self.row = self.step = self.column = torch.empty(0)
         self.ragged = False
 
@@ -50,18 +58,26 @@ class KVCache(Cache):
         real = sum(s.shape[1] * s.shape[3] * s.element_size() for s in self._stores())
         return min(self._max_tokens, self._max_bytes // max(real, self._bytes_per_token))
 
-    def aim(self, first: int, lengths: Sequence[int], counts: Sequence[int], shape: tuple[int, int]) -> None:
+    def aim(self, first: int, lengths: Sequence[int], counts: Sequence[int], shape: tuple[int, int]) -> int:
         """Direct the next forward to rows first..: row first + i holds lengths[i] tokens, gets counts[i].
 
         shape: rows and columns that all running rows fill after this step; the store may shrink to that.
+        Returns the columns that the attention mask must have.
         """
         target = self.target
-        target.first, target.rows, target.shape = first, len(lengths), shape
+        target.first, target.rows, target.shape = first, len(lengths), self._room(*shape)
         target.past, target.new = max(lengths), max(counts)
+        one_each = target.new == 1 and target.past > 0
+        target.seen = target.shape[1] if one_each else target.past + target.new
         target.ragged = min(lengths) < target.past
         if target.ragged:
             where = [(r, s, lengths[r] + s) for r in range(len(counts)) for s in range(counts[r])]
             target.row, target.step, target.column = torch.tensor(where).unbind(1)
+        return target.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns of the mask and the first of them, also before there are layers."""
+        return self.target.seen, 0
 
     def move(self, source: int, destination: int, length: int) -> None:
         """Copy the first `length` columns of a row to another row."""
@@ -72,6 +88,18 @@ class KVCache(Cache):
         """Zero rows that broke: masked columns still meet a weight of 0 in attention, and 0 x NaN is NaN."""
         for store in self._stores():
             store[[row for row in rows if row < len(store)]] = 0
+
+    def _room(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns to allocate for those that are needed. After a forward that ran out of memory some layers
+        have more than others; what all have counts."""
+        shapes = [store.shape for store in self._stores()]
+        have_rows, have_columns = min((s[0] for s in shapes), default=0), min((s[2] for s in shapes), default=0)
+        # Where memory ends, a dimension larger than needed gives way.
+        if not columns <= have_columns < 2 * columns:
+            have_columns = math.ceil(columns * _SPARE_COLUMNS / _COLUMN_STEP) * _COLUMN_STEP
+        columns = max(columns, min(have_columns, self.max_cells // rows))
+        have_rows = have_rows if rows <= have_rows else 2 * have_rows
+        return max(rows, min(have_rows, self.max_cells // columns)), columns
 
     def _stores(self) -> list[torch.Tensor]:
         """Keys and values of the layers that exist so far."""
@@ -97,48 +125,34 @@ class RowLayer(CacheLayerMixin):
         """Store keys and values [rows, kv_heads, new, head_dim]; return them with the past before them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._make_room(*self._cache.target.shape)
+        rows, columns = self._cache.target.shape
+        if self.keys.shape[0] < rows or self.keys.shape[2] != columns:
+            resized = _resized(self.keys, rows, columns), _resized(self.values, rows, columns)
+            self.keys, self.values = resized  # both or none: the second may be one too many for the memory
         return self._write(self.keys, key_states), self._write(self.values, value_states)
 
     def _write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         target = self._cache.target
         rows = store[target.first : target.first + target.rows]
-        end = target.past + target.new
         if not target.ragged:
-            rows[:, :, target.past : end] = new
-            return rows[:, :, :end]
+            rows[:, :, target.past : target.past + target.new] = new
+            return rows[:, :, : target.seen]
         row, step, column = (index.to(store.device) for index in (target.row, target.step, target.column))
         rows[row, :, column] = new[row, :, step]
         if target.new == 1:
-            return rows[:, :, :end]
+            return rows[:, :, : target.seen]
         # Causality is tested by column, so several new tokens must stand in the same columns for all rows
         # while the forward runs. A copy for one layer at a time beats spare columns in every layer for good.
         return torch.cat([rows[:, :, : target.past], new], dim=2)
-
-    def _make_room(self, rows: int, columns: int) -> None:
-        have_rows, have_columns = self.keys.shape[0], self.keys.shape[2]
-        if rows <= have_rows and columns <= have_columns:
-            return
-        # Doubling makes growth cheap in sum. Where memory ends, a dimension larger than needed gives way.
-        cells = self._cache.max_cells
-        columns = _grow(have_columns, columns, limit=cells // rows)
-        rows = _grow(have_rows, rows, limit=cells // columns)
-        keys, values = _resized(self.keys, rows, columns), _resized(self.values, rows, columns)
-        self.keys, self.values = keys, values  # both or none: the second may be one too many for the memory
 
     def get_seq_length(self) -> int:
         return self._cache.target.past
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._cache.target.past + query_length, 0
+        return self._cache.get_mask_sizes(query_length, 0)
 
     def get_max_length(self) -> int:
         return -1
-
-
-def _grow(have: int, need: int, limit: int) -> int:
-    wish = have if need <= have else 2 * have
-    return max(need, min(wish, limit))
 
 
 def _resized(store: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -77,14 +77,15 @@ class ModelRunner:
         ids = [s.next_tokens(n) + [0] * (width - n) for s, n in zip(batch.sequences, counts, strict=True)]
         new = torch.arange(width)  # [new]
         count, length = torch.tensor(counts)[:, None], torch.tensor(lengths)[:, None]  # [rows, 1]
+        columns = cache.aim(batch.sequences[0].row, lengths, counts, shape)
         if width == 1:  # each row's new token stands in its own next column
-            mask = torch.arange(past + 1) <= length
+            mask = torch.arange(columns) <= length
         else:  # new tokens stand in common columns behind the longest row
             mask = torch.cat([torch.arange(past) < length, new < count], dim=1)
         keep = (new < count) & (new >= count - torch.tensor(batch.kept)[:, None])
         inputs = {
             "input_ids": torch.tensor(ids).to(self.device),  # [rows, new]
-            "attention_mask": mask.long().to(self.device),  # [rows, past + new]
+            "attention_mask": mask.long().to(self.device),  # [rows, columns]
             "past_key_values": cache,
             "use_cache": True,
             "return_dict": True,
@@ -92,7 +93,6 @@ class ModelRunner:
         if self._takes_positions:
             # Padding gets position 0, which every model has.
             inputs["position_ids"] = torch.where(new < count, length + new, 0).to(self.device)
-        cache.aim(batch.sequences[0].row, lengths, counts, shape)
         with self._head_sees_only(keep), self._products():
             return self._model(**inputs).logits
 

@@ -38,6 +38,12 @@ def test_every_tier_gives_the_same_logits(bloom, tmp_path, limit, tiers):
     torch.testing.assert_close(logits(loaded.model, loaded.tokenizer), logits(whole, loaded.tokenizer))
 
 
+def test_blooms_own_gelu_is_replaced_by_pytorchs(bloom, tmp_path):
+    """Same outputs: test_every_tier_gives_the_same_logits."""
+    kinds = [type(module).__name__ for module in load_model(bloom, Settings(), tmp_path).model.modules()]
+    assert kinds.count("GELU") == 4 and "BloomGelu" not in kinds
+
+
 def test_safetensors_on_disk_are_read_in_place(bloom, tmp_path):
     load_model(bloom, Settings(max_memory={"cpu": 0}), tmp_path)
     assert not any((tmp_path / "offload").iterdir())

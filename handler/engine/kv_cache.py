@@ -67,6 +67,7 @@ class KVCache(Cache):
         target = self.target
         target.first, target.rows, target.shape = first, len(lengths), self._room(*shape)
         target.past, target.new = max(lengths), max(counts)
+        # With nothing in the past the library drops a mask that leaves out only columns that are still to come.
         one_each = target.new == 1 and target.past > 0
         target.seen = target.shape[1] if one_each else target.past + target.new
         target.ragged = min(lengths) < target.past

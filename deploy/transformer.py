@@ -35,9 +35,9 @@ async def answered_with_an_error(_: Request, error: httpx.HTTPStatusError) -> Re
 @app.exception_handler(httpx.TransportError)
 async def did_not_answer(_: Request, error: httpx.TransportError) -> Response:
     """504 when TorchServe took longer than --predictor_request_timeout_seconds, else 503."""
-    late = isinstance(error, httpx.ReadTimeout)
-    message = "did not answer in time" if late else "cannot be reached, or broke off: send the request again"
-    status = 504 if late else 503
+    status, message = 503, "cannot be reached, or broke off: send the request again"
+    if isinstance(error, httpx.ReadTimeout):
+        status, message = 504, "did not answer in time"
     content = {"error": {"code": status, "message": f"TorchServe {message}", "type": type(error).__name__}}
     return JSONResponse(content, status)
 

@@ -15,16 +15,14 @@ from typing import Any
 import yaml
 
 from handler.settings import read_settings
-from scripts.archive import FORMATS, startup_seconds
+from scripts.archive import FORMATS, ROOT, startup_seconds
 from scripts.console import UserError, run
 from scripts.plan import Plan, parse_gpus, plan
 from scripts.stores import parse_uri
 
-ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 IMAGE = "torchserve-large-models:0.1.0"
 NAMES = "bloom"  # the name that stands in deploy/ for the model's
-VOLUMES = ("pvc", "air-gapped")  # variants that read the archive from a volume
 SHARED_MEMORY = 256 * 2**20
 
 
@@ -49,26 +47,25 @@ def variants() -> list[str]:
 
 def manifests(service: Service, variant: str = "runtime") -> list[dict[str, Any]]:
     """The documents to apply, in order."""
-    extra: dict[str, Any] = {"base": variant, "merge": {}}
-    if variant not in ("classic", "runtime"):
-        extra = _load(f"variants/{variant}.yaml", service)[0]
-    if extra["base"] == "classic":
-        documents = _load("classic.yaml", service)
-    else:
-        documents = _load("runtime.yaml", service) + _load("inference-service.yaml", service)
-    documents[-1] = _merged(documents[-1], extra["merge"])
-    *runtimes, inference_service = documents
-    for runtime in runtimes:
-        _fill_runtime(runtime, service)
-    _fill_inference_service(inference_service, service)
-    documents = [*extra.get("documents", []), *documents]
+    documents = _assembled(variant, service)
     for document in documents:
-        if document["kind"] == "PersistentVolumeClaim":
-            document["metadata"]["name"] = service.storage_uri.split("/")[2]
-            document["spec"]["resources"]["requests"]["storage"] = _gibibytes(service.made.checkpoint_bytes)
+        if fill := _FILL.get(document["kind"]):
+            fill(document, service)
         if service.namespace:
             document["metadata"]["namespace"] = service.namespace
     return documents
+
+
+def _assembled(variant: str, service: Service) -> list[dict[str, Any]]:
+    """The documents as they stand in deploy/: those that a variant adds, and its base's with the variant's changes
+    merged into the last, the InferenceService."""
+    if variant == "classic":
+        return _load("classic.yaml", service)
+    if variant == "runtime":
+        return _load("runtime.yaml", service) + _load("inference-service.yaml", service)
+    (own,) = _load(f"variants/{variant}.yaml", service)
+    *others, inference_service = _assembled(own["base"], service)
+    return [*own.get("documents", []), *others, _merged(inference_service, own["merge"])]
 
 
 def _load(name: str, service: Service) -> list[dict[str, Any]]:
@@ -113,6 +110,18 @@ def _fill_inference_service(document: dict[str, Any], service: Service) -> None:
         document["metadata"]["annotations"]["serving.knative.dev/progress-deadline"] = f"{_startup(service)}s"
 
 
+def _fill_claim(document: dict[str, Any], service: Service) -> None:
+    document["metadata"]["name"] = service.storage_uri.split("/")[2]
+    document["spec"]["resources"]["requests"]["storage"] = _gibibytes(service.made.checkpoint_bytes)
+
+
+_FILL = {
+    "ServingRuntime": _fill_runtime,
+    "InferenceService": _fill_inference_service,
+    "PersistentVolumeClaim": _fill_claim,
+}
+
+
 def _startup(service: Service) -> int:
     return startup_seconds(service.made.checkpoint_bytes)
 
@@ -153,7 +162,7 @@ def check(service: Service, variant: str) -> None:
     uri = service.storage_uri
     if re.fullmatch(r"pvc://[^/]+/.+", uri):
         return
-    if variant in VOLUMES:
+    if any(document["kind"] == "PersistentVolumeClaim" for document in _assembled(variant, service)):
         raise UserError(f"STORAGE_URI is {uri!r}: for the variant {variant} write pvc://CLAIM/PATH")
     if parse_uri(uri)[0] == "file":
         raise UserError(f"STORAGE_URI is {uri!r}, which no pod can read; for a volume write pvc://CLAIM/PATH")

@@ -26,9 +26,9 @@ from handler.engine.engine import IDLE_CHUNKS
 from handler.engine.model_runner import ModelRunner
 from handler.loading import WEIGHTS, LoadError, decoder_layer, device_map, max_memory, placement, read_config
 from handler.settings import Settings, parse_size, read_settings
+from scripts.archive import ROOT
 from scripts.console import UserError, run
 
-ROOT = Path(__file__).parents[1]
 # Java and a worker with an imported torch, without a model: 0.75 GB resident, and Java's heap may grow to 1 GB.
 RUNTIME_BYTES = 1_500_000_000
 SHARD_BYTES = 2_000_000_000  # MAX_SHARD_SIZE of `make shard`, for a folder without weights

@@ -95,12 +95,13 @@ class KVCache(Cache):
         have more than others; what all have counts."""
         shapes = [store.shape for store in self._stores()]
         have_rows, have_columns = min((s[0] for s in shapes), default=0), min((s[2] for s in shapes), default=0)
+        cells = self.max_cells
         # Where memory ends, a dimension larger than needed gives way.
         if not columns <= have_columns < 2 * columns:
             have_columns = math.ceil(columns * _SPARE_COLUMNS / _COLUMN_STEP) * _COLUMN_STEP
-        columns = max(columns, min(have_columns, self.max_cells // rows))
+        columns = max(columns, min(have_columns, cells // rows))
         have_rows = have_rows if rows <= have_rows else 2 * have_rows
-        return max(rows, min(have_rows, self.max_cells // columns)), columns
+        return max(rows, min(have_rows, cells // columns)), columns
 
     def _stores(self) -> list[torch.Tensor]:
         """Keys and values of the layers that exist so far."""

@@ -35,6 +35,11 @@ def render(made, variant="runtime", **more):
     return {d["kind"]: d for d in manifests(Service("bloom-7b1", uri, made, **more), variant)}
 
 
+def read_by_kserves_models(documents):
+    command = [ROOT / ".venv-kserve/bin/python", Path(__file__).with_name("kserve_models.py")]
+    return subprocess.run(command, input=json.dumps(documents), capture_output=True, text=True)
+
+
 def test_every_variant_of_the_issue_is_there():
     wanted = {"classic", "runtime", "concurrency", "keda", "canary", "pvc", "air-gapped", "s3", "monitoring"}
     assert set(variants()) == wanted
@@ -43,8 +48,7 @@ def test_every_variant_of_the_issue_is_there():
 @pytest.mark.parametrize("variant", variants())
 def test_kserves_own_models_know_every_field(made, variant):
     documents = list(render(made, variant, namespace="models").values())
-    command = [ROOT / ".venv-kserve/bin/python", Path(__file__).with_name("kserve_models.py")]
-    read = subprocess.run(command, input=json.dumps(documents), capture_output=True, text=True)
+    read = read_by_kserves_models(documents)
     assert (read.returncode, read.stdout.strip()) == (0, ""), read.stdout + read.stderr
     assert {document["metadata"]["namespace"] for document in documents} == {"models"}
     assert '"bloom"' not in json.dumps(documents)  # the name that stands in deploy/
@@ -53,8 +57,8 @@ def test_kserves_own_models_know_every_field(made, variant):
 def test_kserves_models_would_notice(made):
     document = render(made)["InferenceService"]
     document["spec"]["predictor"]["minReplica"] = 1
-    command = [ROOT / ".venv-kserve/bin/python", Path(__file__).with_name("kserve_models.py")]
-    read = subprocess.run(command, input=json.dumps([document]), capture_output=True, text=True, check=True)
+    read = read_by_kserves_models([document])
+    assert read.returncode == 0, read.stderr
     assert "InferenceService.spec.predictor.minReplica" in read.stdout
 
 

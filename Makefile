@@ -33,7 +33,7 @@ $(READY): requirements-dev.lock requirements-java.lock
 	    { echo "error: Python 3.11 or newer is needed (transformers 5.23 needs it): make setup PYTHON=python3.11"; exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/$(PIP_INSTALL) requirements-dev.lock
-	$(RUN) scripts.java || .venv/$(PIP_INSTALL) requirements-java.lock
+	$(RUN) server.java || .venv/$(PIP_INSTALL) requirements-java.lock
 	@touch $@
 
 # KServe's own code and the cloud stores' stand-ins for the tests; their versions clash with the worker's.

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from benchmarks.checkpoints import WORK, bloom_560m
 from scripts.archive import ROOT, archive
-from scripts.torchserve import TorchServe, free_port
 from scripts.zip import files_in, zip_checkpoint
+from server.torchserve import TorchServe, free_port
 
 
 def seconds(action: Callable[[], object]) -> float:

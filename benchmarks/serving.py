@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.checkpoints import WORK, bloom_560m
 from scripts.archive import archive
-from scripts.torchserve import TorchServe, free_port
+from server.torchserve import TorchServe, free_port
 
 REQUIREMENTS = ("torch==2.13.0", "guidellm==0.8.1")
 PROMPT_TOKENS, NEW_TOKENS = 32, 64

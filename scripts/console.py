@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from handler.settings import SettingsError
+from server.torchserve import LaunchError
 
 
 class UserError(Exception):
@@ -20,7 +21,7 @@ def run(main: Callable[[], None]) -> int:
     """Run a command's main; its exit status."""
     try:
         main()
-    except (UserError, SettingsError, OSError) as error:
+    except (UserError, SettingsError, LaunchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except subprocess.CalledProcessError as error:

@@ -13,8 +13,8 @@ from scripts.archive import ROOT, archive
 from scripts.console import run
 from scripts.demo_model import NAME, demo_model
 from scripts.predict import TEXT, predict
-from scripts.torchserve import TorchServe, free_port
 from scripts.zip import files_in, zip_checkpoint
+from server.torchserve import TorchServe, free_port
 
 WORK = Path(".run/demo")
 T = TypeVar("T")

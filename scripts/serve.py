@@ -10,7 +10,7 @@ from scripts.archive import ROOT, archive
 from scripts.console import UserError, run
 from scripts.demo_model import NAME as DEMO_NAME
 from scripts.demo_model import demo_model
-from scripts.torchserve import TorchServe, stop
+from server.torchserve import TorchServe, stop
 
 RUN = Path(".run")  # one work folder a port
 

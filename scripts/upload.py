@@ -15,10 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from scripts.config_properties import cluster_properties
 from scripts.console import UserError, run
 from scripts.stores import UNFINISHED, WORKERS, Store, open_store, parts_of
 from scripts.zip import files_in, progress_bar
+from server.config_properties import cluster_properties
 
 STORE, CONFIG = "model-store", "config/config.properties"
 

@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from scripts.archive import ROOT, archive
-from scripts.torchserve import TorchServe, free_port
 from scripts.zip import zip_checkpoint
+from server.torchserve import TorchServe, free_port
 from tests.models import save_tiny_bloom
 
 READY_TIMEOUT = 180  # seconds
-ENTRY = [sys.executable, "-m", "scripts.container"]
+ENTRY = [sys.executable, "-m", "server.container"]
 
 
 def pytest_collection_modifyitems(items):

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts.torchserve import free_port
+from server.torchserve import free_port
 
 ROOT = Path(__file__).parents[2]
 

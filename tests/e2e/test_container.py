@@ -86,5 +86,5 @@ def test_what_was_not_uploaded_is_said(tmp_path):
 
 
 def test_probes_import_nothing_but_the_standard_library():
-    code = "import sys, scripts.container; print(*(set(sys.modules) & {'torch', 'requests', 'psutil', 'yaml'}))"
+    code = "import sys, server.container; print(*(set(sys.modules) & {'torch', 'requests', 'psutil', 'yaml'}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"

@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from scripts.archive import ROOT
-from scripts.torchserve import free_port
+from server.torchserve import free_port
 
 PROMPTS = [f"My dog number {i} is cute" for i in range(8)]
 STOCK = Path(__file__).with_name("kserve_front.py")

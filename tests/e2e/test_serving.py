@@ -9,8 +9,8 @@ import torch
 
 from handler.loading import load_model
 from handler.settings import Settings
-from scripts.torchserve import ModelFailed
 from scripts.zip import zip_checkpoint
+from server.torchserve import ModelFailed
 from tests.models import SAMPLE_SETUP_CONFIG, save_tiny_bloom
 
 PROMPTS = ["My dog is cute", "The quick brown fox jumps over the lazy dog, again", "東京"]

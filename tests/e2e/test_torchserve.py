@@ -10,7 +10,7 @@ import psutil
 import pytest
 import requests
 
-from scripts.torchserve import ModelFailed
+from server.torchserve import ModelFailed
 
 PROMPT = "My dog is cute"
 SETTINGS = {"max_new_tokens": 8, "max_batch_size": 4, "max_queue": 4, "max_prompt_tokens": 200}

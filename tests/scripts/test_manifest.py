@@ -10,9 +10,9 @@ import yaml
 from handler.settings import Settings
 from scripts.archive import ROOT, startup_seconds
 from scripts.console import UserError
-from scripts.container import CONFIG
 from scripts.manifest import Service, check, main, manifests, variants
 from scripts.plan import plan
+from server.container import CONFIG
 from tests.models import save_bloom_7b1_config
 
 GB, GIB = 10**9, 2**30
@@ -102,9 +102,9 @@ def test_probes_hooks_and_arguments_are_commands_that_the_entry_knows(made):
     (container,) = render(made)["ServingRuntime"]["spec"]["containers"]
     hook = container["lifecycle"]["preStop"]
     commands = [container[name]["exec"]["command"] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
-    assert all(command == ["python", "-m", "scripts.container", "ready"] for command in commands)
+    assert all(command == ["python", "-m", "server.container", "ready"] for command in commands)
     drain = hook["exec"]["command"]
-    assert drain[:4] == ["python", "-m", "scripts.container", "drain"]
+    assert drain[:4] == ["python", "-m", "server.container", "drain"]
     grace = render(made)["InferenceService"]["spec"]["predictor"]["terminationGracePeriodSeconds"]
     assert float(drain[-1]) < grace
     assert container["args"] == ["serve"]

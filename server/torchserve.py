@@ -16,9 +16,8 @@ from pathlib import Path
 import psutil
 import requests
 
-from scripts.config_properties import PORTS, laptop_properties
-from scripts.console import UserError
-from scripts.java import find_java_home
+from server.config_properties import PORTS, laptop_properties
+from server.java import find_java_home
 
 MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's path on Linux
 # What TorchServe's worker logs before the traceback of what went wrong, and what it logs once it has.
@@ -26,7 +25,11 @@ FAILURE = re.compile(r"MODEL_LOG - (Failed to load model|Load model .* OOM|Backe
 AFTERWARDS = ("Backend worker process died", "s_name_part0=")
 
 
-class ModelFailed(UserError):
+class LaunchError(Exception):
+    """TorchServe cannot be started, or ends; the message says why and what to do."""
+
+
+class ModelFailed(LaunchError):
     """The worker could not load the model; the message holds its own traceback."""
 
 
@@ -57,7 +60,7 @@ class TorchServe:
         self.stop()
 
     def start(self) -> None:
-        """Start it. Raises UserError when a port is taken or there is no Java."""
+        """Start it. Raises LaunchError when a port is taken or there is no Java."""
         _check_ports(self.port)
         stop(self.work)  # what is left of one that was killed: processes, gigabytes
         shutil.rmtree(self.work, ignore_errors=True)
@@ -76,7 +79,7 @@ class TorchServe:
     def wait_ready(self, timeout: float) -> None:
         """Wait until a worker is READY: `/ping` says Healthy long before, and also when the model cannot load.
 
-        timeout: seconds. Raises ModelFailed with the worker's traceback, UserError when TorchServe ends or the
+        timeout: seconds. Raises ModelFailed with the worker's traceback, LaunchError when TorchServe ends or the
         time is over.
         """
         deadline = time.monotonic() + timeout
@@ -84,9 +87,9 @@ class TorchServe:
             if failure := self.failure():
                 raise ModelFailed(f"the worker could not load the model:\n{failure}")
             if not self.running():
-                raise UserError(f"TorchServe ended before it was ready:\n{_tail(self.work / 'console.log')}")
+                raise LaunchError(f"TorchServe ended before it was ready:\n{_tail(self.work / 'console.log')}")
             if time.monotonic() > deadline:
-                raise UserError(f"no worker was READY in {timeout:.0f} s; see {self.logs / 'model_log.log'}")
+                raise LaunchError(f"no worker was READY in {timeout:.0f} s; see {self.logs / 'model_log.log'}")
             time.sleep(0.1)
 
     def ready(self) -> bool:
@@ -141,11 +144,11 @@ def command(config: Path, model_store: Path) -> list[str]:
 def environment(temporary: Path, logs: Path) -> dict[str, str]:
     """This process's environment and what TorchServe needs in it to write to these two folders alone.
 
-    Raises UserError when there is no Java.
+    Raises LaunchError when there is no Java.
     """
     java_home = find_java_home()
     if java_home is None:
-        raise UserError("TorchServe needs Java 17 or newer: run make setup, or set JAVA_HOME")
+        raise LaunchError("TorchServe needs Java 17 or newer: run make setup, or set JAVA_HOME")
     return {
         # Threads that spin while they wait slow a busy machine down twentyfold, and Java is always beside us.
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -194,7 +197,7 @@ def free_port() -> int:
 def _check_ports(port: int) -> None:
     for offset, purpose in enumerate(PORTS):
         if not _is_free(port + offset):
-            raise UserError(f"port {port + offset} ({purpose}) is taken: choose another PORT or stop what has it")
+            raise LaunchError(f"port {port + offset} ({purpose}) is taken: choose another PORT or stop what has it")
 
 
 def _is_free(port: int) -> bool:

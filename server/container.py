@@ -36,8 +36,8 @@ def serve(ts_config: Path, changes: dict[str, str]) -> int:
 
     What the image has no write access to, and what KServe's environment would break, is set here.
     """
-    from scripts.config_properties import to_text
-    from scripts.torchserve import command, environment
+    from server.config_properties import to_text
+    from server.torchserve import command, environment
 
     if not ts_config.is_file():
         print(

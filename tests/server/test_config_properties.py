@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from scripts.archive import ROOT, STARTUP_BYTES_PER_SECOND, STARTUP_SECONDS, archive
-from scripts.config_properties import cluster_properties, laptop_properties, model_config
+from server.config_properties import cluster_properties, laptop_properties, model_config
 from tests.models import save_tiny_bloom
 
 SAME = [

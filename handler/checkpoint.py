@@ -1,6 +1,7 @@
 """model.zip -> a verified folder of shards, once, whatever the number of workers and restarts."""
 
 import hashlib
+import json
 import logging
 import re
 import shutil
@@ -11,17 +12,22 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
+from handler.errors import CheckpointError
+
 logger = logging.getLogger(__name__)
 
+# Where transformers looks for weights in a folder; the first one that is there wins.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 MANIFEST = "SHA256SUMS"  # at the zip's root, as `sha256sum` writes it
 MAX_ENTRIES = 100_000
 # Weights hardly compress; a whole archive of them that claims to grow a hundredfold is a bomb.
 MAX_RATIO = 100
 BUFFER = 4 * 2**20  # bytes
-
-
-class CheckpointError(RuntimeError):
-    """There is no usable checkpoint; the message says why and what to do."""
 
 
 def open_checkpoint(model_dir: Path) -> Path:
@@ -82,6 +88,27 @@ def unpack(archive: Path, target: Path) -> None:
         raise CheckpointError(what + hint) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files in a checkpoint folder that transformers would load the weights from, in the index's order of names.
+
+    Raises CheckpointError when there are none, or one that the index names is missing.
+    """
+    first = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if first is None:
+        raise CheckpointError(f"{folder} holds no weights ({', '.join(WEIGHTS)}): download the checkpoint again")
+    if first.suffix != ".json":
+        return [first]
+    try:
+        names = sorted(set(json.loads(first.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"{first} is not an index of shards: download it again") from None
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{first} names {file.name}, which is not beside it: download it again")
+    return files
 
 
 def is_unpacked_copy(model_dir: Path) -> bool:

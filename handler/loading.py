@@ -19,15 +19,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.bloom.modeling_bloom import BloomGelu
 
+from handler.checkpoint import weight_files
+from handler.errors import LoadError, first_line
 from handler.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-
-
-class LoadError(RuntimeError):
-    """The checkpoint cannot be served; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,8 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     Peak memory while loading is what stays resident plus about the largest shard. `work_folder` is where a
     relative `offload_folder` lies; safetensors are read in place and leave it empty.
 
-    Raises LoadError when the folder lacks weights or tokenizer, or the model is not a causal language model.
+    Raises CheckpointError for a folder without weights, and LoadError for one without a tokenizer or a causal
+    language model.
     """
     _check_folder(folder, settings)
     tokenizer = _load_tokenizer(folder, settings)
@@ -89,8 +86,7 @@ def _fuse_gelu(model: PreTrainedModel) -> None:
 
 
 def _check_folder(folder: Path, settings: Settings) -> None:
-    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        raise LoadError(f"{folder} holds no weights ({' or '.join(WEIGHTS)}): download the checkpoint again")
+    weight_files(folder)
     read_config(folder, settings)
 
 
@@ -101,7 +97,7 @@ def read_config(folder: Path, settings: Settings) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (ValueError, OSError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         if "trust_remote_code" in str(error):
             reason = "it needs Python code that comes with the checkpoint: set trust_remote_code if you trust it"
         raise LoadError(f"{folder / 'config.json'} cannot be used: {reason}") from error
@@ -121,16 +117,8 @@ def _load_tokenizer(folder: Path, settings: Settings) -> PreTrainedTokenizerBase
             folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
         )
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise LoadError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
-    if tokenizer.pad_token is None:
-        # Padding is masked, so any token will do.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    tokenizer.padding_side = "left"
+        raise LoadError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def max_memory(settings: Settings, gpus: int) -> dict[int | str, int] | None:

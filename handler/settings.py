@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from handler.errors import SettingsError
+
 UNITS = {
     "": 1, "B": 1,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -23,10 +25,6 @@ UNITS = {
     "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
 }  # fmt: skip
 SIZE_HELP = "a number of bytes, or a number and one of KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB"
-
-
-class SettingsError(ValueError):
-    """setup_config.json cannot be used; the message is one line that names key, value and what is allowed."""
 
 
 def parse_size(value: int | float | str) -> int:

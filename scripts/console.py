@@ -4,7 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from handler.settings import SettingsError
+from handler.errors import CheckpointError, LoadError, SettingsError
 from server.torchserve import LaunchError
 
 
@@ -12,16 +12,11 @@ class UserError(Exception):
     """Something the person at the terminal can mend; the message is one line that says how."""
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, short enough for a line of our own."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def run(main: Callable[[], None]) -> int:
     """Run a command's main; its exit status."""
     try:
         main()
-    except (UserError, SettingsError, LaunchError, OSError) as error:
+    except (UserError, SettingsError, CheckpointError, LoadError, LaunchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except subprocess.CalledProcessError as error:

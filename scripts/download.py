@@ -35,15 +35,10 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
-from scripts.console import UserError, first_line
+from handler.checkpoint import WEIGHTS
+from handler.errors import first_line
+from scripts.console import UserError
 
-# Where transformers looks for weights in a folder; the first one that is there wins.
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 # What else a model needs, or its licence asks to be kept with it.
 KEPT = (
     *("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja", "*.py"),

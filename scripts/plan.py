@@ -24,7 +24,8 @@ from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 from handler.engine import UnsupportedModel
 from handler.engine.engine import IDLE_CHUNKS
 from handler.engine.model_runner import ModelRunner
-from handler.loading import WEIGHTS, LoadError, decoder_layer, device_map, max_memory, placement, read_config
+from handler.errors import LoadError
+from handler.loading import decoder_layer, device_map, max_memory, placement, read_config
 from handler.settings import Settings, parse_size, read_settings
 from scripts.archive import ROOT
 from scripts.console import UserError, run
@@ -226,7 +227,7 @@ def _plan(
 ) -> Plan:
     if gpus is None:
         gpus = [None] * len([device for device in settings.max_memory or {} if isinstance(device, int)])
-    kinds = [sorted(model_dir.glob(pattern)) for pattern in WEIGHTS]
+    kinds = [sorted(model_dir.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")]
     files = next((files for files in kinds if files), [])  # what the loader prefers
     model = meta_model(read_config(model_dir, settings), settings, files)
     placed = _place(model, settings, gpus, cpu)

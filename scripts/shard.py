@@ -18,9 +18,11 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+from handler.checkpoint import WEIGHTS
+from handler.errors import first_line
 from handler.settings import parse_size
-from scripts.console import UserError, first_line
-from scripts.download import WEIGHTS, DownloadError, require_space, size_text
+from scripts.console import UserError
+from scripts.download import DownloadError, require_space, size_text
 
 RECORD = "shard.json"
 # Elements converted and written at once: 32 MB of float32. Memory grows by this and no more.

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from scripts.console import UserError, first_line
+from handler.errors import first_line
+from scripts.console import UserError
 
 PART_BYTES = 32 * 2**20
 MAX_PARTS = 9000  # S3 takes 10,000 parts of an object, Azure 50,000

@@ -12,7 +12,8 @@ from collections import namedtuple
 import pytest
 
 from handler import checkpoint
-from handler.checkpoint import CheckpointError, find_root, open_checkpoint, unpack
+from handler.checkpoint import find_root, open_checkpoint, unpack
+from handler.errors import CheckpointError
 from scripts.zip import zip_checkpoint
 
 

@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from handler.loading import LoadError, load_model
+from handler.errors import CheckpointError, LoadError
+from handler.loading import load_model
 from handler.settings import Settings
-from tests.models import SAMPLE_SETUP_CONFIG, save_tiny_bloom, sharpen, train_tokenizer
+from tests.models import SAMPLE_SETUP_CONFIG, save_tiny_bloom, train_tokenizer
 
 PROMPT = "My dog is cute"
 
@@ -96,21 +97,10 @@ def test_the_dtype_asked_for(bloom, tmp_path):
     assert load_model(bloom, Settings(), tmp_path).model.dtype == torch.float32
 
 
-def test_a_tokenizer_without_a_pad_token(tmp_path):
-    tokenizer = train_tokenizer()
-    tokenizer.pad_token = None
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64)
-    sharpen(GPT2LMHeadModel(config)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path, Settings(), tmp_path)
-    assert loaded.tokenizer.pad_token == "</s>"
-    assert loaded.tokenizer(["My dog", "My"], padding=True)["attention_mask"][1][0] == 0
-
-
 def test_no_weights(own_bloom, tmp_path):
     for path in own_bloom.glob("model*"):
         path.unlink()
-    with pytest.raises(LoadError, match="no weights"):
+    with pytest.raises(CheckpointError, match="no weights"):
         load_model(own_bloom, Settings(), tmp_path)
 
 

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from handler.settings import Settings, SettingsError, parse_size, read_settings
+from handler.errors import SettingsError
+from handler.settings import Settings, parse_size, read_settings
 from tests.models import SAMPLE_SETUP_CONFIG
 
 

@@ -3,7 +3,7 @@ import zipfile
 
 import pytest
 
-from handler.settings import SettingsError
+from handler.errors import SettingsError
 from scripts.archive import archive, main
 from scripts.console import UserError
 from scripts.zip import zip_checkpoint

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
-from handler.engine.cpu_linear import cpu_lacks, wide_linear
+from handler.weights.cpu_linear import cpu_lacks, wide_linear
 
 LAYERS, OUT, IN = 20, 4096, 1024  # in turn, so that no cache holds the weights
 

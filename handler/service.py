@@ -18,9 +18,9 @@ from ts.torch_handler.base_handler import BaseHandler
 
 from handler.checkpoint import open_checkpoint, work_folder
 from handler.engine import Engine
-from handler.exchange import Exchange, Reply
 from handler.loading import load_model
-from handler.protocols import Served
+from handler.protocols.base import ModelInfo
+from handler.protocols.open_request import OpenRequest, Reply
 from handler.settings import read_settings
 
 METRICS_PERIOD = 1  # seconds between two reports of the engine's gauges while it works
@@ -39,29 +39,19 @@ class LargeModelHandler(BaseHandler):
         self.settings = read_settings(model_dir / "setup_config.json")
         self.loaded = load_model(open_checkpoint(model_dir), self.settings, work_folder(model_dir))
         self.model = self.loaded.model
-        self.engine = Engine(
-            self.loaded.model,
-            self.loaded.tokenizer,
-            max_batch_size=self.settings.max_batch_size,
-            max_sequence_length=self.settings.max_sequence_length,
-            max_prompt_tokens=self.settings.max_prompt_tokens,
-            kv_cache_bytes=self.settings.kv_cache_memory,
-            prefill_chunk=self.settings.prefill_chunk,
-            max_queue=self.settings.max_queue,
-            defaults={"max_new_tokens": self.settings.max_new_tokens} | self.settings.generation,
-        )
-        self.served = Served(
+        self.engine = Engine(self.loaded.model, self.loaded.tokenizer, self.settings)
+        self.model_info = ModelInfo(
             name=context.model_name,
             version=context.manifest["model"]["modelVersion"],
             tokenizer=self.loaded.tokenizer,
-            max_sequence_length=self.engine.max_sequence_length,
+            max_sequence_length=self.engine.capacity.max_sequence_length,
             return_full_text=self.settings.return_full_text,
             created=int(time.time()),
             describe=self.describe_handle,
         )
         self.continuous = bool((context.model_yaml_config or {}).get("continuousBatching"))
-        self.exchanges: dict[str, Exchange] = {}  # those that are open, by TorchServe's request id
-        self.reported = 0.0
+        self.open_requests: dict[str, OpenRequest] = {}  # by TorchServe's request id
+        self.last_report = 0.0
         self.initialized = True
 
     def handle(self, data: list[dict], context: Context) -> list[Any]:
@@ -70,39 +60,39 @@ class LargeModelHandler(BaseHandler):
         if self._is_describe():
             context.stopping_criteria = None
             return [self.describe_handle()]
-        exchanges = self.preprocess(data)
-        self.inference(exchanges)
+        requests = self.preprocess(data)
+        self.inference(requests)
         self._report()
-        return self.postprocess(exchanges)
+        return self.postprocess(requests)
 
-    def preprocess(self, data: list[dict]) -> list[Exchange]:
-        """The exchanges of the batch, in order: known ones go on, new ones begin, missing ones are cancelled."""
+    def preprocess(self, data: list[dict]) -> list[OpenRequest]:
+        """The batch's requests, in order: known ones go on, new ones begin, missing ones are cancelled."""
         ids = [self.context.get_request_id(index) for index in range(len(data))]
-        for gone in self.exchanges.keys() - set(ids):
-            self.exchanges.pop(gone).cancel()
+        for gone in self.open_requests.keys() - set(ids):
+            self.open_requests.pop(gone).cancel()
         for index, (request_id, entry) in enumerate(zip(ids, data, strict=True)):
-            if request_id not in self.exchanges:
+            if request_id not in self.open_requests:
                 path = self.context.get_request_header(index, "url_path") or ""
-                self.exchanges[request_id] = Exchange(entry, path, self.served, self.engine)
-        return [self.exchanges[request_id] for request_id in ids]
+                self.open_requests[request_id] = OpenRequest(entry, path, self.model_info, self.engine)
+        return [self.open_requests[request_id] for request_id in ids]
 
-    def inference(self, exchanges: list[Exchange]) -> None:
+    def inference(self, requests: list[OpenRequest]) -> None:
         """Run the engine: in continuous mode for a time slice, or until a request is done and its client can have
         its answer; in plain mode until all are done, sending parts of streams on the way."""
         if not self.continuous:
-            while not all(exchange.finished for exchange in exchanges):
+            while not all(request.finished for request in requests):
                 self._run(self.settings.time_slice_ms)
-                self._send_parts(exchanges)
-        elif not any(exchange.finished for exchange in exchanges):
+                self._send_parts(requests)
+        elif not any(request.finished for request in requests):
             self._run(self.settings.time_slice_ms)
 
-    def postprocess(self, exchanges: list[Exchange]) -> list[Any]:
+    def postprocess(self, requests: list[OpenRequest]) -> list[Any]:
         """TorchServe's list of bodies, with status and headers in the context."""
-        replies = {index: exchange.reply(watch=self.continuous) for index, exchange in enumerate(exchanges)}
-        for request_id, exchange in zip(list(self.context.request_ids.values()), exchanges, strict=True):
-            if exchange.finished:
-                del self.exchanges[request_id]
-        return self._write(replies, len(exchanges))
+        replies = {index: request.reply(watch=self.continuous) for index, request in enumerate(requests)}
+        for request_id, request in zip(list(self.context.request_ids.values()), requests, strict=True):
+            if request.finished:
+                del self.open_requests[request_id]
+        return self._write(replies, len(requests))
 
     def describe_handle(self) -> dict[str, Any]:
         """The model as it is loaded: where its layers are, its dtype, its size in bytes, and the versions."""
@@ -110,8 +100,8 @@ class LargeModelHandler(BaseHandler):
             "model_type": self.model.config.model_type,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "memory_footprint": self.model.get_memory_footprint(),
-            "max_sequence_length": self.engine.max_sequence_length,
-            "engine": {"running": self.engine.running, "waiting": self.engine.waiting},
+            "max_sequence_length": self.engine.capacity.max_sequence_length,
+            "engine": {"running": self.engine.num_running, "waiting": self.engine.num_waiting},
             "device_map": self.loaded.device_map,
             "tiers": {device: vars(tier) for device, tier in self.loaded.tiers.items()},
             "versions": {package: version(package) for package in PACKAGES},
@@ -121,11 +111,11 @@ class LargeModelHandler(BaseHandler):
         """Set the gauges RunningSequences and WaitingSequences among TorchServe's metrics; always when the engine has
         run dry, because nobody calls again before the next request."""
         now = time.monotonic()
-        if self.engine.has_work and now < self.reported + METRICS_PERIOD:
+        if self.engine.has_work and now < self.last_report + METRICS_PERIOD:
             return
-        self.reported = now
-        for name, value in (("Running", self.engine.running), ("Waiting", self.engine.waiting)):
-            dimensions = [Dimension("ModelName", self.served.name), Dimension("Level", "Model")]
+        self.last_report = now
+        for name, value in (("Running", self.engine.num_running), ("Waiting", self.engine.num_waiting)):
+            dimensions = [Dimension("ModelName", self.model_info.name), Dimension("Level", "Model")]
             self.context.metrics.add_metric(
                 f"{name}Sequences", value, "count", dimensions=dimensions, metric_type=MetricTypes.GAUGE
             )
@@ -134,19 +124,17 @@ class LargeModelHandler(BaseHandler):
         """Step until the time is over, or somebody has a first token or a whole answer to be sent."""
         deadline = time.monotonic() + milliseconds / 1000
         while self.engine.has_work and time.monotonic() < deadline:
-            if any(job.finished or len(job.choices[0].token_ids) == 1 for job in self.engine.step()):
+            if any(job.finished or len(job.sequences[0].token_ids) == 1 for job in self.engine.step()):
                 return
 
-    def _send_parts(self, exchanges: list[Exchange]) -> None:
+    def _send_parts(self, requests: list[OpenRequest]) -> None:
         """Plain mode: send what streams have to say in the middle of a batch, and nothing to the others."""
-        replies = {
-            index: exchange.reply(watch=False) for index, exchange in enumerate(exchanges) if not exchange.finished
-        }
+        replies = {index: request.reply(watch=False) for index, request in enumerate(requests) if not request.finished}
         # An error that ends a stream is left for the end of the batch.
         speaking = {index: reply for index, reply in replies.items() if reply and reply.more}
         if speaking:
             ids = {index: self.context.request_ids[index] for index in speaking}
-            bodies = self._write(speaking, len(exchanges))
+            bodies = self._write(speaking, len(requests))
             send_intermediate_predict_response(bodies, ids, "Prediction success", 200, self.context)
 
     def _write(self, replies: Mapping[int, Reply | None], count: int) -> list[Any]:

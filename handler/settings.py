@@ -1,4 +1,4 @@
-"""`setup_config.json`, key by key: how the model is loaded and how it generates."""
+"""`setup_config.json`, key by key: how the engine runs, how the model is loaded and how it answers."""
 
 import json
 import re
@@ -51,15 +51,15 @@ def _generation_defaults(values: Any) -> Any:
     """Held to what a request is held to, so that no default makes every request fail."""
     from transformers import GenerationConfig  # slow to import, and only needed when the key is used
 
-    from handler.engine.errors import InvalidRequest
-    from handler.engine.parameters import checked
+    from handler.engine import InvalidRequest
+    from handler.engine.sampling_params import checked
 
     if isinstance(values, dict):
         try:
-            known = checked(values)
+            params = checked(values)
         except InvalidRequest as error:
             raise ValueError(f"GenerationConfig's parameters as a request may have them: {error}") from None
-        GenerationConfig(**{k: v for k, v in known.items() if k != "seed"}).validate(strict=True)
+        GenerationConfig(**{k: v for k, v in params.items() if k != "seed"}).validate(strict=True)
     return values
 
 
@@ -67,10 +67,35 @@ Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 Device = Annotated[int | str, BeforeValidator(_device)]
 
 
-class Settings(BaseModel):
-    """How the model is loaded and how it generates. Every key of the well-known sample is here."""
+class EngineConfig(BaseModel):
+    """The engine's limits, and the generation parameters of requests that do not give them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    max_new_tokens: PositiveInt = Field(
+        80,
+        validation_alias=AliasChoices("max_new_tokens", "max_length"),
+        description="New tokens a request gets unless it says otherwise. `max_length` is the sample's name for it.",
+    )
+    generation: Annotated[dict[str, Any], BeforeValidator(_generation_defaults)] = Field(
+        default_factory=dict, description="Defaults for a request, with transformers' GenerationConfig names."
+    )
+    max_prompt_tokens: PositiveInt | None = Field(None, description="Longer prompts are refused with 413.")
+    max_batch_size: PositiveInt = Field(32, description="Most sequences that run at the same time.")
+    max_sequence_length: PositiveInt | None = Field(
+        None, description="Most tokens of prompt and continuation together; by default the model's own limit."
+    )
+    kv_cache_memory: Size | None = Field(
+        None, description="Most bytes of keys and values; by default max_batch_size x max_sequence_length tokens."
+    )
+    prefill_chunk: PositiveInt = Field(
+        256, description="Most prompt tokens in one step, so that nobody stalls; four times that while nobody decodes."
+    )
+    max_queue: PositiveInt = Field(192, description="Most sequences that wait; more are refused with 429.")
+
+
+class Settings(EngineConfig):
+    """setup_config.json: the engine's keys, and those of loading and answering. Every key of the sample is here."""
 
     revision: str | None = Field(None, description="Where the checkpoint came from; the files decide, not this.")
     max_memory: dict[Device, Size] | None = Field(
@@ -90,25 +115,7 @@ class Settings(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
 
-    max_new_tokens: PositiveInt = Field(
-        80,
-        validation_alias=AliasChoices("max_new_tokens", "max_length"),
-        description="New tokens a request gets unless it says otherwise. `max_length` is the sample's name for it.",
-    )
-    generation: Annotated[dict[str, Any], BeforeValidator(_generation_defaults)] = Field(
-        default_factory=dict, description="Defaults for a request, with transformers' GenerationConfig names."
-    )
     return_full_text: bool = Field(True, description="Answer with the prompt and its continuation, as the sample.")
-    max_prompt_tokens: PositiveInt | None = Field(None, description="Longer prompts are refused with 413.")
-    max_batch_size: PositiveInt = Field(32, description="Most sequences that run at the same time.")
-    max_sequence_length: PositiveInt | None = Field(
-        None, description="Most tokens of prompt and continuation together; by default the model's own limit."
-    )
-    kv_cache_memory: Size | None = Field(
-        None, description="Most bytes of keys and values; by default max_batch_size x max_sequence_length tokens."
-    )
-    prefill_chunk: PositiveInt = Field(256, description="Most prompt tokens in one step, so that nobody stalls.")
-    max_queue: PositiveInt = Field(192, description="Most sequences that wait; more are refused with 429.")
     time_slice_ms: PositiveInt = Field(100, description="Milliseconds between two replies to TorchServe, at most.")
 
     @model_validator(mode="before")

@@ -22,8 +22,8 @@ from transformers.integrations.accelerate import _get_device_map
 from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 
 from handler.engine import UnsupportedModel
-from handler.engine.engine import IDLE_CHUNKS
-from handler.engine.model_runner import ModelRunner
+from handler.engine.architecture import inspect_architecture
+from handler.engine.capacity import Capacity, capacity
 from handler.errors import LoadError
 from handler.loading import decoder_layer, device_map, max_memory, placement, read_config
 from handler.settings import Settings, parse_size, read_settings
@@ -232,8 +232,8 @@ def _plan(
     model = meta_model(read_config(model_dir, settings), settings, files)
     placed = _place(model, settings, gpus, cpu)
     parts = _parts(model, placed)
-    runner = ModelRunner(model)
-    length = runner.length_limit(settings.max_sequence_length, settings.prefill_chunk)
+    architecture = inspect_architecture(model)
+    limits = capacity(architecture, settings)
     stored = sum(path.stat().st_size for path in files)
     archived = sum(path.stat().st_size for files in kinds for path in files)
     weights = sum(part.bytes for part in parts)
@@ -246,9 +246,9 @@ def _plan(
         bandwidth=bandwidth,
         device_map=placed,
         parts=parts,
-        devices=_devices(model, parts, runner.bytes_per_token, length, settings, gpus, cpu),
-        max_sequence_length=length,
-        kv_bytes_per_token=runner.bytes_per_token,
+        devices=_devices(parts, limits, gpus, cpu),
+        max_sequence_length=limits.max_sequence_length,
+        kv_bytes_per_token=architecture.kv_bytes_per_token,
         largest_shard=max((path.stat().st_size for path in files), default=min(weights, SHARD_BYTES)),
         checkpoint_bytes=archived or weights,
         offload_bytes=0 if in_place else on_disk,
@@ -349,23 +349,12 @@ def _parts(model: PreTrainedModel, placed: dict[str, int | str]) -> list[Part]:
     return [Part(name, device, count) for (name, device), count in sizes.items()]
 
 
-def _devices(
-    model: PreTrainedModel,
-    parts: list[Part],
-    token_bytes: int,
-    length: int,
-    settings: Settings,
-    gpus: Sequence[int | None],
-    cpu: int | None,
-) -> list[Device]:
+def _devices(parts: list[Part], limits: Capacity, gpus: Sequence[int | None], cpu: int | None) -> list[Device]:
     """GPUs, CPU and disk with what they hold. A layer's keys and values live where it is computed."""
-    wished = settings.max_batch_size * length * token_bytes
-    kv_cache = min(wished, wished if settings.kv_cache_memory is None else settings.kv_cache_memory)
     layers = {part.name: part.device for part in parts if part.is_layer}
     main = _main_device(parts)
     computed = [device if device.startswith("gpu") else main for device in layers.values()]
     streamed = [part.bytes for part in parts if _is_streamed(part, main)]
-    workspace = _workspace(model, settings, length)
     devices = []
     for name, size in [*((f"gpu {index}", size) for index, size in enumerate(gpus)), ("cpu", cpu), ("disk", None)]:
         works = name == main or name in computed
@@ -375,8 +364,8 @@ def _devices(
                 size=size,
                 layers=sum(1 for device in layers.values() if device == name),
                 weights=sum(part.bytes for part in parts if part.device == name),
-                kv_cache=kv_cache * computed.count(name) // max(1, len(layers)),
-                workspace=(workspace if works else 0) + (max(streamed, default=0) if name == main else 0),
+                kv_cache=limits.kv_cache_bytes * computed.count(name) // max(1, len(layers)),
+                workspace=(limits.workspace_bytes if works else 0) + (max(streamed, default=0) if name == main else 0),
                 runtime=RUNTIME_BYTES if name == "cpu" else 0,
             )
         )
@@ -390,14 +379,6 @@ def _main_device(parts: list[Part]) -> str:
 
 def _is_streamed(part: Part, main: str) -> bool:
     return part.device == "disk" or (part.device == "cpu" and main != "cpu")
-
-
-def _workspace(model: PreTrainedModel, settings: Settings, length: int) -> int:
-    """About the most bytes of activations: float32 scores of a prompt's chunk against a whole sequence, twice, as
-    eager attention makes them, or the logits of a full batch, twice in float32, for the samplers."""
-    config = model.config.get_text_config()
-    scores = 2 * config.num_attention_heads * min(IDLE_CHUNKS * settings.prefill_chunk, length) * length * 4
-    return max(scores, 2 * settings.max_batch_size * config.vocab_size * 4)
 
 
 def _streamed(model: PreTrainedModel, parts: list[Part], stored: float) -> dict[str, int]:

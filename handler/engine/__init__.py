@@ -4,8 +4,10 @@ engine = Engine(model, tokenizer)
 job = engine.submit(Request("My dog is", {"max_new_tokens": 20}))
 while not job.finished:
     engine.step()
-print(job.choices[0].text)
+print(job.sequences[0].text)
 """
+
+from handler.settings import EngineConfig
 
 from .engine import Engine
 from .errors import (
@@ -17,11 +19,12 @@ from .errors import (
     QueueFull,
     UnsupportedModel,
 )
-from .job import Choice, Job, Request
+from .request import Request
+from .sequence import Job, Sequence
 
 __all__ = [
-    "Choice",
     "Engine",
+    "EngineConfig",
     "EngineError",
     "InvalidRequest",
     "Job",
@@ -30,5 +33,6 @@ __all__ = [
     "PromptTooLong",
     "QueueFull",
     "Request",
+    "Sequence",
     "UnsupportedModel",
 ]

@@ -1,29 +1,84 @@
-"""Who runs, in which row, and how many tokens of each go into the next forward."""
+"""Who runs, in which row of the KV cache, and how many tokens of each go into the next forward."""
 
 from collections import deque
+from collections.abc import Sequence as Collection
+from dataclasses import dataclass, field
 
+from .errors import InvalidRequest, QueueFull
 from .kv_cache import KVCache
-from .sequence import Batch, Sequence
+from .sequence import Sequence
+
+
+@dataclass
+class Batch:
+    """One forward: sequences in neighbouring rows, and how many new tokens each brings.
+
+    num_scheduled_tokens: new tokens of each sequence, prompt tokens or the one generated last.
+    cache_shape: rows and columns that all running sequences, also those of other batches, fill after this step.
+    """
+
+    sequences: list[Sequence] = field(default_factory=list)
+    num_scheduled_tokens: list[int] = field(default_factory=list)
+    cache_shape: tuple[int, int] = (0, 0)
+
+    def completes(self, index: int) -> bool:
+        """Whether the forward reaches the sequence's last token, so that the next one can be sampled."""
+        sequence = self.sequences[index]
+        return sequence.num_cached_tokens + self.num_scheduled_tokens[index] == sequence.length
+
+    @property
+    def logits_to_keep(self) -> list[int]:
+        """Of how many of its last new positions each sequence needs logits: of all where the prompt's
+        log-probabilities are reported, of the last where a token is sampled, else of none."""
+        return [
+            count if sequence.needs_prompt_logprobs else int(self.completes(index))
+            for index, (sequence, count) in enumerate(zip(self.sequences, self.num_scheduled_tokens, strict=True))
+        ]
 
 
 class Scheduler:
     """First come, first served. running[i] has row i of the cache; decoding rows come before prefilling ones.
 
-    max_rows: most sequences that run at once; max_waiting: most that wait.
-    chunk: most prompt tokens in a step that others decode in; idle_chunk: in one that nobody decodes in.
-    one_forward: decoding and prefilling rows share one padded forward, since a pass over the weights is what
+    max_batch_size: most sequences that run at once.
+    max_queue: most sequences that wait.
+    prefill_chunk: most prompt tokens in a step that others decode in.
+    idle_prefill_chunk: most prompt tokens in a step that nobody decodes in.
+    mixed_batch: decoding and prefilling rows share one padded forward, since a pass over the weights is what
         costs; otherwise they get one each, since padding decoding rows to a chunk multiplies their work.
     """
 
-    def __init__(self, cache: KVCache, max_rows: int, max_waiting: int, chunk: int, idle_chunk: int, one_forward: bool):
+    def __init__(
+        self,
+        cache: KVCache,
+        max_batch_size: int,
+        max_queue: int,
+        prefill_chunk: int,
+        idle_prefill_chunk: int,
+        mixed_batch: bool,
+    ):
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.max_waiting = max_waiting
         self._cache = cache
-        self._max_rows = max_rows
-        self._chunk, self._idle_chunk = chunk, idle_chunk
-        self._budget = chunk  # this step's
-        self._one_forward = one_forward
+        self._max_batch_size, self._max_queue = max_batch_size, max_queue
+        self._prefill_chunk, self._idle_prefill_chunk = prefill_chunk, idle_prefill_chunk
+        self._mixed_batch = mixed_batch
+
+    @property
+    def has_queue_room(self) -> bool:
+        """Whether one more sequence may wait."""
+        return len(self.waiting) < self._max_queue
+
+    def check_queue_room(self, count: int) -> None:
+        """Raises InvalidRequest when so many sequences may never wait together, QueueFull when they may not now."""
+        if count > self._max_queue:
+            raise InvalidRequest(f"n: {count} is more than may wait; send at most {self._max_queue}")
+        if len(self.waiting) + count > self._max_queue:
+            raise QueueFull(f"{len(self.waiting)} sequences wait already; send the request again later")
+
+    def add(self, sequences: Collection[Sequence]) -> None:
+        """Let sequences wait for a row. Raises as `check_queue_room`, and then none of them waits."""
+        self.check_queue_room(len(sequences))
+        self.waiting.extend(sequences)
 
     def schedule(self) -> list[Batch]:
         """Admit who fits and plan this step's forwards."""
@@ -31,44 +86,48 @@ class Scheduler:
             self.waiting[0].row = len(self.running)
             self.running.append(self.waiting.popleft())
         decode, prefill = Batch(), Batch()
-        decoding = any(not sequence.prefilling for sequence in self.running)
-        budget = self._budget = self._chunk if decoding else self._idle_chunk
+        anyone_decodes = any(not sequence.is_prefilling for sequence in self.running)
+        chunk = budget = self._prefill_chunk if anyone_decodes else self._idle_prefill_chunk
         for sequence in self.running:
-            batch = prefill if sequence.prefilling else decode
-            missing = min(sequence.length - sequence.cached, budget if sequence.prefilling else 1)
-            if missing:
+            batch, limit = (prefill, budget) if sequence.is_prefilling else (decode, 1)
+            count = min(sequence.length - sequence.num_cached_tokens, limit)
+            if count:
                 batch.sequences.append(sequence)
-                batch.counts.append(missing)
-                budget -= missing if sequence.prefilling else 0
-        if self._one_forward:
-            batches = [Batch(decode.sequences + prefill.sequences, decode.counts + prefill.counts)]
-        else:
-            batches = [decode, prefill]
-        return [batch for batch in batches if batch.sequences]
-
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns that running sequences fill at most after this step."""
-        return len(self.running), max(min(s.cached + self._budget, s.length) for s in self.running)
+                batch.num_scheduled_tokens.append(count)
+                budget -= count if sequence.is_prefilling else 0
+        batches = [decode, prefill]
+        if self._mixed_batch:
+            counts = decode.num_scheduled_tokens + prefill.num_scheduled_tokens
+            batches = [Batch(decode.sequences + prefill.sequences, counts)]
+        batches = [batch for batch in batches if batch.sequences]
+        for batch in batches:
+            batch.cache_shape = self._cache_shape(chunk)
+        return batches
 
     def release_finished(self) -> None:
         """Take finished sequences out and close the gaps: the last decoding rows fill those among their
         kind, prefilling rows move up in their order, so that the oldest goes on first."""
-        self.waiting = deque(s for s in self.waiting if not s.choice.finish_reason)
-        alive = [s for s in self.running if not s.choice.finish_reason]
-        decoding = [s for s in alive if not s.prefilling]
-        staying = {s.row: s for s in decoding if s.row < len(decoding)}
-        moving = (s for s in decoding if s.row >= len(decoding))
+        self.waiting = deque(sequence for sequence in self.waiting if not sequence.finished)
+        alive = [sequence for sequence in self.running if not sequence.finished]
+        decoding = [sequence for sequence in alive if not sequence.is_prefilling]
+        staying = {sequence.row: sequence for sequence in decoding if sequence.row < len(decoding)}
+        moving = (sequence for sequence in decoding if sequence.row >= len(decoding))
         order = [staying.get(row) or next(moving) for row in range(len(decoding))]
-        self.running = order + [s for s in alive if s.prefilling]
+        self.running = order + [sequence for sequence in alive if sequence.is_prefilling]
         for row, sequence in enumerate(self.running):
-            if sequence.row != row and sequence.cached:
-                self._cache.move(sequence.row, row, sequence.cached)
+            if sequence.row != row and sequence.num_cached_tokens:
+                self._cache.move_row(sequence.row, row, sequence.num_cached_tokens)
             sequence.row = row
 
+    def _cache_shape(self, chunk: int) -> tuple[int, int]:
+        """Rows and columns that the running sequences fill at most after a step with chunks of this size."""
+        longest = max(min(sequence.num_cached_tokens + chunk, sequence.length) for sequence in self.running)
+        return len(self.running), longest
+
     def _fits(self, sequence: Sequence) -> bool:
-        """Whether the rectangular store has room for one more row, all as long as the longest may get."""
+        """Whether the cache, a rectangle, has room for one more row when all become as long as the longest may."""
         if not self.running:
-            return True  # `submit` has seen to it
+            return True  # no request is accepted that cannot run alone
         rows = len(self.running) + 1
-        columns = max(s.columns for s in [*self.running, sequence])
-        return rows <= self._max_rows and rows * columns <= self._cache.max_cells
+        columns = max(other.max_length for other in [*self.running, sequence])
+        return rows <= self._max_batch_size and rows * columns <= self._cache.capacity_tokens

@@ -1,78 +1,108 @@
-"""One continuation in the making, and the rows of them that one forward takes."""
+"""What a caller watches grow: a job is a submitted request, a sequence one continuation of its prompt."""
 
-from __future__ import annotations
-
+import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Literal
 
-from .job import Choice, Job
+from .detokenizer import TextStream
+from .errors import EngineError
+from .request import Request
+from .sampler import Sampler, TokenLogprob
+from .sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    from .sampling import Sampler
+FinishReason = Literal["stop", "length", "time", "cancel", "error"]
+
+
+@dataclass
+class Job:
+    """A submitted request. The engine fills it; the caller reads.
+
+    sequences: one for each of the `n` continuations.
+    prompt_logprobs: if asked for, one entry a prompt token; the first is None as nothing predicts it.
+    deadline: `time.monotonic()` seconds after which it ends with finish_reason "time", or None.
+    """
+
+    request: Request
+    params: SamplingParams
+    prompt_ids: list[int]
+    deadline: float | None = None
+    sequences: list["Sequence"] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    error: EngineError | None = None
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.finished for sequence in self.sequences)
+
+    @property
+    def expired(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A job's prompt and one of its choices.
+    """One continuation of a job's prompt, from the queue to its last token.
 
+    index: its place among the job's sequences.
     order: counts up in the order of submission.
-    cached: how many of its tokens have keys and values in the cache.
-    row: its row there, -1 while it waits.
+    token_ids: every generated token, including the eos token or the one that completed a stop string.
+    logprobs: if asked for, one entry a generated token, from the model's raw logits in float32.
+    finish_reason: None while it waits or runs.
+    row: its row in the KV cache, -1 while it waits.
+    num_cached_tokens: how many of its tokens have keys and values there.
     """
 
     job: Job
-    choice: Choice
+    index: int
     sampler: Sampler
-    max_new_tokens: int
-    eos: frozenset[int]
+    text_stream: TextStream
+    eos_token_ids: frozenset[int]
     order: int
-    cached: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
     row: int = -1
+    num_cached_tokens: int = 0
 
     @property
-    def columns(self) -> int:
-        """Cache columns it may fill."""
-        return len(self.job.prompt_ids) + self.max_new_tokens
+    def text(self) -> str:
+        """The text that no later token can take back: no half character, no beginning of a stop string."""
+        return self.text_stream.text
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def all_token_ids(self) -> list[int]:
+        """The prompt's tokens and the generated ones."""
+        return self.job.prompt_ids + self.token_ids
 
     @property
     def length(self) -> int:
         """Tokens so far, prompt included."""
-        return len(self.job.prompt_ids) + len(self.choice.token_ids)
+        return len(self.job.prompt_ids) + len(self.token_ids)
 
     @property
-    def tokens(self) -> list[int]:
-        return self.job.prompt_ids + self.choice.token_ids
+    def max_length(self) -> int:
+        """Tokens it may come to, prompt included."""
+        return len(self.job.prompt_ids) + self.job.params.max_new_tokens
 
     @property
-    def prefilling(self) -> bool:
-        return self.cached < len(self.job.prompt_ids)
+    def is_prefilling(self) -> bool:
+        return self.num_cached_tokens < len(self.job.prompt_ids)
 
     @property
-    def echoes(self) -> bool:
-        """Whether the logits of its prompt are wanted now."""
-        return self.prefilling and self.choice.index == 0 and self.job.request.echo_logprobs
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether the logits of its next prompt tokens are to be reported: once a job, by its first sequence."""
+        return self.is_prefilling and self.index == 0 and self.job.params.prompt_logprobs
 
-    def next_tokens(self, count: int) -> list[int]:
-        """The first `count` tokens that are not cached yet."""
-        if not self.prefilling:
-            return self.choice.token_ids[-count:]
-        return self.job.prompt_ids[self.cached : self.cached + count]
-
-
-@dataclass
-class Batch:
-    """One forward: neighbouring rows, and how many new tokens each brings."""
-
-    sequences: list[Sequence] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-
-    def completes(self, index: int) -> bool:
-        """Whether the forward reaches the sequence's last token, so that the next one can be sampled."""
-        sequence = self.sequences[index]
-        return sequence.cached + self.counts[index] == sequence.length
-
-    @property
-    def kept(self) -> list[int]:
-        """Of how many of its last new positions each sequence needs logits."""
-        needed = [int(self.completes(i)) for i in range(len(self.counts))]
-        return [n if s.echoes else k for s, n, k in zip(self.sequences, self.counts, needed, strict=True)]
+    def next_token_ids(self, count: int) -> list[int]:
+        """The first `count` tokens that are not in the cache yet."""
+        if not self.is_prefilling:
+            return self.token_ids[-count:]
+        return self.job.prompt_ids[self.num_cached_tokens : self.num_cached_tokens + count]

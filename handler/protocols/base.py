@@ -1,21 +1,29 @@
 """What the wire formats share: a call is one HTTP request, what to generate for it, and how to answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from handler.engine import Choice, EngineError, InvalidRequest, Job, Request
+from handler.engine import EngineError, InvalidRequest, Job, Request, Sequence
+from handler.protocols.errors import DeadlineExceeded, ProtocolError, error_type, http_status
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class Served:
-    """What a protocol has to know of the model it speaks for. `created`: Unix time, seconds."""
+class ModelInfo:
+    """What a protocol has to know of the model it speaks for.
+
+    max_sequence_length: tokens of prompt and continuation together.
+    return_full_text: whether an answer begins with the prompt, unless the request says otherwise.
+    created: Unix time, seconds.
+    describe: the answer to `describe`.
+    """
 
     name: str
     version: str
@@ -25,48 +33,34 @@ class Served:
     created: int
     describe: Callable[[], dict[str, Any]]
 
-    def full_text(self, job: Job, choice: Choice) -> str:
-        """The prompt and its continuation, as `decode` gives them together."""
-        return self.prompt_text(job) + choice.text
+    def text(self, sequence: Sequence, full_text: bool) -> str:
+        """A sequence's text; with `full_text` the prompt before it, as `decode` gives them together."""
+        return self.prompt_text(sequence.job) + sequence.text if full_text else sequence.text
 
     def prompt_text(self, job: Job) -> str:
         """The prompt as `decode` gives it back, without special tokens."""
         return str(self.tokenizer.decode(job.prompt_ids, skip_special_tokens=True))
 
 
-class NotFound(EngineError):
-    """There is nothing at this path, or no such model; the message lists what there is."""
-
-    status = 404
-    type = "not_found_error"
-
-
-class DeadlineExceeded(EngineError):
-    """The request's `max_time` was over before its text was complete."""
-
-    status = 408
-    type = "timeout_error"
-
-
 class Call(ABC):
     """One HTTP request. `requests` go to the engine, in order; their jobs come back in the same order."""
 
-    requests: Sequence[Request] = ()
+    requests: Collection[Request] = ()
     stream = False
     content_type = "application/json"
 
     @abstractmethod
-    def answer(self, jobs: list[Job]) -> Any:
+    def render(self, jobs: list[Job]) -> Any:
         """The body, once every job is finished: text, or something that JSON can hold."""
 
-    def part(self, jobs: list[Job]) -> str:
-        """With `stream`: what is new since the last call, maybe nothing. The last part ends the stream."""
+    def render_part(self, jobs: list[Job]) -> str:
+        """With `stream`: what is new since the last part, maybe nothing. The last part ends the stream."""
         raise NotImplementedError
 
     @staticmethod
-    def error(error: EngineError) -> dict[str, Any]:
+    def render_error(error: EngineError | ProtocolError) -> dict[str, Any]:
         """The body that tells of an error."""
-        return {"error": {"code": error.status, "message": str(error), "type": error.type}}
+        return {"error": {"code": http_status(error), "message": str(error), "type": error_type(error)}}
 
 
 class Strict(BaseModel):
@@ -89,13 +83,13 @@ def validated(model: type[Body], body: Any) -> Body:
         raise InvalidRequest(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None
 
 
-def failure(jobs: list[Job]) -> EngineError | None:
+def failure(jobs: list[Job]) -> EngineError | ProtocolError | None:
     """What went wrong with one of a call's jobs, or None."""
     for job in jobs:
         if job.error:
             return job.error
-        if any(choice.finish_reason == "time" for choice in job.choices):
-            tokens = sum(len(choice.token_ids) for choice in job.choices)
+        if any(sequence.finish_reason == "time" for sequence in job.sequences):
+            tokens = sum(len(sequence.token_ids) for sequence in job.sequences)
             limit = job.request.parameters.get("max_time")
             return DeadlineExceeded(
                 f"max_time of {limit} s was over after {tokens} tokens; allow more time or ask for fewer tokens"

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from handler.engine import Job, Request
-from handler.protocols.base import Call, Served, Strict, validated
+from handler.protocols.base import Call, ModelInfo, Strict, validated
 
 
 class Instance(Strict):
@@ -17,27 +17,22 @@ class Predict(Strict):
     parameters: dict[str, Any] = {}
 
 
-def take_full_text(parameters: dict[str, Any], served: Served) -> tuple[bool, dict[str, Any]]:
+def split_full_text(parameters: dict[str, Any], model: ModelInfo) -> tuple[bool, dict[str, Any]]:
     """`return_full_text`, which is ours and not the engine's, and the other parameters."""
-    rest = dict(parameters)
-    return bool(rest.pop("return_full_text", served.return_full_text)), rest
-
-
-def texts(served: Served, job: Job, full_text: bool) -> list[str]:
-    """A job's texts, one a choice."""
-    return [served.full_text(job, choice) if full_text else choice.text for choice in job.choices]
+    others = dict(parameters)
+    return bool(others.pop("return_full_text", model.return_full_text)), others
 
 
 class PredictCall(Call):
     """One prediction an instance, in order: a string, or the list of them with num_return_sequences > 1."""
 
-    def __init__(self, body: dict[str, Any], served: Served):
+    def __init__(self, body: dict[str, Any], model: ModelInfo):
         predict = validated(Predict, body)
-        self._served = served
-        self._full_text, parameters = take_full_text(predict.parameters, served)
-        prompts = [one if isinstance(one, str) else one.data for one in predict.instances]
+        self._model = model
+        self._full_text, parameters = split_full_text(predict.parameters, model)
+        prompts = [instance if isinstance(instance, str) else instance.data for instance in predict.instances]
         self.requests = [Request(prompt, parameters) for prompt in prompts]
 
-    def answer(self, jobs: list[Job]) -> dict[str, Any]:
-        found = [texts(self._served, job, self._full_text) for job in jobs]
-        return {"predictions": [several[0] if len(several) == 1 else several for several in found]}
+    def render(self, jobs: list[Job]) -> dict[str, Any]:
+        texts = [[self._model.text(sequence, self._full_text) for sequence in job.sequences] for job in jobs]
+        return {"predictions": [several[0] if len(several) == 1 else several for several in texts]}

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from handler.engine import InvalidRequest, Job, Request
-from handler.protocols.base import Call, Served, Strict, validated
-from handler.protocols.kserve_v1 import take_full_text, texts
+from handler.protocols.base import Call, ModelInfo, Strict, validated
+from handler.protocols.kserve_v1 import split_full_text
 
 OUTPUT = "predictions"
 
@@ -24,7 +24,7 @@ class InputTensor(Strict):
         if "binary_data_size" in self.parameters:
             raise ValueError("binary data is not supported; send the strings in data")
         flat = list(flatten(self.data))
-        if not all(isinstance(one, str) for one in flat):
+        if not all(isinstance(item, str) for item in flat):
             raise ValueError("data must be strings, also nested as shape says")
         if math.prod(self.shape) != len(flat):
             raise ValueError(f"shape {self.shape} is {math.prod(self.shape)} elements and data has {len(flat)}")
@@ -55,37 +55,37 @@ class Infer(Strict):
 
 
 def flatten(data: list[Any]) -> Any:
-    for one in data:
-        if isinstance(one, list):
-            yield from flatten(one)
+    """The items of nested lists, in order."""
+    for item in data:
+        if isinstance(item, list):
+            yield from flatten(item)
         else:
-            yield one
+            yield item
 
 
 class InferCall(Call):
     """One text a prompt, in the input's shape; with num_return_sequences > 1, in one more dimension."""
 
-    def __init__(self, body: dict[str, Any], served: Served):
+    def __init__(self, body: dict[str, Any], model: ModelInfo):
         infer = validated(Infer, body)
-        if infer.model_name not in (None, served.name):
+        if infer.model_name not in (None, model.name):
             raise InvalidRequest(
-                f"model_name: {infer.model_name!r} is not served here; leave it out, or send {served.name!r}"
+                f"model_name: {infer.model_name!r} is not served here; leave it out, or send {model.name!r}"
             )
         if infer.parameters.get("binary_data_output"):
             raise InvalidRequest("parameters.binary_data_output: not supported; leave it out, the answer is JSON")
-        self._id, self._served = infer.id, served
+        self._id, self._model = infer.id, model
         self._shape = infer.inputs[0].shape
-        self._full_text, parameters = take_full_text(infer.parameters, served)
+        self._full_text, parameters = split_full_text(infer.parameters, model)
         self.requests = [Request(prompt, parameters) for prompt in flatten(infer.inputs[0].data)]
 
-    def answer(self, jobs: list[Job]) -> dict[str, Any]:
-        found = [texts(self._served, job, self._full_text) for job in jobs]
-        count = len(found[0])
+    def render(self, jobs: list[Job]) -> dict[str, Any]:
+        count = len(jobs[0].sequences)
         tensor = {
             "name": OUTPUT,
             "shape": self._shape + ([count] if count > 1 else []),
             "datatype": "BYTES",
-            "data": [text for several in found for text in several],
+            "data": [self._model.text(sequence, self._full_text) for job in jobs for sequence in job.sequences],
         }
-        answer = {"model_name": self._served.name, "model_version": self._served.version, "outputs": [tensor]}
+        answer = {"model_name": self._model.name, "model_version": self._model.version, "outputs": [tensor]}
         return answer | ({"id": self._id} if self._id is not None else {})

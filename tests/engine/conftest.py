@@ -82,3 +82,17 @@ def model():
 @pytest.fixture(params=KINDS)
 def kind(request):
     return request.param
+
+
+@pytest.fixture
+def scheduled(monkeypatch):
+    """scheduled(engine) -> a list that gets each forward's numbers of scheduled tokens from now on."""
+
+    def scheduled(engine):
+        forwards, forward = [], engine._runner.forward
+        monkeypatch.setattr(
+            engine._runner, "forward", lambda batch: forwards.append(batch.num_scheduled_tokens) or forward(batch)
+        )
+        return forwards
+
+    return scheduled

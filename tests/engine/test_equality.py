@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from handler.engine import Engine, Request
+from handler.engine import Engine, EngineConfig, Request
 
 from .conftest import KINDS, make_model, make_tokenizer, prompt_ids, reference
 
@@ -69,9 +69,7 @@ def test_equals_generate(kind, guests, on_disk, rows, chunk, tokens):
     engine = Engine(
         model,
         make_tokenizer(),
-        max_batch_size=rows,
-        prefill_chunk=chunk,
-        kv_cache_bytes=tokens and tokens * token_bytes,
+        EngineConfig(max_batch_size=rows, prefill_chunk=chunk, kv_cache_memory=tokens and tokens * token_bytes),
     )
     jobs = {}
     step = 0
@@ -88,7 +86,7 @@ def test_equals_generate(kind, guests, on_disk, rows, chunk, tokens):
         step += 1
         assert step < 2000
     for guest, visitor in enumerate(guests):
-        choice = jobs[guest].choices[0]
+        choice = jobs[guest].sequences[0]
         expected = reference(kind, tuple(prompt_ids(visitor.prompt, visitor.length)))[: visitor.new]
         if choice.finish_reason == "cancel":
             assert choice.token_ids == expected[: len(choice.token_ids)]
@@ -98,27 +96,23 @@ def test_equals_generate(kind, guests, on_disk, rows, chunk, tokens):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_offloaded_layers_stream_through_one_forward_a_step(kind, monkeypatch):
+def test_offloaded_layers_stream_through_one_forward_a_step(kind, scheduled):
     model = offloaded_model(kind, (0, 1, 2))
-    engine = Engine(model, make_tokenizer(), prefill_chunk=4)
-    forwards = []
-    run = engine._runner.forward
-    monkeypatch.setattr(engine._runner, "forward", lambda *a: forwards.append(1) or run(*a))
+    engine = Engine(model, make_tokenizer(), EngineConfig(prefill_chunk=4))
+    forwards = scheduled(engine)
     first = engine.submit(Request(prompt_ids(0, 3), {"max_new_tokens": 10}))
     engine.step()
     engine.submit(Request(prompt_ids(1, 9), {"max_new_tokens": 4}))
     engine.step()  # one row decodes while the other is prefilled
-    assert len(first.choices[0].token_ids) == 2
-    assert len(forwards) == 2
+    assert len(first.sequences[0].token_ids) == 2
+    assert forwards == [[3], [1, 4]]
 
 
-def test_resident_weights_prefill_apart_from_decoding(model, tokenizer, monkeypatch):
-    engine = Engine(model, tokenizer, prefill_chunk=4)
-    widths = []
-    run = engine._runner.forward
-    monkeypatch.setattr(engine._runner, "forward", lambda c, b, s: widths.append(max(b.counts)) or run(c, b, s))
+def test_resident_weights_prefill_apart_from_decoding(model, tokenizer, scheduled):
+    engine = Engine(model, tokenizer, EngineConfig(prefill_chunk=4))
+    forwards = scheduled(engine)
     engine.submit(Request(prompt_ids(0, 3), {"max_new_tokens": 10}))
     engine.step()
     engine.submit(Request(prompt_ids(1, 9), {"max_new_tokens": 4}))
     engine.step()
-    assert widths == [3, 1, 4]
+    assert forwards == [[3], [1], [4]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from handler.engine import Engine, ModelError, OutOfMemory, Request
+from handler.engine import Engine, EngineConfig, ModelError, OutOfMemory, Request
 
 from .conftest import make_model, prompt_ids, reference
 
@@ -26,9 +26,9 @@ def raise_in_layer(engine, monkeypatch, errors, when=lambda batch: True):
             raise errors.pop(0)
         return forward(*args, **kwargs)
 
-    def remember(cache, batch, shape):
+    def remember(batch):
         current["batch"] = batch
-        return run(cache, batch, shape)
+        return run(batch)
 
     monkeypatch.setattr(layer, "forward", failing)
     monkeypatch.setattr(engine._runner, "forward", remember)
@@ -36,7 +36,7 @@ def raise_in_layer(engine, monkeypatch, errors, when=lambda batch: True):
 
 @pytest.fixture
 def engine(tokenizer):
-    return Engine(make_model("llama"), tokenizer, max_batch_size=3, prefill_chunk=6)
+    return Engine(make_model("llama"), tokenizer, EngineConfig(max_batch_size=3, prefill_chunk=6))
 
 
 def submit(engine, seed, length=4, new=10):
@@ -49,7 +49,7 @@ def finish(engine, *jobs):
     for job in jobs:
         assert job.error is None
         new = job.request.parameters["max_new_tokens"]
-        assert job.choices[0].token_ids == reference("llama", tuple(job.prompt_ids))[:new]
+        assert job.sequences[0].token_ids == reference("llama", tuple(job.prompt_ids))[:new]
 
 
 @pytest.mark.parametrize("error", MEMORY_ERRORS, ids=lambda e: str(e)[-30:] or type(e).__name__)
@@ -59,11 +59,11 @@ def test_out_of_memory_fails_the_youngest_only(engine, monkeypatch, error):
         engine.step()
     raise_in_layer(engine, monkeypatch, [error])
     waiting = submit(engine, 2)
-    engine._scheduler._max_rows = 2
+    engine._scheduler._max_batch_size = 2
     changed = engine.step()
     assert changed == [young]
-    assert isinstance(young.error, OutOfMemory) and young.error.status == 507
-    assert young.choices[0].finish_reason == "error"
+    assert isinstance(young.error, OutOfMemory)
+    assert young.sequences[0].finish_reason == "error"
     finish(engine, old, waiting)
 
 
@@ -89,10 +89,10 @@ def test_another_error_fails_the_jobs_of_that_forward(engine, monkeypatch):
     decoding = submit(engine, 0)
     engine.step()
     prefilled = [submit(engine, 1, length=3), submit(engine, 2, length=3)]
-    raise_in_layer(engine, monkeypatch, [ValueError("boom")], when=lambda b: b.sequences[0].prefilling)
+    raise_in_layer(engine, monkeypatch, [ValueError("boom")], when=lambda b: b.sequences[0].is_prefilling)
     changed = engine.step()
     for job in prefilled:
-        assert type(job.error) is ModelError and job.error.status == 500 and "boom" in str(job.error)
+        assert type(job.error) is ModelError and "boom" in str(job.error)
         assert job in changed
     finish(engine, decoding, submit(engine, 3))
 
@@ -101,7 +101,7 @@ def test_a_failed_choice_ends_the_whole_job(engine, monkeypatch):
     job = engine.submit(Request(prompt_ids(0, 4), {"max_new_tokens": 5}, n=2))
     raise_in_layer(engine, monkeypatch, [MemoryError()])
     engine.step()
-    assert job.finished and [c.finish_reason for c in job.choices] == ["error", "error"]
+    assert job.finished and [c.finish_reason for c in job.sequences] == ["error", "error"]
     assert not engine.has_work and not engine._scheduler.running
 
 

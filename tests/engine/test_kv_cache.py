@@ -11,14 +11,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from handler.engine import Engine, Request, UnsupportedModel
+from handler.engine import Engine, EngineConfig, Request, UnsupportedModel
 from handler.engine.kv_cache import KVCache
 
 from .conftest import VOCAB, prompt_ids, reference
 
 
 def store(cache, first, lengths, counts, keys, shape):
-    cache.aim(first, lengths, counts, shape)
+    cache.prepare_forward(first, lengths, counts, shape)
     return cache.update(keys, -keys, 0)
 
 
@@ -73,9 +73,9 @@ def test_the_store_shrinks_when_long_rows_have_left():
 def test_where_each_row_adds_one_token_the_model_gets_all_columns():
     """Keys without gaps between rows, as torch.bmm wants them; the mask has as many columns."""
     cache = KVCache(1000, None, 1)
-    assert cache.aim(0, [0, 0], [3, 1], (2, 3)) == 3
+    assert cache.prepare_forward(0, [0, 0], [3, 1], (2, 3)).kv_length == 3
     cache.update(numbered(2, 3), numbered(2, 3), 0)
-    assert cache.aim(0, [3, 1], [1, 1], (2, 4)) == 32
+    assert cache.prepare_forward(0, [3, 1], [1, 1], (2, 4)).kv_length == 32
     keys, values = cache.update(numbered(2, 1), numbered(2, 1), 0)
     assert keys.shape[2] == values.shape[2] == cache.get_mask_sizes(1, 0)[0] == 32
     assert keys.is_contiguous() and values.is_contiguous()
@@ -84,11 +84,11 @@ def test_where_each_row_adds_one_token_the_model_gets_all_columns():
 def test_a_layer_that_found_no_memory_follows_when_less_is_needed():
     cache = KVCache(10_000, None, 1)
     for layer in (0, 1):
-        cache.aim(0, [0], [20], (1, 20))
+        cache.prepare_forward(0, [0], [20], (1, 20))
         cache.update(numbered(1, 20), numbered(1, 20), layer)
-    cache.aim(0, [20], [1], (1, 400))
+    cache.prepare_forward(0, [20], [1], (1, 400))
     cache.update(numbered(1, 1), numbered(1, 1), 0)  # layer 0 has grown, layer 1 has not
-    assert cache.aim(0, [20], [1], (1, 21)) == 32
+    assert cache.prepare_forward(0, [20], [1], (1, 21)).kv_length == 32
     for layer in (0, 1):
         keys, _ = cache.update(numbered(1, 1, start=20), numbered(1, 1, start=20), layer)
         assert keys.flatten()[:21].tolist() == list(range(21)) and keys.shape[2] == 32
@@ -106,25 +106,25 @@ def test_the_store_never_exceeds_its_bound():
 
 def test_bytes_bound_the_store():
     cache = KVCache(1000, max_bytes=640, bytes_per_token=4)
-    assert cache.max_cells == 160
+    assert cache.capacity_tokens == 160
     store(cache, 0, [0], [1], numbered(1, 1), (1, 1))
-    assert cache.max_cells == 80  # the keys and values that came are larger than the estimate
+    assert cache.capacity_tokens == 80  # the keys and values that came are larger than the estimate
 
 
 def test_scrubbed_rows_are_zero():
     cache = KVCache(100, None, 1)
     store(cache, 0, [0, 0], [2, 2], numbered(2, 2) * float("nan"), (2, 2))
-    cache.scrub([1, 99])
+    cache.zero_rows([1, 99])
     assert cache.layers[0].keys[1].eq(0).all() and cache.layers[0].keys[0].isnan().any()
 
 
 def test_rows_move_when_neighbours_leave(kind, tokenizer):
     from .conftest import make_model
 
-    engine = Engine(make_model(kind), tokenizer, max_batch_size=4, prefill_chunk=5)
+    engine = Engine(make_model(kind), tokenizer, EngineConfig(max_batch_size=4, prefill_chunk=5))
     moves = []
-    move = engine._cache.move
-    engine._cache.move = lambda *a: moves.append(a) or move(*a)
+    move = engine._cache.move_row
+    engine._cache.move_row = lambda *a: moves.append(a) or move(*a)
     prompts = [prompt_ids(i, n) for i, n in enumerate((3, 4, 5, 23))]
     news = (3, 9, 12, 6)
     jobs = [engine.submit(Request(p, {"max_new_tokens": n})) for p, n in zip(prompts, news, strict=True)]
@@ -132,10 +132,10 @@ def test_rows_move_when_neighbours_leave(kind, tokenizer):
         engine.step()
         running = engine._scheduler.running
         assert [s.row for s in running] == list(range(len(running)))
-        assert [s.prefilling for s in running] == sorted(s.prefilling for s in running)
+        assert [s.is_prefilling for s in running] == sorted(s.is_prefilling for s in running)
     assert moves
     for job, prompt, new in zip(jobs, prompts, news, strict=True):
-        assert job.choices[0].token_ids == reference(kind, tuple(prompt))[:new]
+        assert job.sequences[0].token_ids == reference(kind, tuple(prompt))[:new]
 
 
 def test_a_sliding_window_bounds_the_length(tokenizer, caplog):
@@ -146,8 +146,8 @@ def test_a_sliding_window_bounds_the_length(tokenizer, caplog):
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()
     engine = Engine(model, tokenizer)
-    assert engine.max_sequence_length == 30 and "sliding window" in caplog.text
-    engine._scheduler._one_forward = True  # where columns and positions differ most
+    assert engine.capacity.max_sequence_length == 30 and "sliding window" in caplog.text
+    engine._scheduler._mixed_batch = True  # where columns and positions differ most
     prompts = [prompt_ids(i, n) for i, n in enumerate((20, 2, 9, 21))]
     jobs = []
     for prompt in prompts:
@@ -158,7 +158,7 @@ def test_a_sliding_window_bounds_the_length(tokenizer, caplog):
     for job, prompt in zip(jobs, prompts, strict=True):
         ids = torch.tensor([prompt])
         alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)
-        assert job.choices[0].token_ids == alone[0, len(prompt) :].tolist()
+        assert job.sequences[0].token_ids == alone[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(

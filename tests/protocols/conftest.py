@@ -1,13 +1,13 @@
-"""A real engine on a tiny model, and exchanges as the handler drives them; no TorchServe."""
+"""A real engine on a tiny model, and requests as the handler drives them; no TorchServe."""
 
 import json
 
 import pytest
 
-from handler.engine import Engine
-from handler.exchange import Exchange
+from handler.engine import Engine, EngineConfig
 from handler.loading import load_model
-from handler.protocols import Served
+from handler.protocols.base import ModelInfo
+from handler.protocols.open_request import OpenRequest
 from handler.settings import Settings
 from tests.models import save_tiny_bloom
 
@@ -25,15 +25,13 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture
 def engine(loaded):
-    defaults = {"max_new_tokens": 8}
-    return Engine(
-        loaded.model, loaded.tokenizer, max_batch_size=4, max_queue=8, max_prompt_tokens=100, defaults=defaults
-    )
+    config = EngineConfig(max_batch_size=4, max_queue=8, max_prompt_tokens=100, max_new_tokens=8)
+    return Engine(loaded.model, loaded.tokenizer, config)
 
 
 @pytest.fixture
 def served(loaded):
-    return Served(
+    return ModelInfo(
         name="bloom",
         version="1.0",
         tokenizer=loaded.tokenizer,
@@ -57,10 +55,10 @@ def send(engine, served):
     """send(body, path) -> (status, body of the answer, headers); a dictionary arrives as TorchServe's parsed JSON."""
 
     def send(body, path="", entry=None):
-        exchange = Exchange(entry if entry is not None else {"body": body}, path, served, engine)
-        while not exchange.finished:
+        request = OpenRequest(entry if entry is not None else {"body": body}, path, served, engine)
+        while not request.finished:
             engine.step()
-        reply = exchange.reply(watch=True)
+        reply = request.reply(watch=True)
         json.dumps(reply.body)  # TorchServe does this
         return reply.status, reply.body, reply.headers
 
@@ -72,14 +70,14 @@ def stream(engine, served):
     """stream(body, path) -> the events of a stream, that ends as it must."""
 
     def stream(body, path):
-        exchange = Exchange({"body": {**body, "stream": True}}, path, served, engine)
+        request = OpenRequest({"body": {**body, "stream": True}}, path, served, engine)
         parts = []
-        while not exchange.finished:
+        while not request.finished:
             engine.step()
-            if not exchange.finished and (reply := exchange.reply(watch=True)):
+            if not request.finished and (reply := request.reply(watch=True)):
                 assert reply.more is True
                 parts.append(reply.body)
-        last = exchange.reply(watch=True)
+        last = request.reply(watch=True)
         assert last.more is (False if parts else None)
         *events, done, rest = "".join([*parts, last.body]).split("\n\n")
         assert (done, rest) == ("data: [DONE]", "")

@@ -128,10 +128,10 @@ def test_information(send):
 
 
 def test_a_fault_of_ours_is_a_500_for_that_request_alone(send, engine, served, monkeypatch):
-    from handler.protocols.text import TextCall
+    from handler.protocols.plain_text import TextCall
 
     with monkeypatch.context() as broken:
-        broken.setattr(TextCall, "answer", lambda *_: 1 / 0)
+        broken.setattr(TextCall, "render", lambda *_: 1 / 0)
         status, answer, _ = send(PROMPT)
     assert status == 500 and "ZeroDivisionError" in answer["error"]["message"]
     assert send(PROMPT)[0] == 200

@@ -3,13 +3,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, T5Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, T5Config
 
+from handler.engine import Engine
 from handler.loading import load_model
 from handler.settings import Settings
 from scripts.console import UserError
 from scripts.plan import RUNTIME_BYTES, Bandwidth, main, parse_gpus, plan, remedies
-from tests.models import save_bloom_7b1_config, save_tiny_bloom
+from tests.models import save_bloom_7b1_config, save_tiny_bloom, train_tokenizer
 
 GB = 10**9
 KV_BYTES_PER_TOKEN = 2 * 30 * 4096 * 2  # of BLOOM-7b1 in 16 bits: keys and values, layers, hidden size, bytes
@@ -156,6 +157,19 @@ def test_where_both_kinds_of_weights_lie_safetensors_are_read_and_both_are_archi
     made, one = plan(both, Settings(max_memory={"cpu": 0}), []), plan(tiny, Settings(max_memory={"cpu": 0}), [])
     assert (made.streamed, made.largest_shard, made.offload_bytes) == (one.streamed, one.largest_shard, 0)
     assert made.checkpoint_bytes == one.checkpoint_bytes + 10_000_000
+
+
+def test_the_plan_has_the_engines_own_limits(tmp_path):
+    """A sliding window makes chunks smaller and with them sequences longer."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=300, sliding_window=512, max_position_embeddings=4096, **shape)
+    config.save_pretrained(tmp_path)
+    settings = Settings(prefill_chunk=256, max_batch_size=4)
+    limits = Engine(AutoModelForCausalLM.from_config(config), train_tokenizer(), settings).capacity
+    made = plan(tmp_path, settings, gpus=[])
+    assert made.max_sequence_length == limits.max_sequence_length == 384
+    assert made.kv_cache == limits.kv_cache_bytes == 4 * 384 * made.kv_bytes_per_token
+    assert made.cpu.workspace == limits.workspace_bytes == 2 * 2 * 128 * 384 * 4
 
 
 def test_shared_heads_make_keys_and_values_small(tmp_path):

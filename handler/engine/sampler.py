@@ -5,6 +5,7 @@ for all rows with the same settings, and on the few candidates that can win: the
 """
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,8 +15,9 @@ from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor
 from transformers.generation import logits_process as library
 
 from .errors import InvalidRequest, ModelError
-from .job import Request, TokenLogprob
-from .sequence import Sequence
+from .sampling_params import SamplingParams
+
+TokenLogprob = tuple[int, float, list[tuple[int, float]]]  # token, its log-probability, the most likely ones
 
 _WARPERS = (
     library.TemperatureLogitsWarper,
@@ -37,7 +39,8 @@ _TIES = 64  # candidates beyond top_k: the library keeps what ties with the k-th
 class Sampler:
     """How one sequence chooses its tokens.
 
-    processors: run on [1, vocab] float32 scores with the row's tokens; warpers: on scores alone.
+    processors: run on [1, vocab] float32 scores with the row's tokens.
+    warpers: run on scores alone.
     generator: the sequence's own randomness, or None when decoding is greedy.
     """
 
@@ -51,13 +54,35 @@ class Sampler:
         return str([self.generator is None, [(type(w).__name__, vars(w)) for w in self.warpers]])
 
 
-def library_processors(
-    model: Any, prompt_ids: list[int], parameters: dict[str, Any], device: torch.device, vocab_size: int
-) -> tuple[list[LogitsProcessor], frozenset[int]]:
-    """The processors that `model.generate` would run for these parameters, and the tokens that would end it.
+def make_samplers(
+    model: Any, prompt_ids: list[int], params: SamplingParams, device: torch.device, vocab_size: int
+) -> tuple[list[Sampler], frozenset[int]]:
+    """A sampler for each of the `n` continuations of a prompt, and the tokens that end one.
 
+    model: its generation config names the special tokens. device: where the logits will be.
     Raises InvalidRequest for values that the library refuses.
     """
+    processors, eos_token_ids = _library_processors(model, prompt_ids, params.generation, device, vocab_size)
+    if params.logit_bias or params.presence_penalty or params.frequency_penalty:
+        processors = [OpenAIPenalties(params, len(prompt_ids)), *processors]
+    generators = [_generator(params.seed, index, device) if params.do_sample else None for index in range(params.n)]
+    samplers = [Sampler(*_split(processors), generator) for generator in generators]
+    return samplers, frozenset() if params.ignore_eos else eos_token_ids
+
+
+def _generator(seed: int | None, index: int, device: torch.device) -> torch.Generator:
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed + index)
+    return generator
+
+
+def _library_processors(
+    model: Any, prompt_ids: list[int], generation: Mapping[str, Any], device: torch.device, vocab_size: int
+) -> tuple[list[LogitsProcessor], frozenset[int]]:
+    """The processors that `model.generate` would run for these parameters, and the tokens that would end it."""
 
     def capture(model, input_ids, logits_processor, stopping_criteria, **_):
         criteria = [c for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
@@ -67,22 +92,13 @@ def library_processors(
     try:
         # All ones: without a mask, generate takes pad tokens in the prompt for padding.
         mask = torch.ones_like(ids)
-        config = GenerationConfig(**parameters)
+        config = GenerationConfig(**generation)
         processors, eos = model.generate(ids, attention_mask=mask, generation_config=config, custom_generate=capture)
         for processor in _split(processors)[0]:  # some check their settings only when they are used
             processor(ids, torch.zeros(1, vocab_size, device=device))
         return processors, eos
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
-        raise InvalidRequest(f"parameters {', '.join(parameters)}: {error}") from error
-
-
-def make_sampler(
-    request: Request, processors: list[LogitsProcessor], prompt_length: int, generator: torch.Generator | None
-) -> Sampler:
-    """The request's own penalties, then the library's processors."""
-    if request.logit_bias or request.presence_penalty or request.frequency_penalty:
-        processors = [OpenAIPenalties(request, prompt_length), *processors]
-    return Sampler(*_split(processors), generator)
+        raise InvalidRequest(f"parameters {', '.join(generation)}: {error}") from error
 
 
 def _split(processors: list[LogitsProcessor]) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
@@ -95,12 +111,11 @@ def _split(processors: list[LogitsProcessor]) -> tuple[list[LogitsProcessor], li
 class OpenAIPenalties(LogitsProcessor):
     """Scores + logit_bias, - presence_penalty - frequency_penalty x count for each generated token."""
 
-    def __init__(self, request: Request, prompt_length: int):
-        self._presence, self._frequency = request.presence_penalty, request.frequency_penalty
+    def __init__(self, params: SamplingParams, prompt_length: int):
+        self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
         self._prompt_length = prompt_length
-        bias = request.logit_bias or {}
-        self._biased = torch.tensor(list(bias), dtype=torch.long)
-        self._bias = torch.tensor(list(bias.values()), dtype=torch.float32)
+        self._biased = torch.tensor(list(params.logit_bias), dtype=torch.long)
+        self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
@@ -110,15 +125,21 @@ class OpenAIPenalties(LogitsProcessor):
         return scores
 
 
-def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int | Exception]:
-    """Choose a token for each row of logits [rows, vocab], or tell what went wrong in that row."""
+def sample(
+    logits: torch.Tensor, samplers: Sequence[Sampler], token_ids: Sequence[Sequence[int]]
+) -> list[int | Exception]:
+    """Choose a token for each row of logits [rows, vocab], or tell what went wrong in that row.
+
+    token_ids: prompt and continuation of each row; only read where its sampler has processors.
+    """
     groups: dict[str, list[int]] = defaultdict(list)
-    for row, sequence in enumerate(sequences):
-        groups[sequence.sampler.group].append(row)
+    for row, sampler in enumerate(samplers):
+        groups[sampler.group].append(row)
     chosen: dict[int, int | Exception] = {}
     for rows in groups.values():
         own = logits if len(rows) == len(logits) else logits[rows]
-        chosen.update(zip(rows, _sample_group(own, [sequences[row] for row in rows]), strict=True))
+        tokens = _sample_group(own, [samplers[row] for row in rows], [token_ids[row] for row in rows])
+        chosen.update(zip(rows, tokens, strict=True))
     return [chosen[row] for row in range(len(logits))]
 
 
@@ -132,29 +153,34 @@ def logprobs(logits: torch.Tensor, chosen: list[int], top: int) -> list[TokenLog
     return list(zip(chosen, picked, tops, strict=True))
 
 
-def _sample_group(logits: torch.Tensor, sequences: list[Sequence]) -> list[int | Exception]:
-    samplers = [sequence.sampler for sequence in sequences]
-    scores, failed = _processed(logits, sequences)
+def _sample_group(
+    logits: torch.Tensor, samplers: list[Sampler], token_ids: list[Sequence[int]]
+) -> list[int | Exception]:
+    """Rows whose samplers have the same warpers, and are all greedy or all not."""
+    scores, failed = _processed(logits, samplers, token_ids)
     try:
         chosen, valid = _greedy(scores) if samplers[0].generator is None else _draw(scores, samplers)
     except Exception as error:
-        if len(sequences) == 1:
+        if len(samplers) == 1:
             return [error]
-        return [_sample_group(logits[i : i + 1], [s])[0] for i, s in enumerate(sequences)]  # find whose it is
+        rows = range(len(samplers))  # find whose it is
+        return [_sample_group(logits[i : i + 1], [samplers[i]], [token_ids[i]])[0] for i in rows]
     broken = ModelError("the model's scores are not numbers; nothing can be chosen from them")
     return [failed.get(i) or (token if valid[i] else broken) for i, token in enumerate(chosen)]
 
 
-def _processed(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[torch.Tensor, dict[int, Exception]]:
+def _processed(
+    logits: torch.Tensor, samplers: list[Sampler], token_ids: list[Sequence[int]]
+) -> tuple[torch.Tensor, dict[int, Exception]]:
     """Scores [rows, vocab] after the row-wise processors, in float32 as in `generate`."""
     failed: dict[int, Exception] = {}
-    if not any(sequence.sampler.processors for sequence in sequences):
+    if not any(sampler.processors for sampler in samplers):
         return logits, failed
     scores = logits.to(torch.float32, copy=True)
-    for i, sequence in enumerate(sequences):
-        ids = torch.tensor([sequence.tokens], device=scores.device)
+    for i, sampler in enumerate(samplers):
         try:
-            for processor in sequence.sampler.processors:
+            ids = torch.tensor([token_ids[i]], device=scores.device)
+            for processor in sampler.processors:
                 scores[i : i + 1] = processor(ids, scores[i : i + 1])
         except Exception as error:  # whatever a processor raises concerns this row alone
             failed[i] = error
@@ -202,7 +228,8 @@ def _candidates(scores: torch.Tensor, warpers: list[Any]):
             # Among candidates that hold `mass` of the probability, a share of p / mass of theirs is p of all.
             reduced = library.TopPLogitsWarper(nucleus / mass[row].item())(None, best.values[row : row + 1])
             yield row[None], best.indices[row : row + 1], _warp(reduced, warpers[scaled + 1 :])
-        everyone, warpers = (~(mass > nucleus)).nonzero().flatten(), warpers[scaled:]  # not a number: here
+        # The other rows, among them those whose scores are not numbers: every comparison with them is false.
+        everyone, warpers = (~(mass > nucleus)).nonzero().flatten(), warpers[scaled:]
     if len(everyone):
         rest = scores if len(everyone) == len(scores) else scores[everyone]
         yield everyone, None, _warp(rest, warpers)

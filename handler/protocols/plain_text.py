@@ -1,7 +1,7 @@
 """Plain text: the prompt is the body, and so is the answer."""
 
 from handler.engine import InvalidRequest, Job, Request
-from handler.protocols.base import Call, Served
+from handler.protocols.base import Call, ModelInfo
 
 
 class TextCall(Call):
@@ -9,13 +9,12 @@ class TextCall(Call):
 
     content_type = "text/plain; charset=utf-8"
 
-    def __init__(self, text: object, served: Served):
+    def __init__(self, text: object, model: ModelInfo):
         if not isinstance(text, str):
             raise InvalidRequest(f"data: send a string, not {type(text).__name__}")
         self.requests = [Request(text)]
-        self._served = served
+        self._model = model
 
-    def answer(self, jobs: list[Job]) -> str:
+    def render(self, jobs: list[Job]) -> str:
         (job,) = jobs
-        choice = job.choices[0]
-        return self._served.full_text(job, choice) if self._served.return_full_text else choice.text
+        return self._model.text(job.sequences[0], self._model.return_full_text)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from handler.engine.text import Detokenizer, TextStream
+from handler.engine.detokenizer import Detokenizer, TextStream
 
 from .conftest import make_tokenizer
 

@@ -6,18 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as library
 
-from handler.engine import Engine, ModelError, Request
-from handler.engine.job import Choice, Job
-from handler.engine.sampling import Sampler, _candidates, sample
-from handler.engine.sequence import Sequence
+from handler.engine import Engine, EngineConfig, ModelError, Request
+from handler.engine.sampler import Sampler, _candidates, sample
 
 from .conftest import make_model, prompt_ids, reference
 
 HOT = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 12, "eos_token_id": []}
 
 
-def sequences(*samplers):
-    return [Sequence(Job(Request([1]), [1]), Choice(0, None), s, 9, frozenset(), 0) for s in samplers]
+def sampled(scores, *samplers):
+    return sample(scores, samplers, [[1]] * len(samplers))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +33,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(kind, tokenizer, parame
     prompt = prompt_ids(1, 9)
 
     def text(seed, crowd):
-        engine = Engine(model, tokenizer, max_batch_size=8, prefill_chunk=16)
+        engine = Engine(model, tokenizer, EngineConfig(max_batch_size=8, prefill_chunk=16))
         for i in range(crowd):
             other = {} if i % 2 else parameters
             engine.submit(Request(prompt_ids(10 + i, 3 + 4 * i), HOT | other, seed=i))
@@ -43,7 +41,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(kind, tokenizer, parame
         job = engine.submit(Request(prompt, HOT | parameters, seed=seed))
         while not job.finished:
             engine.step()
-        return job.choices[0].token_ids
+        return job.sequences[0].token_ids
 
     alone = text(5, crowd=0)
     assert text(5, crowd=5) == alone
@@ -52,7 +50,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(kind, tokenizer, parame
 
 def test_without_a_seed_texts_differ(model, tokenizer):
     jobs = Engine(model, tokenizer).generate([prompt_ids(1, 5)] * 4, **HOT)
-    assert len({tuple(job.choices[0].token_ids) for job in jobs}) > 1
+    assert len({tuple(job.sequences[0].token_ids) for job in jobs}) > 1
 
 
 warpers = st.fixed_dictionaries(
@@ -99,7 +97,7 @@ def test_a_nucleus_is_found_without_sorting_the_vocabulary():
 def test_draws_follow_the_probabilities():
     scores = torch.tensor([0.5, 0.3, 0.2, 0.0]).log().expand(4000, 4)
     generator = torch.Generator().manual_seed(0)
-    drawn = sample(scores, sequences(*[Sampler(generator=generator)] * 4000))
+    drawn = sampled(scores, *[Sampler(generator=generator)] * 4000)
     shares = torch.tensor(drawn).bincount(minlength=4) / 4000
     assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.2, 0.0]), atol=0.03)
     assert shares[3] == 0
@@ -109,14 +107,14 @@ def test_draws_follow_the_probabilities():
 def test_what_is_impossible_is_never_drawn(monkeypatch, number):
     monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.full((1, 1), number))
     scores = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
-    assert sample(scores, sequences(Sampler(generator=torch.Generator()))) in ([1], [2])
+    assert sampled(scores, Sampler(generator=torch.Generator())) in ([1], [2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_ties_go_to_the_lowest_token(dtype, rows):
     logits = torch.randn(rows, 70001).to(dtype).clamp(max=1.0)
-    assert sample(logits, sequences(*[Sampler()] * rows)) == logits.float().argmax(-1).tolist()
+    assert sampled(logits, *[Sampler()] * rows) == logits.float().argmax(-1).tolist()
 
 
 def test_scores_that_are_not_numbers_fail_their_row_only():
@@ -124,7 +122,7 @@ def test_scores_that_are_not_numbers_fail_their_row_only():
     logits[:, 7] = 1
     logits[1, 3] = logits[3, 3] = float("nan")
     cold, hot = Sampler(), Sampler(warpers=[library.TopKLogitsWarper(1)], generator=torch.Generator())
-    chosen = sample(logits, sequences(cold, cold, hot, hot))
+    chosen = sampled(logits, cold, cold, hot, hot)
     assert chosen[0] == chosen[2] == 7
     assert isinstance(chosen[1], ModelError) and isinstance(chosen[3], ModelError)
 
@@ -141,13 +139,13 @@ def test_a_row_that_cannot_be_sampled_fails_alone(model, tokenizer, part):
     bad, good = (engine.submit(Request(prompt_ids(i, 5), parameters, seed=1)) for i in range(2))
     sampler = engine._scheduler.waiting[0].sampler
     if part == "text":
-        bad.choices[0].stream.push = Broken().__call__
+        bad.sequences[0].text_stream.push = Broken().__call__
     elif part == "generator":
         sampler.generator = "none"
     else:
         getattr(sampler, part).append(Broken())
     while engine.has_work:
         engine.step()
-    assert bad.error.status == 500 and bad.choices[0].finish_reason == "error"
+    assert isinstance(bad.error, ModelError) and bad.sequences[0].finish_reason == "error"
     assert good.error is None
-    assert good.choices[0].token_ids == reference("llama", tuple(prompt_ids(1, 5)))[:4]
+    assert good.sequences[0].token_ids == reference("llama", tuple(prompt_ids(1, 5)))[:4]

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from handler.engine import Engine, Request, cpu_linear, model_runner
+from handler.engine import Engine, EngineConfig, Request, model_runner
 from handler.loading import load_model
 from handler.settings import Settings
+from handler.weights import cpu_linear
 from tests.models import save_tiny_bloom
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -60,11 +61,11 @@ def test_generation_is_what_pytorch_makes_it_and_layers_may_be_on_disk(lacking, 
     prompts = [[10 + i, 20 + i, 30 + i] for i in range(16)]
 
     def texts():
-        engine = Engine(loaded.model, loaded.tokenizer, max_batch_size=16)
+        engine = Engine(loaded.model, loaded.tokenizer, EngineConfig(max_batch_size=16))
         jobs = [engine.submit(Request(prompt, {"max_new_tokens": 4})) for prompt in prompts]
         while engine.has_work:
             engine.step()
-        return [job.choices[0].token_ids for job in jobs]
+        return [job.sequences[0].token_ids for job in jobs]
 
     wide = texts()
     assert max(lacking) >= 16

@@ -1,0 +1,85 @@
+"""How much fits: tokens in a sequence and in a step, bytes of keys and values, bytes of activations.
+
+The engine runs by these figures and `make plan` shows them; there is no second arithmetic.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from handler.settings import EngineConfig
+
+from .architecture import Architecture
+
+logger = logging.getLogger(__name__)
+
+_FALLBACK_LENGTH = 2048  # tokens, for a model whose config names no limit
+_IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
+_WINDOW_SHARE = 4  # a chunk takes at most a quarter of a sliding window
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What an engine can hold.
+
+    max_sequence_length: most tokens of prompt and continuation together.
+    max_prompt_tokens: most tokens of a prompt.
+    prefill_chunk: most prompt tokens in a step that others decode in.
+    idle_prefill_chunk: most prompt tokens in a step that nobody decodes in.
+    kv_cache_tokens: most rows x columns of the KV cache, whatever their bytes.
+    kv_cache_bytes: most bytes of keys and values.
+    workspace_bytes: about the most bytes of activations on a device that computes.
+    """
+
+    max_sequence_length: int
+    max_prompt_tokens: int
+    prefill_chunk: int
+    idle_prefill_chunk: int
+    kv_cache_tokens: int
+    kv_cache_bytes: int
+    workspace_bytes: int
+
+
+def capacity(architecture: Architecture, config: EngineConfig) -> Capacity:
+    """What an engine of this configuration can hold of this architecture."""
+    chunk, idle_chunk = _prefill_chunks(architecture, config)
+    length = _max_sequence_length(architecture, config, chunk)
+    tokens = config.max_batch_size * length
+    kv_cache_bytes = tokens * architecture.kv_bytes_per_token
+    if config.kv_cache_memory is not None:
+        kv_cache_bytes = min(kv_cache_bytes, config.kv_cache_memory)
+    return Capacity(
+        max_sequence_length=length,
+        max_prompt_tokens=config.max_prompt_tokens or length,
+        prefill_chunk=chunk,
+        idle_prefill_chunk=idle_chunk,
+        kv_cache_tokens=tokens,
+        kv_cache_bytes=kv_cache_bytes,
+        workspace_bytes=_workspace_bytes(architecture, config, min(idle_chunk, length), length),
+    )
+
+
+def _prefill_chunks(architecture: Architecture, config: EngineConfig) -> tuple[int, int]:
+    chunk = config.prefill_chunk
+    if not architecture.sliding_window:
+        return chunk, _IDLE_CHUNKS * chunk
+    chunk = max(1, min(chunk, architecture.sliding_window // _WINDOW_SHARE))
+    return chunk, chunk
+
+
+def _max_sequence_length(architecture: Architecture, config: EngineConfig, chunk: int) -> int:
+    asked, own, window = config.max_sequence_length, architecture.max_length, architecture.sliding_window
+    limit = min(asked or own or _FALLBACK_LENGTH, own or asked or _FALLBACK_LENGTH)
+    if window and limit > window - chunk:
+        # The library cuts windows by column, which is not a token's position while a chunk is prefilled.
+        limit = max(window - chunk, 1)
+        logger.warning("the sliding window of %d limits sequences to %d tokens", window, limit)
+    if asked and limit < asked:
+        logger.warning("max_sequence_length %d is beyond the model; using %d", asked, limit)
+    return limit
+
+
+def _workspace_bytes(architecture: Architecture, config: EngineConfig, chunk: int, length: int) -> int:
+    """Float32 scores of a prompt's chunk against a whole sequence, twice, as eager attention makes them, or the
+    logits of a full batch, twice in float32, for the samplers."""
+    scores = 2 * architecture.num_attention_heads * chunk * length * 4
+    return max(scores, 2 * config.max_batch_size * architecture.vocab_size * 4)

@@ -1,0 +1,34 @@
+"""What a caller hands in."""
+
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Request:
+    """One prompt and how to continue it.
+
+    prompt: text, or token ids. An empty prompt starts from the tokenizer's bos token.
+    parameters: transformers' `GenerationConfig` names, and `seed`.
+    n: how many continuations; the i-th is seeded with seed + i.
+    stop: strings that end a continuation, besides `parameters["stop_strings"]`. They are searched in the
+        generated text only, and neither they nor what follows them appears in `Sequence.text`.
+    logprobs: None, or how many most likely tokens to report beside each chosen one (0: the chosen one only).
+    prompt_logprobs: also report the prompt's tokens, in `Job.prompt_logprobs`.
+    ignore_eos: go on to the length limit whatever the model says.
+    logit_bias, presence_penalty, frequency_penalty: as OpenAI defines them, over generated tokens.
+    """
+
+    prompt: str | list[int]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    n: int = 1
+    seed: int | None = None
+    stop: str | tuple[str, ...] | list[str] = ()
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    ignore_eos: bool = False
+    logit_bias: dict[int, float] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)

@@ -1,0 +1,227 @@
+"""A request's generation parameters: checked, completed from the defaults, and resolved once into SamplingParams.
+
+Names are those of transformers' `GenerationConfig`, and `seed`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .capacity import Capacity
+from .errors import InvalidRequest, PromptTooLong
+from .request import Request
+
+_FRACTIONS = ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_SAMPLING = ("temperature", "top_k", *_FRACTIONS)
+_PENALTIES = ("repetition_penalty", "encoder_repetition_penalty")
+_NUMBERS = ("temperature", *_FRACTIONS, *_PENALTIES, "max_time")
+_TOKEN_IDS = {
+    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+}  # fmt: skip
+_SEEDS = range(2**62 + 1)  # seed + n must stay within 64 bits
+# Types are checked here because the library's own errors for a wrong type do not name the parameter.
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length"), (int,)),
+    **dict.fromkeys(("top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (int,)),
+    **dict.fromkeys(("num_return_sequences", "seed"), (int,)),
+    **dict.fromkeys(("forced_bos_token_id", "pad_token_id", "bos_token_id"), (int,)),
+    **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), (int, list, tuple)),
+    **dict.fromkeys(_NUMBERS, (int, float)),
+    **dict.fromkeys(("do_sample", "renormalize_logits", "remove_invalid_values"), (bool,)),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"), (list, tuple)),
+    "exponential_decay_length_penalty": (list, tuple),
+    "sequence_bias": (list, tuple, dict),
+    "stop_strings": (str, list, tuple),
+}
+_POSITIVE = ("max_new_tokens", "max_length", "num_return_sequences", "max_time", *_PENALTIES)
+# Those that have a field of their own in SamplingParams, and that no logits processor needs.
+_RESOLVED = {"max_length", "num_return_sequences", "seed", "stop_strings", "max_time"}
+_LIBRARY = GenerationConfig()
+_LIBRARY_DEFAULTS = GenerationConfig._get_default_generation_params()
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What a request comes to once defaults, aliases and limits are applied. Nothing reads the request's own fields
+    after this.
+
+    n: continuations; the i-th draws with seed + i.
+    max_new_tokens: most tokens of each continuation.
+    stop: strings that end a continuation.
+    max_time: seconds from the submission on, or None.
+    logprobs: most likely tokens to report beside each chosen one, or None for no log-probabilities at all.
+    generation: the parameters that transformers turns into logits processors and eos tokens.
+    """
+
+    n: int
+    max_new_tokens: int
+    seed: int | None
+    stop: tuple[str, ...]
+    max_time: float | None
+    ignore_eos: bool
+    logprobs: int | None
+    prompt_logprobs: bool
+    logit_bias: Mapping[int, float]
+    presence_penalty: float
+    frequency_penalty: float
+    generation: Mapping[str, Any]
+
+    @property
+    def do_sample(self) -> bool:
+        return bool(self.generation.get("do_sample"))
+
+
+def resolve(
+    request: Request,
+    prompt_length: int,
+    defaults: Mapping[str, Any],
+    capacity: Capacity,
+    max_length: int,
+    vocab_size: int,
+) -> SamplingParams:
+    """The parameters of a request whose prompt has `prompt_length` tokens.
+
+    defaults: `checked` parameters for what the request does not specify.
+    max_length: most tokens of prompt and continuation that the KV cache has room for.
+    Raises InvalidRequest naming the field, and PromptTooLong with the tokens asked for and allowed.
+    """
+    specified = checked(request.parameters)
+    _check_fields(request, vocab_size)
+    params = _merged(defaults, specified)
+    _check_token_ids(params, vocab_size)
+    is_explicit = "max_new_tokens" in specified or "max_length" in specified
+    longest = min(capacity.max_sequence_length, max_length)
+    _check_prompt_length(prompt_length, min(capacity.max_prompt_tokens, longest - 1))
+    max_new_tokens = _max_new_tokens(params, prompt_length, longest, is_explicit)
+    generation = {name: value for name, value in params.items() if name not in _RESOLVED}
+    if request.ignore_eos:  # nothing can end it early
+        generation = {name: value for name, value in generation.items() if name not in ("min_new_tokens", "min_length")}
+    return SamplingParams(
+        n=request.n if request.n > 1 else params.get("num_return_sequences", 1),
+        max_new_tokens=max_new_tokens,
+        seed=request.seed if request.seed is not None else params.get("seed"),
+        stop=_stop_strings(request.stop, params.get("stop_strings")),
+        max_time=params.get("max_time"),
+        ignore_eos=request.ignore_eos,
+        logprobs=request.logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+        logit_bias=dict(request.logit_bias or {}),
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        generation=generation | {"max_new_tokens": max_new_tokens},
+    )
+
+
+def checked(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with their types checked and `do_sample` spelled out. None means "not specified".
+
+    A sampling parameter without `do_sample` asks for sampling; temperature 0 asks for greedy decoding.
+    Raises InvalidRequest naming the parameter.
+    """
+    specified = {k: v for k, v in parameters.items() if v is not None and not _is_neutral(k, v)}
+    params = {name: _checked_value(name, value) for name, value in specified.items()}
+    if params.get("temperature") == 0:
+        params = {k: v for k, v in params.items() if k not in _SAMPLING} | {"do_sample": False}
+    elif any(name in params for name in _SAMPLING):
+        params.setdefault("do_sample", True)
+    return params
+
+
+def _merged(defaults: Mapping[str, Any], specified: Mapping[str, Any]) -> dict[str, Any]:
+    """Both `checked`; what is specified wins, also where two names mean the same limit."""
+    aliases = {"max_new_tokens": "max_length", "min_new_tokens": "min_length"}
+    aliases |= {new: old for old, new in aliases.items()}
+    params = {k: v for k, v in defaults.items() if aliases.get(k) not in specified} | dict(specified)
+    unused = () if params.get("do_sample") else _SAMPLING  # the library warns of them at every request
+    return {k: v for k, v in params.items() if k not in unused}
+
+
+def _check_prompt_length(length: int, allowed: int) -> None:
+    if length > allowed:
+        raise PromptTooLong(f"the prompt has {length} tokens, at most {allowed} fit; send fewer")
+
+
+def _max_new_tokens(params: Mapping[str, Any], prompt_length: int, longest: int, is_explicit: bool) -> int:
+    """New tokens of each continuation. A default gives way to what fits; what the request specifies does not."""
+    if "max_new_tokens" in params:
+        new = params["max_new_tokens"]
+    else:
+        new = params["max_length"] - prompt_length
+        if new <= 0:
+            raise PromptTooLong(f"the prompt has {prompt_length} tokens, max_length is {prompt_length + new}; raise it")
+    if is_explicit and prompt_length + new > longest:
+        raise PromptTooLong(
+            f"prompt and max_new_tokens are {prompt_length} + {new} = {prompt_length + new} tokens, at most {longest} "
+            f"fit; send a shorter prompt or max_new_tokens of at most {longest - prompt_length}"
+        )
+    return min(new, longest - prompt_length)
+
+
+def _stop_strings(*sources: str | Iterable[str] | None) -> tuple[str, ...]:
+    lists = [[source] if isinstance(source, str) else list(source or ()) for source in sources]
+    strings = tuple(dict.fromkeys(s for group in lists for s in group))
+    if not all(isinstance(s, str) and s for s in strings):
+        raise InvalidRequest("stop, stop_strings: send one string or a list of strings that are not empty")
+    return strings
+
+
+def _check_fields(request: Request, vocab_size: int) -> None:
+    """Check what a request says beside its parameters and prompt."""
+    _require("n", request.n, "an integer of at least 1", type(request.n) is int and request.n >= 1)
+    seed = request.seed
+    _require("seed", seed, "0 to 2**62", seed is None or (type(seed) is int and seed in _SEEDS))
+    top = request.logprobs
+    is_valid = top is None or (type(top) is int and 0 <= top <= vocab_size)
+    _require("logprobs", top, f"an integer from 0 to {vocab_size}", is_valid)
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(request, name)
+        _require(name, value, "a number", isinstance(value, int | float) and math.isfinite(value))
+    bias = request.logit_bias or {}
+    is_valid = all(type(i) is int and 0 <= i < vocab_size and isinstance(b, int | float) for i, b in bias.items())
+    _require("logit_bias", bias, f"numbers for token ids below {vocab_size}", is_valid)
+
+
+def _check_token_ids(params: Mapping[str, Any], vocab_size: int) -> None:
+    """Check token ids here: some processors do so late, and on a GPU a bad index ends the process."""
+    for name in _TOKEN_IDS & params.keys():
+        value = params[name]
+        flat = [i for item in _as_list(value) for i in _as_list(item)]
+        is_valid = all(type(i) is int and 0 <= i < vocab_size for i in flat)
+        _require(name, value, f"token ids below {vocab_size}", is_valid)
+
+
+def _as_list(value: Any) -> list[Any] | tuple[Any, ...]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _require(name: str, value: Any, expected: str, is_valid: bool) -> None:
+    if not is_valid:
+        raise InvalidRequest(f"{name}: expected {expected}, got {value!r}")
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """A library parameter that we do not support, at the value which changes nothing."""
+    return (
+        name not in _TYPES
+        and hasattr(_LIBRARY, name)
+        and name in _LIBRARY_DEFAULTS
+        and value == _LIBRARY_DEFAULTS[name]
+    )
+
+
+def _checked_value(name: str, value: Any) -> Any:
+    if name not in _TYPES:
+        why = "cannot be honoured here" if hasattr(_LIBRARY, name) else "is no generation parameter"
+        raise InvalidRequest(f"{name}: {value!r} {why}; leave it out. Known are {', '.join(sorted(_TYPES))}")
+    types = _TYPES[name]
+    is_valid = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
+    _require(name, value, " or ".join(t.__name__ for t in types), is_valid)
+    _require(name, value, "more than 0", name not in _POSITIVE or value > 0)
+    _require(name, value, "0 or more", name != "temperature" or value >= 0)
+    # The library takes a fraction above 1 and ignores it.
+    _require(name, value, "0 to 1", name not in _FRACTIONS or 0 <= value <= 1)
+    _require(name, value, "0 to 2**62", name != "seed" or value in _SEEDS)
+    return float(value) if name in _NUMBERS else value

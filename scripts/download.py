@@ -35,8 +35,8 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
-from handler.checkpoint import WEIGHTS
 from handler.errors import first_line
+from handler.weights.files import WEIGHTS
 from scripts.console import UserError
 
 # What else a model needs, or its licence asks to be kept with it.

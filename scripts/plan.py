@@ -22,11 +22,12 @@ from transformers.integrations.accelerate import _get_device_map
 from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 
 from handler.engine import UnsupportedModel
-from handler.engine.architecture import inspect_architecture
-from handler.engine.capacity import Capacity, capacity
+from handler.engine.architecture import Architecture
+from handler.engine.capacity import Capacity
 from handler.errors import LoadError
-from handler.loading import decoder_layer, device_map, max_memory, placement, read_config
+from handler.loading import read_config
 from handler.settings import Settings, parse_size, read_settings
+from handler.weights.placement import decoder_layer, device_map, max_memory, placement
 from scripts.archive import ROOT
 from scripts.console import UserError, run
 
@@ -232,8 +233,8 @@ def _plan(
     model = meta_model(read_config(model_dir, settings), settings, files)
     placed = _place(model, settings, gpus, cpu)
     parts = _parts(model, placed)
-    architecture = inspect_architecture(model)
-    limits = capacity(architecture, settings)
+    architecture = Architecture.of(model)
+    limits = Capacity.of(architecture, settings)
     stored = sum(path.stat().st_size for path in files)
     archived = sum(path.stat().st_size for files in kinds for path in files)
     weights = sum(part.bytes for part in parts)

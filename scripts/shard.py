@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from handler.checkpoint import WEIGHTS
 from handler.errors import first_line
 from handler.settings import parse_size
+from handler.weights.files import WEIGHTS
 from scripts.console import UserError
 from scripts.download import DownloadError, require_space, size_text
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from handler.checkpoint import BUFFER, MANIFEST
+from handler.weights.unpack import BUFFER, MANIFEST
 from scripts.console import UserError, run
 
 

@@ -1,5 +1,6 @@
-"""The cloud stores' stand-ins, for the tests of the upload and of KServe's way down again."""
+"""The cloud stores' stand-ins, for the tests of the upload and of KServe's way down again; and a folder to pack."""
 
+import os
 import uuid
 
 import pytest
@@ -25,3 +26,13 @@ def cloud(cloud_server, monkeypatch):
     clouds.make_bucket(cloud_server)
     yield cloud_server
     proxy.close()
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder that looks like a checkpoint of 5 MB."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(os.urandom(5_000_000))
+    return folder

@@ -10,29 +10,17 @@ print(job.sequences[0].text)
 from handler.settings import EngineConfig
 
 from .engine import Engine
-from .errors import (
-    EngineError,
-    InvalidRequest,
-    ModelError,
-    OutOfMemory,
-    PromptTooLong,
-    QueueFull,
-    UnsupportedModel,
-)
+from .errors import EngineError, InvalidRequest, ModelError, OutOfMemory, PromptTooLong, QueueFull, UnsupportedModel
 from .request import Request
 from .sequence import Job, Sequence
 
-__all__ = [
-    "Engine",
-    "EngineConfig",
+__all__ = ["Engine", "EngineConfig", "Job", "Request", "Sequence"]
+__all__ += [
     "EngineError",
     "InvalidRequest",
-    "Job",
     "ModelError",
     "OutOfMemory",
     "PromptTooLong",
     "QueueFull",
-    "Request",
-    "Sequence",
     "UnsupportedModel",
 ]

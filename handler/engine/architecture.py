@@ -14,11 +14,12 @@ _POSITIONS_FROM_MASK = ("bloom",)  # no position_ids: ALiBi counts the ones in t
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model that the engine can run.
+    """A model that the engine can run. Raises UnsupportedModel when made of one whose rows cannot be told apart by
+    position, or whose cache is more than keys and values. The model may be on the meta device.
 
     max_length: tokens in a sequence that the model can take, or None if its config does not say.
     sliding_window: the smallest attention window of any layer in tokens, or None.
-    kv_bytes_per_token: bytes of one token's keys and values in all layers, as far as the config tells.
+    kv_bytes_per_token: of the keys and values in all layers, as far as the config tells.
     takes_position_ids: whether its forward is told positions; otherwise it counts them in the attention mask.
     """
 
@@ -29,39 +30,28 @@ class Architecture:
     kv_bytes_per_token: int
     takes_position_ids: bool
 
-
-def inspect_architecture(model: PreTrainedModel) -> Architecture:
-    """The architecture of a model, which may be on the meta device.
-
-    Raises UnsupportedModel for one whose rows cannot be told apart by position, or whose cache is more than keys and
-    values of attention layers.
-    """
-    name, config = type(model).__name__, model.config.get_text_config()
-    sliding_window = _sliding_window(model)
-    takes_position_ids = "position_ids" in inspect.signature(type(model).forward).parameters
-    if not takes_position_ids and config.model_type not in _POSITIONS_FROM_MASK:
-        raise UnsupportedModel(f"{name} takes no position_ids: rows differ in length")
-    if model.get_output_embeddings() is None:
-        raise UnsupportedModel(f"{name} has no output embeddings")
-    limits = [getattr(config, limit, None) for limit in _LENGTH_NAMES]
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Architecture(
-        vocab_size=config.vocab_size,
-        num_attention_heads=config.num_attention_heads,
-        max_length=next((limit for limit in limits if isinstance(limit, int)), None),
-        sliding_window=sliding_window,
-        kv_bytes_per_token=2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize,
-        takes_position_ids=takes_position_ids,
-    )
-
-
-def _sliding_window(model: PreTrainedModel) -> int | None:
-    name = type(model).__name__
-    if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
-        raise UnsupportedModel(f"{name} keeps more than keys and values of a decoder")
-    layer_types, layer_kwargs = get_layer_types_and_kwargs(model.config.get_text_config())
-    if other := set(layer_types) - {"full_attention", "sliding_attention"}:
-        raise UnsupportedModel(f"{name} has layers other than attention: {sorted(other)}")
-    windows = [kwargs["sliding_window"] for kwargs in layer_kwargs if kwargs.get("sliding_window")]
-    return min(windows, default=None)
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Architecture":
+        name, config = type(model).__name__, model.config.get_text_config()
+        if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+            raise UnsupportedModel(f"{name} keeps more than keys and values of a decoder")
+        layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
+        if other := set(layer_types) - {"full_attention", "sliding_attention"}:
+            raise UnsupportedModel(f"{name} has layers other than attention: {sorted(other)}")
+        takes_position_ids = "position_ids" in inspect.signature(type(model).forward).parameters
+        if not takes_position_ids and config.model_type not in _POSITIONS_FROM_MASK:
+            raise UnsupportedModel(f"{name} takes no position_ids: rows differ in length")
+        if model.get_output_embeddings() is None:
+            raise UnsupportedModel(f"{name} has no output embeddings")
+        windows = [kwargs["sliding_window"] for kwargs in layer_kwargs if kwargs.get("sliding_window")]
+        limits = [getattr(config, limit, None) for limit in _LENGTH_NAMES]
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            vocab_size=config.vocab_size,
+            num_attention_heads=config.num_attention_heads,
+            max_length=next((limit for limit in limits if isinstance(limit, int)), None),
+            sliding_window=min(windows, default=None),
+            kv_bytes_per_token=2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize,
+            takes_position_ids=takes_position_ids,
+        )

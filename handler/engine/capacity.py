@@ -14,19 +14,18 @@ logger = logging.getLogger(__name__)
 
 _FALLBACK_LENGTH = 2048  # tokens, for a model whose config names no limit
 _IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
-_WINDOW_SHARE = 4  # a chunk takes at most a quarter of a sliding window
+_CHUNKS_IN_WINDOW = 4  # at least, of a sliding window
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What an engine can hold.
+    """What an engine of a configuration can hold of an architecture.
 
     max_sequence_length: most tokens of prompt and continuation together.
     max_prompt_tokens: most tokens of a prompt.
-    prefill_chunk: most prompt tokens in a step that others decode in.
-    idle_prefill_chunk: most prompt tokens in a step that nobody decodes in.
-    kv_cache_tokens: most rows x columns of the KV cache, whatever their bytes.
-    kv_cache_bytes: most bytes of keys and values.
+    prefill_chunk, idle_prefill_chunk: most prompt tokens in a step that others decode in, and in one that nobody
+        decodes in.
+    kv_cache_tokens, kv_cache_bytes: most rows x columns of the KV cache, and its most bytes.
     workspace_bytes: about the most bytes of activations on a device that computes.
     """
 
@@ -38,32 +37,29 @@ class Capacity:
     kv_cache_bytes: int
     workspace_bytes: int
 
-
-def capacity(architecture: Architecture, config: EngineConfig) -> Capacity:
-    """What an engine of this configuration can hold of this architecture."""
-    chunk, idle_chunk = _prefill_chunks(architecture, config)
-    length = _max_sequence_length(architecture, config, chunk)
-    tokens = config.max_batch_size * length
-    kv_cache_bytes = tokens * architecture.kv_bytes_per_token
-    if config.kv_cache_memory is not None:
-        kv_cache_bytes = min(kv_cache_bytes, config.kv_cache_memory)
-    return Capacity(
-        max_sequence_length=length,
-        max_prompt_tokens=config.max_prompt_tokens or length,
-        prefill_chunk=chunk,
-        idle_prefill_chunk=idle_chunk,
-        kv_cache_tokens=tokens,
-        kv_cache_bytes=kv_cache_bytes,
-        workspace_bytes=_workspace_bytes(architecture, config, min(idle_chunk, length), length),
-    )
-
-
-def _prefill_chunks(architecture: Architecture, config: EngineConfig) -> tuple[int, int]:
-    chunk = config.prefill_chunk
-    if not architecture.sliding_window:
-        return chunk, _IDLE_CHUNKS * chunk
-    chunk = max(1, min(chunk, architecture.sliding_window // _WINDOW_SHARE))
-    return chunk, chunk
+    @classmethod
+    def of(cls, architecture: Architecture, config: EngineConfig) -> "Capacity":
+        chunk, idle_chunk = config.prefill_chunk, _IDLE_CHUNKS * config.prefill_chunk
+        if architecture.sliding_window:
+            chunk = idle_chunk = max(1, min(chunk, architecture.sliding_window // _CHUNKS_IN_WINDOW))
+        length = _max_sequence_length(architecture, config, chunk)
+        tokens = config.max_batch_size * length
+        kv_cache_bytes = tokens * architecture.kv_bytes_per_token
+        if config.kv_cache_memory is not None:
+            kv_cache_bytes = min(kv_cache_bytes, config.kv_cache_memory)
+        # Float32 scores of a prompt's chunk against a whole sequence, twice, as eager attention makes them, or the
+        # logits of a full batch, twice in float32, for the samplers.
+        scores = 2 * architecture.num_attention_heads * min(idle_chunk, length) * length * 4
+        logits = 2 * config.max_batch_size * architecture.vocab_size * 4
+        return cls(
+            max_sequence_length=length,
+            max_prompt_tokens=config.max_prompt_tokens or length,
+            prefill_chunk=chunk,
+            idle_prefill_chunk=idle_chunk,
+            kv_cache_tokens=tokens,
+            kv_cache_bytes=kv_cache_bytes,
+            workspace_bytes=max(scores, logits),
+        )
 
 
 def _max_sequence_length(architecture: Architecture, config: EngineConfig, chunk: int) -> int:
@@ -76,10 +72,3 @@ def _max_sequence_length(architecture: Architecture, config: EngineConfig, chunk
     if asked and limit < asked:
         logger.warning("max_sequence_length %d is beyond the model; using %d", asked, limit)
     return limit
-
-
-def _workspace_bytes(architecture: Architecture, config: EngineConfig, chunk: int, length: int) -> int:
-    """Float32 scores of a prompt's chunk against a whole sequence, twice, as eager attention makes them, or the
-    logits of a full batch, twice in float32, for the samplers."""
-    scores = 2 * architecture.num_attention_heads * chunk * length * 4
-    return max(scores, 2 * config.max_batch_size * architecture.vocab_size * 4)

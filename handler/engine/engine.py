@@ -4,7 +4,6 @@ import copy
 import itertools
 import logging
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from handler.settings import EngineConfig
 
-from .architecture import inspect_architecture
-from .capacity import capacity
+from .architecture import Architecture
+from .capacity import Capacity
 from .detokenizer import Detokenizer
 from .errors import EngineError, InvalidRequest, ModelError, OutOfMemory
 from .kv_cache import KVCache
@@ -36,14 +35,14 @@ class Engine:
         config only the eos, bos and pad tokens count.
     tokenizer: its tokenizer.
     config: limits, and the generation parameters of requests that do not give them.
-    Raises UnsupportedModel, and InvalidRequest for bad defaults.
+    Raises UnsupportedModel.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: EngineConfig | None = None):
         config = config or EngineConfig()
         model.eval()
-        architecture = inspect_architecture(model)
-        self.capacity = capacity(architecture, config)
+        architecture = Architecture.of(model)
+        self.capacity = Capacity.of(architecture, config)
         self._vocab_size = architecture.vocab_size
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
@@ -51,14 +50,7 @@ class Engine:
         self._processor_source = _with_special_tokens_only(model)
         self._cache = KVCache(self.capacity.kv_cache_tokens, config.kv_cache_memory, architecture.kv_bytes_per_token)
         self._runner = ModelRunner(model, architecture, self._cache)
-        self._scheduler = Scheduler(
-            self._cache,
-            config.max_batch_size,
-            config.max_queue,
-            self.capacity.prefill_chunk,
-            self.capacity.idle_prefill_chunk,
-            mixed_batch=self._runner.streams_weights,
-        )
+        self._scheduler = Scheduler(self._cache, config, self.capacity, mixed_batch=self._runner.streams_weights)
         self._jobs: dict[str, Job] = {}  # those that are not finished
         self._order = itertools.count()
 
@@ -85,9 +77,9 @@ class Engine:
         if request.id in self._jobs:
             raise InvalidRequest(f"id: {request.id!r} is running already; send another id, or none")
         prompt_ids = self._prompt_ids(request.prompt)
-        params = resolve(
-            request, len(prompt_ids), self._defaults, self.capacity, self._cache.capacity_tokens, self._vocab_size
-        )
+        max_prompt = self.capacity.max_prompt_tokens
+        max_length = min(self.capacity.max_sequence_length, self._cache.capacity_tokens)
+        params = resolve(request, len(prompt_ids), self._defaults, self._vocab_size, max_prompt, max_length)
         self._scheduler.check_queue_room(params.n)
         job = Job(request, params, prompt_ids)
         job.sequences = self._make_sequences(job)
@@ -121,17 +113,6 @@ class Engine:
         if job := self._jobs.get(job_id):
             self._end(job, "cancel")
             self._scheduler.release_finished()
-
-    def generate(self, prompts: str | Iterable[str | list[int]], **parameters: Any) -> list[Job]:
-        """Submit all prompts with the same parameters and step until they are done."""
-        jobs = []
-        for prompt in [prompts] if isinstance(prompts, str) else prompts:
-            while not self._scheduler.has_queue_room:
-                self.step()
-            jobs.append(self.submit(Request(prompt, parameters)))
-        while not all(job.finished for job in jobs):
-            self.step()
-        return jobs
 
     # submit: from a request to sequences
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from .capacity import Capacity
 from .errors import InvalidRequest, PromptTooLong
 from .request import Request
 
@@ -18,21 +17,18 @@ _FRACTIONS = ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cut
 _SAMPLING = ("temperature", "top_k", *_FRACTIONS)
 _PENALTIES = ("repetition_penalty", "encoder_repetition_penalty")
 _NUMBERS = ("temperature", *_FRACTIONS, *_PENALTIES, "max_time")
-_TOKEN_IDS = {
-    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
-}  # fmt: skip
+_TOKEN_ID_LISTS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
+_TOKEN_IDS = {*_TOKEN_ID_LISTS, "forced_bos_token_id", "forced_eos_token_id"}
 _SEEDS = range(2**62 + 1)  # seed + n must stay within 64 bits
 # Types are checked here because the library's own errors for a wrong type do not name the parameter.
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length"), (int,)),
     **dict.fromkeys(("top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (int,)),
-    **dict.fromkeys(("num_return_sequences", "seed"), (int,)),
-    **dict.fromkeys(("forced_bos_token_id", "pad_token_id", "bos_token_id"), (int,)),
+    **dict.fromkeys(("num_return_sequences", "seed", "forced_bos_token_id", "pad_token_id", "bos_token_id"), (int,)),
     **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), (int, list, tuple)),
     **dict.fromkeys(_NUMBERS, (int, float)),
     **dict.fromkeys(("do_sample", "renormalize_logits", "remove_invalid_values"), (bool,)),
-    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"), (list, tuple)),
-    "exponential_decay_length_penalty": (list, tuple),
+    **dict.fromkeys((*_TOKEN_ID_LISTS, "exponential_decay_length_penalty"), (list, tuple)),
     "sequence_bias": (list, tuple, dict),
     "stop_strings": (str, list, tuple),
 }
@@ -75,30 +71,25 @@ class SamplingParams:
 
 
 def resolve(
-    request: Request,
-    prompt_length: int,
-    defaults: Mapping[str, Any],
-    capacity: Capacity,
-    max_length: int,
-    vocab_size: int,
+    request: Request, prompt_length: int, defaults: Mapping[str, Any], vocab_size: int, max_prompt: int, max_length: int
 ) -> SamplingParams:
     """The parameters of a request whose prompt has `prompt_length` tokens.
 
     defaults: `checked` parameters for what the request does not specify.
-    max_length: most tokens of prompt and continuation that the KV cache has room for.
+    max_prompt, max_length: most tokens of a prompt; of prompt and continuation together.
     Raises InvalidRequest naming the field, and PromptTooLong with the tokens asked for and allowed.
     """
     specified = checked(request.parameters)
     _check_fields(request, vocab_size)
     params = _merged(defaults, specified)
     _check_token_ids(params, vocab_size)
+    allowed = min(max_prompt, max_length - 1)
+    if prompt_length > allowed:
+        raise PromptTooLong(f"the prompt has {prompt_length} tokens, at most {allowed} fit; send fewer")
     is_explicit = "max_new_tokens" in specified or "max_length" in specified
-    longest = min(capacity.max_sequence_length, max_length)
-    _check_prompt_length(prompt_length, min(capacity.max_prompt_tokens, longest - 1))
-    max_new_tokens = _max_new_tokens(params, prompt_length, longest, is_explicit)
-    generation = {name: value for name, value in params.items() if name not in _RESOLVED}
-    if request.ignore_eos:  # nothing can end it early
-        generation = {name: value for name, value in generation.items() if name not in ("min_new_tokens", "min_length")}
+    max_new_tokens = _max_new_tokens(params, prompt_length, max_length, is_explicit)
+    unused = _RESOLVED | ({"min_new_tokens", "min_length"} if request.ignore_eos else set())
+    generation = {name: value for name, value in params.items() if name not in unused}
     return SamplingParams(
         n=request.n if request.n > 1 else params.get("num_return_sequences", 1),
         max_new_tokens=max_new_tokens,
@@ -139,19 +130,11 @@ def _merged(defaults: Mapping[str, Any], specified: Mapping[str, Any]) -> dict[s
     return {k: v for k, v in params.items() if k not in unused}
 
 
-def _check_prompt_length(length: int, allowed: int) -> None:
-    if length > allowed:
-        raise PromptTooLong(f"the prompt has {length} tokens, at most {allowed} fit; send fewer")
-
-
 def _max_new_tokens(params: Mapping[str, Any], prompt_length: int, longest: int, is_explicit: bool) -> int:
     """New tokens of each continuation. A default gives way to what fits; what the request specifies does not."""
-    if "max_new_tokens" in params:
-        new = params["max_new_tokens"]
-    else:
-        new = params["max_length"] - prompt_length
-        if new <= 0:
-            raise PromptTooLong(f"the prompt has {prompt_length} tokens, max_length is {prompt_length + new}; raise it")
+    new = params["max_new_tokens"] if "max_new_tokens" in params else params["max_length"] - prompt_length
+    if new <= 0:
+        raise PromptTooLong(f"the prompt has {prompt_length} tokens, max_length is {prompt_length + new}; raise it")
     if is_explicit and prompt_length + new > longest:
         raise PromptTooLong(
             f"prompt and max_new_tokens are {prompt_length} + {new} = {prompt_length + new} tokens, at most {longest} "
@@ -204,12 +187,7 @@ def _require(name: str, value: Any, expected: str, is_valid: bool) -> None:
 
 def _is_neutral(name: str, value: Any) -> bool:
     """A library parameter that we do not support, at the value which changes nothing."""
-    return (
-        name not in _TYPES
-        and hasattr(_LIBRARY, name)
-        and name in _LIBRARY_DEFAULTS
-        and value == _LIBRARY_DEFAULTS[name]
-    )
+    return name not in _TYPES and name in _LIBRARY_DEFAULTS and value == _LIBRARY_DEFAULTS[name]
 
 
 def _checked_value(name: str, value: Any) -> Any:

@@ -4,6 +4,9 @@ from collections import deque
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass, field
 
+from handler.settings import EngineConfig
+
+from .capacity import Capacity
 from .errors import InvalidRequest, QueueFull
 from .kv_cache import KVCache
 from .sequence import Sequence
@@ -39,40 +42,21 @@ class Batch:
 class Scheduler:
     """First come, first served. running[i] has row i of the cache; decoding rows come before prefilling ones.
 
-    max_batch_size: most sequences that run at once.
-    max_queue: most sequences that wait.
-    prefill_chunk: most prompt tokens in a step that others decode in.
-    idle_prefill_chunk: most prompt tokens in a step that nobody decodes in.
+    config, capacity: how many sequences run and wait, and how many prompt tokens a step takes.
     mixed_batch: decoding and prefilling rows share one padded forward, since a pass over the weights is what
         costs; otherwise they get one each, since padding decoding rows to a chunk multiplies their work.
     """
 
-    def __init__(
-        self,
-        cache: KVCache,
-        max_batch_size: int,
-        max_queue: int,
-        prefill_chunk: int,
-        idle_prefill_chunk: int,
-        mixed_batch: bool,
-    ):
+    def __init__(self, cache: KVCache, config: EngineConfig, capacity: Capacity, mixed_batch: bool):
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._cache = cache
-        self._max_batch_size, self._max_queue = max_batch_size, max_queue
-        self._prefill_chunk, self._idle_prefill_chunk = prefill_chunk, idle_prefill_chunk
-        self._mixed_batch = mixed_batch
-
-    @property
-    def has_queue_room(self) -> bool:
-        """Whether one more sequence may wait."""
-        return len(self.waiting) < self._max_queue
+        self._cache, self._config, self._capacity, self._mixed_batch = cache, config, capacity, mixed_batch
 
     def check_queue_room(self, count: int) -> None:
         """Raises InvalidRequest when so many sequences may never wait together, QueueFull when they may not now."""
-        if count > self._max_queue:
-            raise InvalidRequest(f"n: {count} is more than may wait; send at most {self._max_queue}")
-        if len(self.waiting) + count > self._max_queue:
+        if count > self._config.max_queue:
+            raise InvalidRequest(f"n: {count} is more than may wait; send at most {self._config.max_queue}")
+        if len(self.waiting) + count > self._config.max_queue:
             raise QueueFull(f"{len(self.waiting)} sequences wait already; send the request again later")
 
     def add(self, sequences: Collection[Sequence]) -> None:
@@ -87,7 +71,7 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
         decode, prefill = Batch(), Batch()
         anyone_decodes = any(not sequence.is_prefilling for sequence in self.running)
-        chunk = budget = self._prefill_chunk if anyone_decodes else self._idle_prefill_chunk
+        chunk = budget = self._capacity.prefill_chunk if anyone_decodes else self._capacity.idle_prefill_chunk
         for sequence in self.running:
             batch, limit = (prefill, budget) if sequence.is_prefilling else (decode, 1)
             count = min(sequence.length - sequence.num_cached_tokens, limit)
@@ -130,4 +114,4 @@ class Scheduler:
             return True  # no request is accepted that cannot run alone
         rows = len(self.running) + 1
         columns = max(other.max_length for other in [*self.running, sequence])
-        return rows <= self._max_batch_size and rows * columns <= self._cache.capacity_tokens
+        return rows <= self._config.max_batch_size and rows * columns <= self._cache.capacity_tokens

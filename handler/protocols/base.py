@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from handler.engine import EngineError, InvalidRequest, Job, Request, Sequence
-from handler.protocols.errors import DeadlineExceeded, ProtocolError, error_type, http_status
+from handler.protocols.errors import DeadlineExceeded, ProtocolError, status_and_type
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -60,7 +60,8 @@ class Call(ABC):
     @staticmethod
     def render_error(error: EngineError | ProtocolError) -> dict[str, Any]:
         """The body that tells of an error."""
-        return {"error": {"code": http_status(error), "message": str(error), "type": error_type(error)}}
+        status, kind = status_and_type(error)
+        return {"error": {"code": status, "message": str(error), "type": kind}}
 
 
 class Strict(BaseModel):

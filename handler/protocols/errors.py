@@ -27,12 +27,7 @@ _STATUS_AND_TYPE: dict[type[EngineError | ProtocolError], tuple[int, str]] = {
     QueueFull: (429, "queue_full"),
     OutOfMemory: (507, "out_of_memory"),
 }
-_SERVER_ERROR = (500, "server_error")
 
 
-def http_status(error: EngineError | ProtocolError) -> int:
-    return _STATUS_AND_TYPE.get(type(error), _SERVER_ERROR)[0]
-
-
-def error_type(error: EngineError | ProtocolError) -> str:
-    return _STATUS_AND_TYPE.get(type(error), _SERVER_ERROR)[1]
+def status_and_type(error: EngineError | ProtocolError) -> tuple[int, str]:
+    return _STATUS_AND_TYPE.get(type(error), (500, "server_error"))

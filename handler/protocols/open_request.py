@@ -7,8 +7,8 @@ from typing import Any
 
 from handler.engine import Engine, EngineError, Job
 from handler.protocols.base import Call, ModelInfo, failure
-from handler.protocols.errors import InternalError, ProtocolError, http_status
-from handler.protocols.router import error_body, parse
+from handler.protocols.errors import InternalError, ProtocolError, status_and_type
+from handler.protocols.router import UnparsedCall, parse
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +36,17 @@ class OpenRequest:
 
     def __init__(self, entry: dict[str, Any], path: str, model: ModelInfo, engine: Engine):
         """Parse the request and submit its jobs, all or none. What is wrong with it becomes its reply."""
-        self._path, self._engine = path, engine
+        self._engine = engine
         self._jobs: list[Job] = []
         self._started = False  # the first part is sent: the status is fixed, and a hang-up is noticed
         self._error: EngineError | ProtocolError | None = None
-        self._call: Call | None = None
+        self._call: Call = UnparsedCall(path)
         try:
             self._call = parse(entry, path, model)
             for request in self._call.requests:
                 self._jobs.append(engine.submit(request))
         except Exception as error:
-            self.cancel()
-            self._error = _as_known_error(error)
+            self._fail(error)
 
     @property
     def finished(self) -> bool:
@@ -68,13 +67,11 @@ class OpenRequest:
         try:
             return self._whole() if self.finished else self._part(watch)
         except Exception as error:
-            self.cancel()
-            self._error = _as_known_error(error)
-            return self._error_reply(self._error)
+            return self._error_reply(self._fail(error))
 
     def _whole(self) -> Reply:
-        if self._error or self._call is None:
-            return self._error_reply(self._error or InternalError("the request was lost"))
+        if self._error:
+            return self._error_reply(self._error)
         if self._started and self._call.stream:
             return Reply(self._call.render_part(self._jobs), more=False)
         if error := failure(self._jobs):
@@ -83,8 +80,6 @@ class OpenRequest:
         return Reply(body, False if self._started else None, content_type=self._call.content_type)
 
     def _part(self, watch: bool) -> Reply | None:
-        if self._call is None:
-            return None
         body = self._call.render_part(self._jobs) if self._call.stream else ""
         has_tokens = any(sequence.token_ids for job in self._jobs for sequence in job.sequences)
         has_deadline = any(job.deadline for job in self._jobs)
@@ -95,14 +90,16 @@ class OpenRequest:
         return Reply(body, more=True, content_type=self._call.content_type)
 
     def _error_reply(self, error: EngineError | ProtocolError) -> Reply:
-        body = self._call.render_error(error) if self._call else error_body(self._path, error)
-        status = http_status(error)
+        status, _ = status_and_type(error)
         headers = {"Retry-After": RETRY_AFTER} if status == HTTPStatus.TOO_MANY_REQUESTS else {}
-        return Reply(body, False if self._started else None, status, headers=headers)
+        more = False if self._started else None
+        return Reply(self._call.render_error(error), more, status, headers=headers)
 
-
-def _as_known_error(error: Exception) -> EngineError | ProtocolError:
-    if isinstance(error, EngineError | ProtocolError):
+    def _fail(self, error: Exception) -> EngineError | ProtocolError:
+        """End the request with this error, or with what a client may know of it."""
+        self.cancel()
+        if not isinstance(error, EngineError | ProtocolError):
+            logger.error("a request failed through a fault of ours", exc_info=error)
+            error = InternalError(f"an error on our side, {type(error).__name__}; the worker's log has it")
+        self._error = error
         return error
-    logger.error("a request failed through a fault of ours", exc_info=error)
-    return InternalError(f"an error on our side, {type(error).__name__}; the worker's log has it")

@@ -4,12 +4,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from handler.engine import EngineError, InvalidRequest
+from handler.engine import InvalidRequest
 from handler.protocols.base import Call, ModelInfo
-from handler.protocols.errors import NotFound, ProtocolError
+from handler.protocols.errors import NotFound
 from handler.protocols.kserve_v1 import PredictCall
 from handler.protocols.open_inference import InferCall
-from handler.protocols.openai import ChatCall, CompletionCall, ModelsCall, OpenAICall
+from handler.protocols.openai import ChatCall, CompletionCall, OpenAICall, models
 from handler.protocols.plain_text import TextCall
 
 GENERATING_PATHS = {"v1/completions": CompletionCall, "v1/chat/completions": ChatCall}
@@ -38,6 +38,17 @@ class InformationCall(Call):
         return self._answer
 
 
+class UnparsedCall(Call):
+    """A request whose format is not known yet: there are only errors to tell, in OpenAI's shape on OpenAI's paths."""
+
+    def __init__(self, path: str):
+        is_openai = path.strip("/").startswith("v1/")
+        self.render_error = (OpenAICall if is_openai else Call).render_error  # type: ignore[method-assign]
+
+    def render(self, jobs: list) -> Any:
+        raise NotImplementedError
+
+
 def parse(entry: dict[str, Any], path: str, model: ModelInfo) -> Call:
     """One request of TorchServe's batch -> a call.
 
@@ -51,17 +62,12 @@ def parse(entry: dict[str, Any], path: str, model: ModelInfo) -> Call:
     if path == "describe":
         return InformationCall(model.describe())
     if path == "v1/models" or path.startswith("v1/models/"):
-        return ModelsCall(model, path.removeprefix("v1/models").strip("/") or None)
+        return InformationCall(models(model, path.removeprefix("v1/models").strip("/") or None))
     if path in GENERATING_PATHS:
         return GENERATING_PATHS[path](_json_object(_body(entry)), model)
     if path:
         raise NotFound(f"there is nothing at {path!r}; the paths are {', '.join(PATHS)}")
     return _by_fields(_body(entry), model)
-
-
-def error_body(path: str, error: EngineError | ProtocolError) -> dict[str, Any]:
-    """The body of an error for a request that is no call yet: OpenAI's shape on OpenAI's paths."""
-    return (OpenAICall if path.strip("/").startswith("v1/") else Call).render_error(error)
 
 
 def _by_fields(body: Any, model: ModelInfo) -> Call:

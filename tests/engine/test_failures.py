@@ -53,13 +53,13 @@ def finish(engine, *jobs):
 
 
 @pytest.mark.parametrize("error", MEMORY_ERRORS, ids=lambda e: str(e)[-30:] or type(e).__name__)
-def test_out_of_memory_fails_the_youngest_only(engine, monkeypatch, error):
+def test_out_of_memory_fails_the_youngest_only(tokenizer, monkeypatch, error):
+    engine = Engine(make_model("llama"), tokenizer, EngineConfig(max_batch_size=2))
     old, young = submit(engine, 0), submit(engine, 1)
     for _ in range(4):
         engine.step()
     raise_in_layer(engine, monkeypatch, [error])
     waiting = submit(engine, 2)
-    engine._scheduler._max_batch_size = 2
     changed = engine.step()
     assert changed == [young]
     assert isinstance(young.error, OutOfMemory)

@@ -430,11 +430,3 @@ def test_everyone_gets_as_many_logprobs_as_asked_for(engine):
 def test_no_logprobs_unless_asked(engine):
     job = run(engine, parameters={"max_new_tokens": 2})
     assert job.sequences[0].logprobs == [] and job.prompt_logprobs == []
-
-
-def test_five_lines(model, tokenizer):
-    engine = Engine(model, tokenizer, EngineConfig(max_batch_size=2, max_queue=2))
-    prompts = [prompt_ids(i, 4 + i) for i in range(5)]
-    jobs = engine.generate(prompts, max_new_tokens=5)
-    assert [j.sequences[0].token_ids for j in jobs] == [reference("llama", tuple(p))[:5] for p in prompts]
-    assert engine.generate("The dog", max_new_tokens=2)[0].finished

@@ -49,7 +49,10 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(kind, tokenizer, parame
 
 
 def test_without_a_seed_texts_differ(model, tokenizer):
-    jobs = Engine(model, tokenizer).generate([prompt_ids(1, 5)] * 4, **HOT)
+    engine = Engine(model, tokenizer)
+    jobs = [engine.submit(Request(prompt_ids(1, 5), HOT)) for _ in range(4)]
+    while engine.has_work:
+        engine.step()
     assert len({tuple(job.sequences[0].token_ids) for job in jobs}) > 1
 
 

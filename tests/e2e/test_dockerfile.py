@@ -46,7 +46,7 @@ def test_hadolint_has_nothing_to_say():
 
 def test_it_installs_what_make_setup_installs(instructions):
     makefile = (ROOT / "Makefile").read_text()
-    java = re.search(r"^\t(\$\(RUN\) scripts\.java .*)$", makefile, re.MULTILINE)[1]
+    java = re.search(r"^\t(\$\(RUN\) server\.java .*)$", makefile, re.MULTILINE)[1]
     assert java.replace("$(RUN)", "python -m").replace(".venv/$(PIP_INSTALL)", "pip install -r") in arguments(
         instructions, "RUN"
     )

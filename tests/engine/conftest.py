@@ -16,6 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from handler.engine.model_runner import ModelRunner
 from tests.models import train_tokenizer
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
@@ -86,13 +87,16 @@ def kind(request):
 
 @pytest.fixture
 def scheduled(monkeypatch):
-    """scheduled(engine) -> a list that gets each forward's numbers of scheduled tokens from now on."""
+    """scheduled() -> a list that gets each forward's numbers of scheduled tokens from now on."""
 
-    def scheduled(engine):
-        forwards, forward = [], engine._runner.forward
-        monkeypatch.setattr(
-            engine._runner, "forward", lambda batch: forwards.append(batch.num_scheduled_tokens) or forward(batch)
-        )
+    def scheduled():
+        forwards, forward = [], ModelRunner.forward
+
+        def record(runner, batch):
+            forwards.append(batch.num_scheduled_tokens)
+            return forward(runner, batch)
+
+        monkeypatch.setattr(ModelRunner, "forward", record)
         return forwards
 
     return scheduled

@@ -99,7 +99,7 @@ def test_equals_generate(kind, guests, on_disk, rows, chunk, tokens):
 def test_offloaded_layers_stream_through_one_forward_a_step(kind, scheduled):
     model = offloaded_model(kind, (0, 1, 2))
     engine = Engine(model, make_tokenizer(), EngineConfig(prefill_chunk=4))
-    forwards = scheduled(engine)
+    forwards = scheduled()
     first = engine.submit(Request(prompt_ids(0, 3), {"max_new_tokens": 10}))
     engine.step()
     engine.submit(Request(prompt_ids(1, 9), {"max_new_tokens": 4}))
@@ -110,7 +110,7 @@ def test_offloaded_layers_stream_through_one_forward_a_step(kind, scheduled):
 
 def test_resident_weights_prefill_apart_from_decoding(model, tokenizer, scheduled):
     engine = Engine(model, tokenizer, EngineConfig(prefill_chunk=4))
-    forwards = scheduled(engine)
+    forwards = scheduled()
     engine.submit(Request(prompt_ids(0, 3), {"max_new_tokens": 10}))
     engine.step()
     engine.submit(Request(prompt_ids(1, 9), {"max_new_tokens": 4}))

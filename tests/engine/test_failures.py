@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from handler.engine import Engine, EngineConfig, ModelError, OutOfMemory, Request
+from handler.engine.model_runner import ModelRunner
 
 from .conftest import make_model, prompt_ids, reference
 
@@ -15,23 +16,23 @@ MEMORY_ERRORS = [
 ]
 
 
-def raise_in_layer(engine, monkeypatch, errors, when=lambda batch: True):
+def raise_in_layer(monkeypatch, errors, when=lambda batch: True):
     """Let the next forwards for which `when(batch)` holds fail after the first layer wrote its keys."""
-    layer = engine._runner._model.model.layers[1]
+    layer = make_model("llama").model.layers[1]
     current = {}
-    forward, run = layer.forward, engine._runner.forward
+    forward, run = layer.forward, ModelRunner.forward
 
     def failing(*args, **kwargs):
         if errors and when(current["batch"]):
             raise errors.pop(0)
         return forward(*args, **kwargs)
 
-    def remember(batch):
+    def remember(runner, batch):
         current["batch"] = batch
-        return run(batch)
+        return run(runner, batch)
 
     monkeypatch.setattr(layer, "forward", failing)
-    monkeypatch.setattr(engine._runner, "forward", remember)
+    monkeypatch.setattr(ModelRunner, "forward", remember)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_out_of_memory_fails_the_youngest_only(tokenizer, monkeypatch, error):
     old, young = submit(engine, 0), submit(engine, 1)
     for _ in range(4):
         engine.step()
-    raise_in_layer(engine, monkeypatch, [error])
+    raise_in_layer(monkeypatch, [error])
     waiting = submit(engine, 2)
     changed = engine.step()
     assert changed == [young]
@@ -71,7 +72,7 @@ def test_out_of_memory_takes_who_is_prefilled_before_who_decodes(engine, monkeyp
     decoding = submit(engine, 0)
     engine.step()
     oldest, youngest = submit(engine, 1, length=20), submit(engine, 2, length=20)
-    raise_in_layer(engine, monkeypatch, [MemoryError()], when=lambda batch: batch.sequences[0].job is decoding)
+    raise_in_layer(monkeypatch, [MemoryError()], when=lambda batch: batch.sequences[0].job is decoding)
     engine.step()
     assert isinstance(youngest.error, OutOfMemory)
     finish(engine, decoding, oldest)
@@ -79,7 +80,7 @@ def test_out_of_memory_takes_who_is_prefilled_before_who_decodes(engine, monkeyp
 
 def test_out_of_memory_alone_leaves_an_engine_that_serves(engine, monkeypatch):
     job = submit(engine, 0)
-    raise_in_layer(engine, monkeypatch, [MemoryError()])
+    raise_in_layer(monkeypatch, [MemoryError()])
     engine.step()
     assert isinstance(job.error, OutOfMemory)
     finish(engine, submit(engine, 1))
@@ -89,7 +90,7 @@ def test_another_error_fails_the_jobs_of_that_forward(engine, monkeypatch):
     decoding = submit(engine, 0)
     engine.step()
     prefilled = [submit(engine, 1, length=3), submit(engine, 2, length=3)]
-    raise_in_layer(engine, monkeypatch, [ValueError("boom")], when=lambda b: b.sequences[0].is_prefilling)
+    raise_in_layer(monkeypatch, [ValueError("boom")], when=lambda b: b.sequences[0].is_prefilling)
     changed = engine.step()
     for job in prefilled:
         assert type(job.error) is ModelError and "boom" in str(job.error)
@@ -99,15 +100,15 @@ def test_another_error_fails_the_jobs_of_that_forward(engine, monkeypatch):
 
 def test_a_failed_choice_ends_the_whole_job(engine, monkeypatch):
     job = engine.submit(Request(prompt_ids(0, 4), {"max_new_tokens": 5}, n=2))
-    raise_in_layer(engine, monkeypatch, [MemoryError()])
+    raise_in_layer(monkeypatch, [MemoryError()])
     engine.step()
     assert job.finished and [c.finish_reason for c in job.sequences] == ["error", "error"]
-    assert not engine.has_work and not engine._scheduler.running
+    assert not engine.has_work and engine.num_running == 0
 
 
 def test_a_row_that_is_not_a_number_leaves_nothing_behind(engine, monkeypatch):
     """The next sequence in its row meets masked columns only, and 0 x NaN would be NaN."""
-    model = engine._runner._model
+    model = make_model("llama")
     embed = model.model.embed_tokens.forward
 
     def poisoned(ids):
@@ -125,6 +126,6 @@ def test_a_row_that_is_not_a_number_leaves_nothing_behind(engine, monkeypatch):
 
 def test_an_error_keeps_no_tensors_alive(engine, monkeypatch):
     job = submit(engine, 0)
-    raise_in_layer(engine, monkeypatch, [ValueError("boom")])
+    raise_in_layer(monkeypatch, [ValueError("boom")])
     engine.step()
     assert job.error.__traceback__ is None and job.error.__cause__ is None

@@ -118,10 +118,10 @@ def test_neutral_values_of_what_is_not_supported_are_fine(engine):
     assert job.sequences[0].token_ids == GREEDY[:3]
 
 
-def test_greedy_unless_sampling_is_asked_for(engine, model, monkeypatch):
+def test_greedy_unless_sampling_is_asked_for(model, tokenizer, monkeypatch):
     checkpoint = GenerationConfig(do_sample=True, temperature=9.0, min_p=0.1, no_repeat_ngram_size=1)
     monkeypatch.setattr(model, "generation_config", checkpoint)
-    engine = Engine(model, engine._tokenizer)
+    engine = Engine(model, tokenizer)
     assert run(engine, parameters={"max_new_tokens": 20}).sequences[0].token_ids == GREEDY[:20]
 
 
@@ -265,7 +265,7 @@ def test_all_prompts_together_share_one_chunk(model, tokenizer, scheduled):
     engine = Engine(model, tokenizer, EngineConfig(prefill_chunk=8))
     engine.submit(Request(prompt_ids(9, 3), {"max_new_tokens": 20}))
     engine.step()  # this one decodes from now on
-    forwards = scheduled(engine)
+    forwards = scheduled()
     for i in range(3):
         engine.submit(Request(prompt_ids(i, 5), {"max_new_tokens": 1}))
     for _ in range(2):
@@ -275,7 +275,7 @@ def test_all_prompts_together_share_one_chunk(model, tokenizer, scheduled):
 
 def test_prompts_take_more_of_a_step_that_nobody_decodes_in(model, tokenizer, scheduled):
     engine = Engine(model, tokenizer, EngineConfig(prefill_chunk=4))
-    forwards = scheduled(engine)
+    forwards = scheduled()
     for i in range(4):
         engine.submit(Request(prompt_ids(i, 5), {"max_new_tokens": 1}))
     engine.step()

@@ -140,7 +140,7 @@ def test_a_row_that_cannot_be_sampled_fails_alone(model, tokenizer, part):
     engine = Engine(model, tokenizer)
     parameters = {"max_new_tokens": 4, "top_k": 1, "eos_token_id": []}
     bad, good = (engine.submit(Request(prompt_ids(i, 5), parameters, seed=1)) for i in range(2))
-    sampler = engine._scheduler.waiting[0].sampler
+    sampler = bad.sequences[0].sampler
     if part == "text":
         bad.sequences[0].text_stream.push = Broken().__call__
     elif part == "generator":

@@ -1,0 +1,150 @@
+"""Who runs, in which row and with how many tokens; sequences and a cache made by hand, no model."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+from handler.engine import EngineConfig, InvalidRequest, Job, QueueFull, Request, Sequence
+from handler.engine.architecture import Architecture
+from handler.engine.capacity import Capacity
+from handler.engine.sampler import Sampler
+from handler.engine.sampling_params import resolve
+from handler.engine.scheduler import Scheduler
+
+order = itertools.count()
+
+
+def sequence(prompt, new=5, **fields):
+    """A sequence of `prompt` tokens that may get `new` more."""
+    request = Request([2] * prompt, {"max_new_tokens": new}, **fields)
+    job = Job(request, resolve(request, prompt, {}, 300, 1000, 1000), request.prompt)
+    job.sequences = [Sequence(job, 0, Sampler(), None, frozenset(), next(order))]
+    return job.sequences[0]
+
+
+def make_scheduler(capacity_tokens=10_000, mixed_batch=False, **config):
+    """A scheduler, and its cache of so many rows x columns, whose `moves` has what was moved."""
+    config = EngineConfig(**{"max_batch_size": 4, "max_queue": 9, "prefill_chunk": 8, **config})
+    architecture = Architecture(300, 2, 1000, None, 1, True)
+    moves = []
+    cache = SimpleNamespace(capacity_tokens=capacity_tokens, move_row=lambda *move: moves.append(move), moves=moves)
+    return Scheduler(cache, config, Capacity.of(architecture, config), mixed_batch), cache
+
+
+def plan(scheduler):
+    """What the next step's batches take: (row, tokens) of each sequence."""
+    return [
+        [(sequence.row, count) for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True)]
+        for batch in scheduler.schedule()
+    ]
+
+
+def step(scheduler):
+    """As the engine does it: the tokens get into the cache, and who is through gets one more."""
+    for batch in scheduler.schedule():
+        completed = [batch.completes(index) for index in range(len(batch.sequences))]
+        for sequence, count, complete in zip(batch.sequences, batch.num_scheduled_tokens, completed, strict=True):
+            sequence.num_cached_tokens += count
+            sequence.token_ids += [7] * complete
+    scheduler.release_finished()
+
+
+def test_first_come_first_served_up_to_the_batch_size():
+    scheduler, _ = make_scheduler(max_batch_size=2)
+    first, second, third = (sequence(3) for _ in range(3))
+    scheduler.add([first, second, third])
+    assert plan(scheduler) == [[(0, 3), (1, 3)]]
+    assert list(scheduler.waiting) == [third] and third.row == -1
+    first.finish_reason = "stop"
+    scheduler.release_finished()
+    assert plan(scheduler) == [[(0, 3), (1, 3)]] and scheduler.running == [second, third]
+
+
+def test_all_running_rows_must_fit_the_cache_when_they_are_as_long_as_the_longest_may_get():
+    lengths = [(10, 5), (3, 2), (10, 10), (1, 1)]  # prompt, new
+    for capacity_tokens, rows in [(80, 4), (79, 3), (60, 3), (59, 2), (30, 2), (29, 1)]:
+        scheduler, _ = make_scheduler(capacity_tokens)
+        sequences = [sequence(*length) for length in lengths]
+        scheduler.add(sequences)
+        scheduler.schedule()
+        assert scheduler.running == sequences[:rows]  # nobody passes one that has to wait
+
+
+def test_who_is_alone_runs_whatever_the_cache_says():
+    scheduler, _ = make_scheduler(capacity_tokens=1)
+    scheduler.add([sequence(10)])
+    assert plan(scheduler) == [[(0, 10)]]
+
+
+def test_a_chunk_is_shared_in_order_and_is_larger_while_nobody_decodes():
+    scheduler, _ = make_scheduler(prefill_chunk=4)
+    scheduler.add([sequence(10), sequence(20), sequence(3)])
+    assert plan(scheduler) == [[(0, 10), (1, 6)]]  # four times 4
+    step(scheduler)
+    assert plan(scheduler) == [[(0, 1)], [(1, 4)]]
+    step(scheduler)
+    scheduler.add([sequence(1)])
+    assert plan(scheduler) == [[(0, 1)], [(1, 4)]]
+
+
+def test_decoding_and_prefilling_share_a_forward_where_weights_are_streamed():
+    scheduler, _ = make_scheduler(prefill_chunk=4, mixed_batch=True)
+    scheduler.add([sequence(3), sequence(9), sequence(9)])
+    step(scheduler)
+    assert plan(scheduler) == [[(0, 1), (1, 1), (2, 4)]]
+
+
+def test_the_cache_gets_the_shape_that_all_running_rows_fill():
+    scheduler, _ = make_scheduler(prefill_chunk=4)
+    scheduler.add([sequence(3), sequence(40)])
+    assert [batch.cache_shape for batch in scheduler.schedule()] == [(2, 16)]
+    step(scheduler)
+    assert [row.num_cached_tokens for row in scheduler.running] == [3, 13]
+    assert [batch.cache_shape for batch in scheduler.schedule()] == [(2, 17), (2, 17)]
+
+
+def test_gaps_are_closed_and_prefilling_rows_stay_in_order_behind_decoding_ones():
+    scheduler, cache = make_scheduler(prefill_chunk=8)
+    short = [sequence(2) for _ in range(3)]
+    long = sequence(60)
+    scheduler.add([*short, long])
+    step(scheduler)
+    short[0].finish_reason = "stop"
+    scheduler.release_finished()
+    assert scheduler.running == [short[2], short[1], long]
+    assert [row.row for row in scheduler.running] == [0, 1, 2]
+    assert cache.moves == [(2, 0, 2), (3, 2, 26)]  # from row, to row, tokens
+
+
+def test_a_waiting_sequence_that_ended_never_runs():
+    scheduler, _ = make_scheduler(max_batch_size=1)
+    running, gone = sequence(3), sequence(3)
+    scheduler.add([running, gone])
+    scheduler.schedule()
+    gone.finish_reason = "cancel"
+    scheduler.release_finished()
+    assert not scheduler.waiting and scheduler.running == [running]
+
+
+def test_the_queue_takes_all_or_none():
+    scheduler, _ = make_scheduler(max_queue=3)
+    scheduler.add([sequence(1), sequence(1)])
+    with pytest.raises(QueueFull, match="2 sequences wait"):
+        scheduler.add([sequence(1), sequence(1)])
+    with pytest.raises(InvalidRequest, match="at most 3"):
+        scheduler.add([sequence(1)] * 4)
+    assert len(scheduler.waiting) == 2
+
+
+def test_logits_are_kept_where_a_token_is_sampled_or_the_prompt_is_reported():
+    scheduler, _ = make_scheduler(prefill_chunk=4)
+    reported = {"logprobs": 0, "prompt_logprobs": True}
+    scheduler.add([sequence(2), sequence(5, **reported), sequence(9), sequence(9, **reported)])
+    (batch,) = scheduler.schedule()
+    assert batch.num_scheduled_tokens == [2, 5, 9]
+    assert batch.logits_to_keep == [1, 5, 1]
+    scheduler, _ = make_scheduler(prefill_chunk=1)
+    scheduler.add([sequence(9), sequence(9, **reported)])
+    (batch,) = scheduler.schedule()
+    assert (batch.num_scheduled_tokens, batch.logits_to_keep, batch.completes(0)) == ([4], [0], False)

@@ -1,0 +1,197 @@
+"""What TorchServe calls, with TorchServe's own context filled by hand, in both of its modes; no server."""
+
+import itertools
+import json
+
+import pytest
+from ts.context import Context, RequestProcessor
+
+from handler import service
+from handler.service import LargeModelHandler
+from tests.models import save_tiny_bloom
+
+SETTINGS = {"max_new_tokens": 6, "max_batch_size": 4, "max_queue": 6}
+PROMPT = "My dog is cute"
+ids = itertools.count()
+
+
+class Metrics(dict):
+    """TorchServe's metrics, as far as gauges go."""
+
+    def add_metric(self, name, value, unit, dimensions, metric_type):
+        self[name] = value
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """As TorchServe sees a no-archive model."""
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_bloom(folder / "model")
+    (folder / "setup_config.json").write_text(json.dumps(SETTINGS))
+    return folder
+
+
+@pytest.fixture(params=[True, False], ids=["continuous", "plain"])
+def continuous(request):
+    return request.param
+
+
+@pytest.fixture
+def make_handler(model_dir):
+    def make_handler(continuous):
+        manifest = {"model": {"modelVersion": "1.0"}}
+        config = {"continuousBatching": continuous}
+        context = Context("bloom", str(model_dir), manifest, 8, None, "0.12.0", model_yaml_config=config)
+        context.metrics = Metrics()
+        handler = LargeModelHandler()
+        handler.initialize(context)
+        return Frontend(handler, context)
+
+    return make_handler
+
+
+class Frontend:
+    """TorchServe's side: a batch of open requests that it hands over again and again.
+
+    bodies, statuses: what each request has got so far. A request stays open while its stopping criterion says so, or
+    while it is missing in the reply.
+    """
+
+    def __init__(self, handler, context):
+        self.handler, self.context = handler, context
+        self.entries, self.headers, self.bodies, self.statuses = {}, {}, {}, {}
+        self.open = []
+
+    def send(self, body, **headers):
+        request_id = f"request-{next(ids)}"
+        self.entries[request_id], self.headers[request_id] = {"body": body}, headers
+        self.bodies[request_id] = []
+        self.open.append(request_id)
+        return request_id
+
+    def hang_up(self, request_id):
+        self.open.remove(request_id)
+
+    def call(self):
+        """One call of `handle()`."""
+        batch, context = list(self.open), self.context
+        context.request_ids = dict(enumerate(batch))
+        context.request_processor = [RequestProcessor(dict(self.headers[one])) for one in batch]
+        context.stopping_criteria = None
+        replies = self.handler.handle([self.entries[one] for one in batch], context)
+        assert len(replies) == len(batch)
+        for index, request_id in enumerate(batch):
+            if index not in context.request_ids:
+                continue  # it stays open, unanswered
+            self.bodies[request_id].append(replies[index])
+            self.statuses.setdefault(request_id, context.get_response_status(index)[0])
+            ends = context.stopping_criteria[index](None) if context.stopping_criteria else None
+            if ends is not False:
+                self.open.remove(request_id)
+
+    def answer(self, request_id):
+        """Call until it is answered: its status and its whole body."""
+        while request_id in self.open:
+            self.call()
+        parts = self.bodies[request_id]
+        return self.statuses[request_id], parts[-1] if isinstance(parts[-1], dict) else "".join(parts)
+
+
+def instances(*prompts, **parameters):
+    return {"instances": list(prompts), "parameters": parameters}
+
+
+def test_answers_are_the_same_alone_and_together(make_handler, continuous):
+    frontend = make_handler(continuous)
+    prompts = [PROMPT, "東京", "a"]
+    alone = [frontend.answer(frontend.send(instances(prompt)))[1]["predictions"][0] for prompt in prompts]
+    together = [frontend.send(instances(prompt)) for prompt in prompts]
+    assert [frontend.answer(one) for one in together] == [(200, {"predictions": [text]}) for text in alone]
+    assert not frontend.open and not frontend.handler.open_requests
+
+
+def test_each_request_has_its_own_status(make_handler, continuous):
+    frontend = make_handler(continuous)
+    sent = [frontend.send(instances(PROMPT)), frontend.send({"no": 1}), frontend.send({}, url_path="nowhere")]
+    assert [frontend.answer(one)[0] for one in sent] == [200, 400, 404]
+    assert "nowhere" in frontend.answer(sent[2])[1]["error"]["message"]
+
+
+def test_requests_join_and_leave_between_two_calls(make_handler):
+    frontend = make_handler(True)
+    long = frontend.send(instances(PROMPT, max_new_tokens=400))
+    frontend.call()
+    short = frontend.send(instances("a", max_new_tokens=1))
+    assert frontend.answer(short)[0] == 200
+    assert long in frontend.open
+    status, body = frontend.answer(long)
+    assert status == 200 and body["predictions"][0].startswith(PROMPT)
+
+
+def test_a_request_gets_no_reply_before_its_first_token_and_then_empty_parts(make_handler):
+    """The first reply fixes the status; later ones let TorchServe notice a hang-up."""
+    frontend = make_handler(True)
+    waiting = [frontend.send(instances(PROMPT, max_new_tokens=500)) for _ in range(5)]  # one more than there are rows
+    frontend.call()
+    assert [frontend.bodies[one] for one in waiting] == [[""]] * 4 + [[]]
+
+
+def test_a_client_that_hung_up_frees_its_row(make_handler):
+    frontend = make_handler(True)
+    gone = frontend.send(instances(PROMPT, max_new_tokens=500))
+    frontend.call()
+    assert frontend.handler.engine.num_running == 1
+    frontend.hang_up(gone)
+    frontend.answer(frontend.send({}, url_path="health"))
+    assert frontend.handler.engine.num_running == 0 and not frontend.handler.open_requests
+
+
+def test_a_stream_comes_in_parts_that_add_up(make_handler, continuous, monkeypatch):
+    frontend = make_handler(continuous)
+    sent = []
+
+    def send_part(bodies, request_ids, message, code, context):
+        sent.extend(bodies[index] for index in request_ids)
+
+    monkeypatch.setattr(service, "send_intermediate_predict_response", send_part)
+    body = {"prompt": PROMPT, "max_tokens": 200, "ignore_eos": True}
+    whole = frontend.answer(frontend.send(body))[1]["choices"][0]["text"]
+    frontend.handler.settings = frontend.handler.settings.model_copy(update={"time_slice_ms": 1})
+    other = frontend.send(instances("a"))
+    status, last = frontend.answer(frontend.send(body | {"stream": True}))
+    events = "".join([*sent, last]).split("\n\n")
+    assert status == 200 and len(sent or events) > 2 and events[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole
+    assert frontend.answer(other)[0] == 200
+
+
+def test_a_full_queue_says_when_to_come_again(make_handler):
+    frontend = make_handler(True)
+    for _ in range(10):
+        frontend.send(instances(PROMPT, max_new_tokens=500))
+        frontend.call()  # 4 rows, and 6 that wait
+    refused = frontend.send(instances(PROMPT))
+    frontend.call()
+    assert frontend.statuses[refused] == 429
+    assert frontend.context.get_response_headers(10)["Retry-After"] == "1"
+
+
+def test_gauges_tell_what_runs_and_what_waits(make_handler):
+    frontend = make_handler(True)
+    sent = [frontend.send(instances(PROMPT, max_new_tokens=500)) for _ in range(6)]
+    frontend.call()
+    assert frontend.context.metrics == {"RunningSequences": 4, "WaitingSequences": 2}
+    for one in sent:
+        frontend.hang_up(one)
+    frontend.answer(frontend.send(instances(PROMPT)))
+    assert frontend.context.metrics == {"RunningSequences": 0, "WaitingSequences": 0}
+
+
+def test_describe(make_handler, continuous):
+    frontend = make_handler(continuous)
+    status, described = frontend.answer(frontend.send({}, url_path="describe"))
+    assert status == 200 and described["dtype"] == "float32" and described["max_sequence_length"] == 2048
+    assert described["engine"] == {"running": 0, "waiting": 0}
+    managed = frontend.send({}, describe="True")  # as the management API asks in plain mode
+    assert frontend.answer(managed) == (200, described)

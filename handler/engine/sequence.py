@@ -94,15 +94,19 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        return self.num_cached_tokens < len(self.job.prompt_ids)
+        """Whether more than the token generated last is missing in the cache: the prompt, or after a loss of its row
+        everything."""
+        return self.num_cached_tokens < max(len(self.job.prompt_ids), self.length - 1)
 
     @property
     def needs_prompt_logprobs(self) -> bool:
         """Whether the logits of its next prompt tokens are to be reported: once a job, by its first sequence."""
-        return self.is_prefilling and self.index == 0 and self.job.params.prompt_logprobs
+        is_new = self.is_prefilling and not self.token_ids
+        return is_new and self.index == 0 and self.job.params.prompt_logprobs
 
     def next_token_ids(self, count: int) -> list[int]:
         """The first `count` tokens that are not in the cache yet."""
-        if not self.is_prefilling:
-            return self.token_ids[-count:]
-        return self.job.prompt_ids[self.num_cached_tokens : self.num_cached_tokens + count]
+        start = self.num_cached_tokens - len(self.job.prompt_ids)
+        if start >= 0:  # the usual case, without copying the prompt
+            return self.token_ids[start : start + count]
+        return self.all_token_ids[self.num_cached_tokens : self.num_cached_tokens + count]

@@ -148,3 +148,21 @@ def test_logits_are_kept_where_a_token_is_sampled_or_the_prompt_is_reported():
     scheduler.add([sequence(9), sequence(9, **reported)])
     (batch,) = scheduler.schedule()
     assert (batch.num_scheduled_tokens, batch.logits_to_keep, batch.completes(0)) == ([4], [0], False)
+
+
+def test_a_sequence_that_lost_its_row_is_prefilled_with_all_of_its_tokens():
+    scheduler, _ = make_scheduler(prefill_chunk=4)
+    lost, other = sequence(3, 9), sequence(3, 9)
+    scheduler.add([lost, other])
+    for _ in range(4):
+        step(scheduler)
+    assert (lost.length, lost.num_cached_tokens, lost.is_prefilling) == (7, 6, False)
+    lost.num_cached_tokens = 0
+    assert lost.is_prefilling and lost.next_token_ids(99) == [2, 2, 2, 7, 7, 7, 7]
+    scheduler.release_finished()  # which puts it behind those who decode
+    assert scheduler.running == [other, lost]
+    assert plan(scheduler) == [[(0, 1)], [(1, 4)]]
+    step(scheduler)
+    assert lost.next_token_ids(3) == [7, 7, 7] and len(lost.token_ids) == 4
+    step(scheduler)
+    assert (len(lost.token_ids), lost.is_prefilling) == (5, False)

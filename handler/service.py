@@ -19,6 +19,7 @@ from ts.torch_handler.base_handler import BaseHandler
 from handler.checkpoint import open_checkpoint, work_folder
 from handler.engine import Engine
 from handler.loading import load_model
+from handler.memory import with_kv_cache_limit
 from handler.protocols.base import ModelInfo
 from handler.protocols.open_request import OpenRequest, Reply
 from handler.settings import read_settings
@@ -39,7 +40,8 @@ class LargeModelHandler(BaseHandler):
         self.settings = read_settings(model_dir / "setup_config.json")
         self.loaded = load_model(open_checkpoint(model_dir), self.settings, work_folder(model_dir))
         self.model = self.loaded.model
-        self.engine = Engine(self.loaded.model, self.loaded.tokenizer, self.settings)
+        config = with_kv_cache_limit(self.settings, self.loaded)
+        self.engine = Engine(self.loaded.model, self.loaded.tokenizer, config)
         self.model_info = ModelInfo(
             name=context.model_name,
             version=context.manifest["model"]["modelVersion"],
@@ -57,9 +59,6 @@ class LargeModelHandler(BaseHandler):
     def handle(self, data: list[dict], context: Context) -> list[Any]:
         """Carry every request of the batch on and reply to those that have something to say."""
         self.context = context
-        if self._is_describe():
-            context.stopping_criteria = None
-            return [self.describe_handle()]
         requests = self.preprocess(data)
         self.inference(requests)
         self._report()
@@ -72,9 +71,16 @@ class LargeModelHandler(BaseHandler):
             self.open_requests.pop(gone).cancel()
         for index, (request_id, entry) in enumerate(zip(ids, data, strict=True)):
             if request_id not in self.open_requests:
-                path = self.context.get_request_header(index, "url_path") or ""
+                path = self._path(index)
                 self.open_requests[request_id] = OpenRequest(entry, path, self.model_info, self.engine)
         return [self.open_requests[request_id] for request_id in ids]
+
+    def _path(self, index: int) -> str:
+        """What a request asks for. The management API's describe is a header, which any client can send as well, so
+        it is answered like any other request of the batch."""
+        if self.context.get_request_header(index, "describe") == "True":
+            return "describe"
+        return self.context.get_request_header(index, "url_path") or ""
 
     def inference(self, requests: list[OpenRequest]) -> None:
         """Run the engine: in continuous mode for a time slice, or until a request is done and its client can have

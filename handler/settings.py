@@ -86,7 +86,8 @@ class EngineConfig(BaseModel):
         None, description="Most tokens of prompt and continuation together; by default the model's own limit."
     )
     kv_cache_memory: Size | None = Field(
-        None, description="Most bytes of keys and values; by default max_batch_size x max_sequence_length tokens."
+        None,
+        description="Most bytes of keys and values; by default those of full rows, or what memory is left for.",
     )
     prefill_chunk: PositiveInt = Field(
         256, description="Most prompt tokens in one step, so that nobody stalls; four times that while nobody decodes."

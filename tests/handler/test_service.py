@@ -195,3 +195,12 @@ def test_describe(make_handler, continuous):
     assert described["engine"] == {"running": 0, "waiting": 0}
     managed = frontend.send({}, describe="True")  # as the management API asks in plain mode
     assert frontend.answer(managed) == (200, described)
+
+
+def test_a_describe_header_changes_nothing_for_the_neighbours(make_handler, continuous):
+    frontend = make_handler(continuous)
+    expected = frontend.answer(frontend.send(instances(PROMPT)))
+    sent = [frontend.send(instances(PROMPT), describe=header) for header in ("True", "", "True", "False")]
+    answers = [frontend.answer(one) for one in sent]
+    assert answers[1] == answers[3] == expected
+    assert [(status, body["model_type"]) for status, body in answers[::2]] == [(200, "bloom")] * 2

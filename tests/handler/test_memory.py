@@ -1,0 +1,97 @@
+"""The limit on keys and values follows the memory that is left."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from handler import memory
+from handler.errors import LoadError
+from handler.loading import load_model
+from handler.settings import Settings
+from handler.weights.placement import Tier
+from tests.models import save_tiny_bloom
+
+MB = 10**6
+GROUPS = Path("/sys/fs/cgroup/memory")  # version 1, where the tests may be allowed to make one
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    return load_model(save_tiny_bloom(folder / "bloom"), Settings(), folder)
+
+
+def write(folder, **files):
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+def test_version_2_with_a_tighter_group_above(tmp_path):
+    (tmp_path / "of").write_text("0::/pods/one\n")
+    write(tmp_path / "pods", memory__max="900\n", memory__stat="anon 300\nfile 500\n")
+    write(tmp_path / "pods/one", memory__max="max\n", memory__stat="anon 100\n")
+    assert memory._free_in_control_groups(tmp_path, tmp_path / "of") == [600]
+
+
+def test_version_1_seen_from_inside_a_container(tmp_path):
+    (tmp_path / "of").write_text("5:cpu,cpuacct:/x\n4:memory:/kubepods/pod7\n0::/\n")
+    write(tmp_path / "memory", memory__limit_in_bytes="5000\n", memory__stat="cache 9\ntotal_rss 1000\n")
+    assert memory._free_in_control_groups(tmp_path, tmp_path / "of") == [4000]
+
+
+def test_no_groups(tmp_path):
+    assert memory._free_in_control_groups(tmp_path, tmp_path / "missing") == []
+
+
+@pytest.mark.skipif(not os.access(GROUPS, os.W_OK), reason="no control group of version 1 can be made here")
+def test_a_real_group():
+    group = GROUPS / f"test-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(2_000 * MB))
+        code = (
+            f"import os; open('{group}/cgroup.procs', 'w').write(str(os.getpid()));"
+            "from handler.memory import free_host_memory; print(free_host_memory(0), free_host_memory(1_000_000_000))"
+        )
+        printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        free, beside_weights = map(int, printed.split())
+        assert 1_000 * MB < free < 2_000 * MB
+        assert beside_weights < free - 500 * MB
+    finally:
+        group.rmdir()
+
+
+def test_weights_that_are_mapped_are_not_free():
+    free = memory.free_host_memory(0)
+    assert memory.free_host_memory(free // 2) < 0.75 * free
+
+
+def test_a_gpus_room_is_shared_by_the_layers_that_it_computes(monkeypatch):
+    free = {0: 1000, 1: 5000}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index], 10**6))
+    tiers = {"gpu 0": Tier(2, 9), "gpu 1": Tier(4, 9), "cpu": Tier(1, 9), "disk": Tier(1, 9)}
+    # The first computes what is on the CPU and on disk too: 4 of 8 layers in 900 bytes.
+    assert memory.kv_cache_budget(tiers, workspace_bytes=0) == 1800
+    assert memory.kv_cache_budget(tiers, workspace_bytes=500) == 900
+    assert memory.kv_cache_budget(tiers, workspace_bytes=5000) == 0
+
+
+@pytest.mark.parametrize("free_tokens, limit", [(10**6, None), (1000, 1000), (100, LoadError)])
+def test_the_default_gives_way_to_the_memory_that_is_left(loaded, monkeypatch, free_tokens, limit):
+    token_bytes = 2 * 4 * 32 * 4  # keys and values, layers, hidden size, bytes
+    monkeypatch.setattr(memory, "kv_cache_budget", lambda tiers, workspace_bytes: free_tokens * token_bytes)
+    if limit is LoadError:
+        with pytest.raises(LoadError, match="memory for 100 tokens"):
+            memory.with_kv_cache_limit(Settings(), loaded)
+    else:
+        assert memory.with_kv_cache_limit(Settings(), loaded).kv_cache_memory == (limit and limit * token_bytes)
+
+
+def test_an_explicit_limit_is_obeyed(loaded, monkeypatch):
+    monkeypatch.setattr(memory, "kv_cache_budget", lambda tiers, workspace_bytes: 0)
+    assert memory.with_kv_cache_limit(Settings(kv_cache_memory=10**12), loaded).kv_cache_memory == 10**12

@@ -1,15 +1,17 @@
-"""What the commands share: an error that a person can act on is one line, not a traceback."""
+"""What the commands share: errors in one line instead of a traceback, and sizes on the command line."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 
 from handler.errors import CheckpointError, LoadError, SettingsError
+from handler.settings import parse_size
 from server.torchserve import LaunchError
 
 
 class UserError(Exception):
-    """Something the person at the terminal can mend; the message is one line that says how."""
+    """Something that the person at the terminal can mend; the message is one line that says how."""
 
 
 def run(main: Callable[[], None]) -> int:
@@ -25,3 +27,23 @@ def run(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def parse_size_option(name: str, text: str) -> int:
+    """Bytes of a size such as 2GiB. Raises UserError, with the option's name, for anything else."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UserError(f"{name} is {text!r}; allowed: {error}") from None
+
+
+def parse_gpus(text: str) -> list[int]:
+    """Bytes of each GPU in `2x16GiB`, `16GiB,24GiB` or `0` (none). Raises UserError for anything else."""
+    sizes: list[int] = []
+    for part in text.split(",") if text.strip() not in ("", "0") else ():
+        match = re.fullmatch(r"\s*(?:(\d+)\s*x)?(.+)", part)
+        try:
+            sizes += [parse_size(match[2])] * int(match[1] or 1)  # type: ignore[index]
+        except (ValueError, TypeError):
+            raise UserError(f"GPUS is {text!r}: write 2x16GiB, or 16GiB,24GiB, or 0 for none") from None
+    return sizes

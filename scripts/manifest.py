@@ -16,13 +16,13 @@ import yaml
 
 from handler.settings import read_settings
 from scripts.archive import FORMATS, ROOT, startup_seconds
-from scripts.console import UserError, run
-from scripts.plan import Plan, parse_gpus, plan
+from scripts.console import UserError, parse_gpus, run
+from scripts.plan import Plan, make_plan
 from scripts.stores import parse_uri
 
 DEPLOY = ROOT / "deploy"
 IMAGE = "torchserve-large-models:0.1.0"
-NAMES = "bloom"  # the name that stands in deploy/ for the model's
+PLACEHOLDER = "bloom"  # stands for the model's name in deploy/
 SHARED_MEMORY = 256 * 2**20
 
 
@@ -32,7 +32,7 @@ class Service:
 
     name: str
     storage_uri: str
-    made: Plan
+    plan: Plan
     archive_format: str = "zip-store"
     image: str = IMAGE
     cpus: int = 4
@@ -57,8 +57,8 @@ def manifests(service: Service, variant: str = "runtime") -> list[dict[str, Any]
 
 
 def _assembled(variant: str, service: Service) -> list[dict[str, Any]]:
-    """The documents as they stand in deploy/: those that a variant adds, and its base's with the variant's changes
-    merged into the last, the InferenceService."""
+    """The documents as they stand in deploy/. A variant's are its own, then those of its base; its changes are merged
+    into the last one, the InferenceService."""
     if variant == "classic":
         return _load("classic.yaml", service)
     if variant == "runtime":
@@ -78,7 +78,7 @@ def _renamed(value: Any, name: str) -> Any:
         return {key: _renamed(item, name) for key, item in value.items()}
     if isinstance(value, list):
         return [_renamed(item, name) for item in value]
-    return value.replace(NAMES, name) if isinstance(value, str) else value
+    return value.replace(PLACEHOLDER, name) if isinstance(value, str) else value
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _fill_runtime(document: dict[str, Any], service: Service) -> None:
     (container,) = document["spec"]["containers"]
     container["image"] = service.image
     tmp = next(volume for volume in document["spec"]["volumes"] if volume["name"] == "tmp")
-    tmp["emptyDir"]["sizeLimit"] = _gibibytes(service.made.disk_request(service.archive_format))
+    tmp["emptyDir"]["sizeLimit"] = _gibibytes(service.plan.disk_request(service.archive_format))
     for probe in (container["startupProbe"], container["livenessProbe"]):
         probe["failureThreshold"] = math.ceil(_startup(service) / probe["periodSeconds"])
 
@@ -112,7 +112,7 @@ def _fill_inference_service(document: dict[str, Any], service: Service) -> None:
 
 def _fill_claim(document: dict[str, Any], service: Service) -> None:
     document["metadata"]["name"] = service.storage_uri.split("/")[2]
-    document["spec"]["resources"]["requests"]["storage"] = _gibibytes(service.made.checkpoint_bytes)
+    document["spec"]["resources"]["requests"]["storage"] = _gibibytes(service.plan.checkpoint_bytes)
 
 
 _FILL = {
@@ -123,18 +123,18 @@ _FILL = {
 
 
 def _startup(service: Service) -> int:
-    return startup_seconds(service.made.checkpoint_bytes)
+    return startup_seconds(service.plan.checkpoint_bytes)
 
 
 def _resources(service: Service) -> dict[str, dict[str, str]]:
-    """Memory is a limit too: the model's is known, and what goes beyond it is a mistake that others should not pay."""
-    made = service.made
-    disk = made.disk_request(service.archive_format)
+    """Memory is a limit too: the plan knows what the model needs, and no other pod should pay for a mistake in it."""
+    plan = service.plan
+    disk = plan.disk_request(service.archive_format)
     if not service.storage_uri.startswith("pvc://"):
-        disk += made.checkpoint_bytes  # which the storage initializer fetches
-    amounts = {"memory": _gibibytes(made.memory_request + SHARED_MEMORY)}
-    if made.gpus:
-        amounts["nvidia.com/gpu"] = str(len(made.gpus))
+        disk += plan.checkpoint_bytes  # fetched by the storage initializer
+    amounts = {"memory": _gibibytes(plan.memory_request + SHARED_MEMORY)}
+    if plan.gpus:
+        amounts["nvidia.com/gpu"] = str(len(plan.gpus))
     return {
         "requests": {"cpu": str(service.cpus), "ephemeral-storage": _gibibytes(disk), **amounts},
         "limits": amounts,
@@ -184,23 +184,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-replicas", type=int, help="at most (default: the variant's)")
     parser.add_argument("--image", default=IMAGE, help="of deploy/Dockerfile, in your registry (default: %(default)s)")
     parser.add_argument("--namespace")
-    given = parser.parse_args(argv)
-    made = plan(given.model_dir, read_settings(given.setup_config), parse_gpus(given.gpus))
+    args = parser.parse_args(argv)
+    plan = make_plan(args.model_dir, read_settings(args.setup_config), parse_gpus(args.gpus))
     service = Service(
-        given.model_name,
-        given.storage_uri,
-        made,
-        given.archive_format,
-        given.image,
-        given.cpus,
-        given.replicas,
-        given.max_replicas,
-        given.namespace,
+        args.model_name,
+        args.storage_uri,
+        plan,
+        args.archive_format,
+        args.image,
+        args.cpus,
+        args.replicas,
+        args.max_replicas,
+        args.namespace,
     )
-    check(service, given.variant)
-    if made.missing:
-        print(f"warning: {made.verdict} (make plan says what would)", file=sys.stderr)
-    print(yaml.safe_dump_all(manifests(service, given.variant), sort_keys=False), end="")
+    check(service, args.variant)
+    if plan.missing:
+        print(f"warning: {plan.verdict} (make plan says what would)", file=sys.stderr)
+    print(yaml.safe_dump_all(manifests(service, args.variant), sort_keys=False), end="")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from handler.settings import Settings
 from scripts.archive import ROOT, startup_seconds
 from scripts.console import UserError
 from scripts.manifest import Service, check, main, manifests, variants
-from scripts.plan import plan
+from scripts.plan import make_plan
 from server.container import CONFIG
 from tests.models import save_bloom_7b1_config
 
@@ -25,14 +25,14 @@ def bloom_7b1(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(bloom_7b1):
+def plan(bloom_7b1):
     settings = Settings(max_memory={0: 10 * GB, "cpu": 10 * GB}, kv_cache_memory=GB)
-    return plan(bloom_7b1, settings, [16 * GB], 32 * GB)
+    return make_plan(bloom_7b1, settings, [16 * GB], 32 * GB)
 
 
-def render(made, variant="runtime", **more):
+def render(plan, variant="runtime", **more):
     uri = URIS.get(variant, "gs://bucket/bloom-7b1")
-    return {d["kind"]: d for d in manifests(Service("bloom-7b1", uri, made, **more), variant)}
+    return {d["kind"]: d for d in manifests(Service("bloom-7b1", uri, plan, **more), variant)}
 
 
 def read_by_kserves_models(documents):
@@ -46,38 +46,38 @@ def test_every_variant_of_the_issue_is_there():
 
 
 @pytest.mark.parametrize("variant", variants())
-def test_kserves_own_models_know_every_field(made, variant):
-    documents = list(render(made, variant, namespace="models").values())
+def test_kserves_own_models_know_every_field(plan, variant):
+    documents = list(render(plan, variant, namespace="models").values())
     read = read_by_kserves_models(documents)
     assert (read.returncode, read.stdout.strip()) == (0, ""), read.stdout + read.stderr
     assert {document["metadata"]["namespace"] for document in documents} == {"models"}
     assert '"bloom"' not in json.dumps(documents)  # the name that stands in deploy/
 
 
-def test_kserves_models_would_notice(made):
-    document = render(made)["InferenceService"]
+def test_kserves_models_would_notice(plan):
+    document = render(plan)["InferenceService"]
     document["spec"]["predictor"]["minReplica"] = 1
     read = read_by_kserves_models([document])
     assert read.returncode == 0, read.stderr
     assert "InferenceService.spec.predictor.minReplica" in read.stdout
 
 
-def test_memory_and_disk_come_from_the_plan(made):
-    documents = render(made)
+def test_memory_and_disk_come_from_the_plan(plan):
+    documents = render(plan)
     resources = documents["InferenceService"]["spec"]["predictor"]["model"]["resources"]
     memory = int(resources["limits"]["memory"].removesuffix("Gi")) * GIB
-    assert made.memory_request < memory < made.memory_request + 1.3 * GIB
+    assert plan.memory_request < memory < plan.memory_request + 1.3 * GIB
     assert resources["requests"]["memory"] == resources["limits"]["memory"]
     assert resources["limits"]["nvidia.com/gpu"] == "1"
     (tmp,) = [v for v in documents["ServingRuntime"]["spec"]["volumes"] if v["name"] == "tmp"]
     size = int(tmp["emptyDir"]["sizeLimit"].removesuffix("Gi")) * GIB
-    assert made.disk_request("zip-store") <= size < made.disk_request("zip-store") + GIB
+    assert plan.disk_request("zip-store") <= size < plan.disk_request("zip-store") + GIB
     disk = int(resources["requests"]["ephemeral-storage"].removesuffix("Gi")) * GIB
-    assert disk >= made.checkpoint_bytes + made.disk_request("zip-store")
-    folder = render(made, archive_format="no-archive")
+    assert disk >= plan.checkpoint_bytes + plan.disk_request("zip-store")
+    folder = render(plan, archive_format="no-archive")
     (tmp,) = [v for v in folder["ServingRuntime"]["spec"]["volumes"] if v["name"] == "tmp"]
     assert tmp["emptyDir"]["sizeLimit"] == "1Gi"
-    on_volume = render(made, "pvc", archive_format="no-archive")
+    on_volume = render(plan, "pvc", archive_format="no-archive")
     assert (
         on_volume["InferenceService"]["spec"]["predictor"]["model"]["resources"]["requests"]["ephemeral-storage"]
         == "1Gi"
@@ -86,41 +86,43 @@ def test_memory_and_disk_come_from_the_plan(made):
 
 
 def test_without_gpus_none_are_asked_for(bloom_7b1):
-    resources = render(plan(bloom_7b1, Settings(), []))["InferenceService"]["spec"]["predictor"]["model"]["resources"]
+    resources = render(make_plan(bloom_7b1, Settings(), []))["InferenceService"]["spec"]["predictor"]["model"][
+        "resources"
+    ]
     assert "nvidia.com/gpu" not in resources["limits"]
 
 
-def test_probes_wait_as_long_as_the_checkpoint_may_take(made):
-    (container,) = render(made)["ServingRuntime"]["spec"]["containers"]
+def test_probes_wait_as_long_as_the_checkpoint_may_take(plan):
+    (container,) = render(plan)["ServingRuntime"]["spec"]["containers"]
     for probe in (container["startupProbe"], container["livenessProbe"]):
-        assert probe["failureThreshold"] * probe["periodSeconds"] >= startup_seconds(made.checkpoint_bytes)
-    annotations = render(made, "classic")["InferenceService"]["metadata"]["annotations"]
-    assert annotations["serving.knative.dev/progress-deadline"] == f"{startup_seconds(made.checkpoint_bytes)}s"
+        assert probe["failureThreshold"] * probe["periodSeconds"] >= startup_seconds(plan.checkpoint_bytes)
+    annotations = render(plan, "classic")["InferenceService"]["metadata"]["annotations"]
+    assert annotations["serving.knative.dev/progress-deadline"] == f"{startup_seconds(plan.checkpoint_bytes)}s"
 
 
-def test_probes_hooks_and_arguments_are_commands_that_the_entry_knows(made):
-    (container,) = render(made)["ServingRuntime"]["spec"]["containers"]
+def test_probes_hooks_and_arguments_are_commands_that_the_entry_knows(plan):
+    (container,) = render(plan)["ServingRuntime"]["spec"]["containers"]
     hook = container["lifecycle"]["preStop"]
     commands = [container[name]["exec"]["command"] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
     assert all(command == ["python", "-m", "server.container", "ready"] for command in commands)
     drain = hook["exec"]["command"]
     assert drain[:4] == ["python", "-m", "server.container", "drain"]
-    grace = render(made)["InferenceService"]["spec"]["predictor"]["terminationGracePeriodSeconds"]
+    grace = render(plan)["InferenceService"]["spec"]["predictor"]["terminationGracePeriodSeconds"]
     assert float(drain[-1]) < grace
     assert container["args"] == ["serve"]
     assert str(CONFIG) == "/mnt/models/config/config.properties"
 
 
-def test_a_pod_has_no_rights_that_it_does_not_need(made):
-    (container,) = render(made)["ServingRuntime"]["spec"]["containers"]
+def test_a_pod_has_no_rights_that_it_does_not_need(plan):
+    (container,) = render(plan)["ServingRuntime"]["spec"]["containers"]
     context = container["securityContext"]
     assert context["runAsNonRoot"] and context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
     assert context["capabilities"] == {"drop": ["ALL"]}
     assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/tmp", "/dev/shm"}
 
 
-def test_the_classic_one_is_as_people_know_it(made):
-    predictor = render(made, "classic", image="registry.example/team/torchserve:1.2", replicas=2)["InferenceService"][
+def test_the_classic_one_is_as_people_know_it(plan):
+    predictor = render(plan, "classic", image="registry.example/team/torchserve:1.2", replicas=2)["InferenceService"][
         "spec"
     ]["predictor"]
     assert predictor["pytorch"]["storageUri"] == "gs://bucket/bloom-7b1"
@@ -131,18 +133,18 @@ def test_the_classic_one_is_as_people_know_it(made):
     assert (predictor["minReplicas"], predictor["maxReplicas"]) == (2, 2)
 
 
-def test_autoscaling_and_canary(made):
-    concurrency = render(made, "concurrency", max_replicas=7)["InferenceService"]["spec"]["predictor"]
+def test_autoscaling_and_canary(plan):
+    concurrency = render(plan, "concurrency", max_replicas=7)["InferenceService"]["spec"]["predictor"]
     assert (concurrency["scaleMetric"], concurrency["maxReplicas"]) == ("concurrency", 7)
-    keda = render(made, "keda")["InferenceService"]
+    keda = render(plan, "keda")["InferenceService"]
     assert keda["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] == "RawDeployment"
     (metric,) = keda["spec"]["predictor"]["autoScaling"]["metrics"]
     assert metric["external"]["metric"]["query"] == 'sum(WaitingSequences{ModelName="bloom-7b1"})'
-    assert render(made, "canary")["InferenceService"]["spec"]["predictor"]["canaryTrafficPercent"] == 10
+    assert render(plan, "canary")["InferenceService"]["spec"]["predictor"]["canaryTrafficPercent"] == 10
 
 
-def test_credentials_reach_the_pod_by_its_service_account(made):
-    documents = render(made, "s3")
+def test_credentials_reach_the_pod_by_its_service_account(plan):
+    documents = render(plan, "s3")
     account = documents["InferenceService"]["spec"]["predictor"]["serviceAccountName"]
     assert documents["ServiceAccount"]["metadata"]["name"] == account
     assert documents["ServiceAccount"]["secrets"] == [{"name": documents["Secret"]["metadata"]["name"]}]
@@ -157,14 +159,14 @@ def test_credentials_reach_the_pod_by_its_service_account(made):
         ("bloom", "gs://b/p", "pvc", "for the variant pvc write pvc://CLAIM/PATH"),
     ],
 )
-def test_what_kubernetes_would_refuse_is_refused_here(made, name, uri, variant, message):
+def test_what_kubernetes_would_refuse_is_refused_here(plan, name, uri, variant, message):
     with pytest.raises(UserError, match=message):
-        check(Service(name, uri, made), variant)
+        check(Service(name, uri, plan), variant)
 
 
-def test_an_image_without_a_tag(made):
+def test_an_image_without_a_tag(plan):
     with pytest.raises(UserError, match="give it with its tag"):
-        render(made, "classic", image="registry.example:5000/torchserve")
+        render(plan, "classic", image="registry.example:5000/torchserve")
 
 
 def test_the_command_prints_yaml_that_is_applied_by_deploy(bloom_7b1, tmp_path):
@@ -195,7 +197,7 @@ def test_the_command_prints_yaml_that_is_applied_by_deploy(bloom_7b1, tmp_path):
 def test_what_is_missing_is_named(tmp_path, capsys):
     with pytest.raises(UserError, match="no config"):
         main(["--model-name", "bloom", "--model-dir", str(tmp_path), "--storage-uri", "gs://b/p"])
-    made = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "scripts.manifest", "--model-name", "x"], cwd=ROOT, capture_output=True, text=True
     )
-    assert made.returncode == 2 and "--storage-uri" in made.stderr
+    assert ended.returncode == 2 and "--storage-uri" in ended.stderr

@@ -8,8 +8,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, T5Con
 from handler.engine import Engine
 from handler.loading import load_model
 from handler.settings import Settings
-from scripts.console import UserError
-from scripts.plan import RUNTIME_BYTES, Bandwidth, main, parse_gpus, plan, remedies
+from scripts.console import UserError, parse_gpus
+from scripts.plan import Bandwidth, make_plan
+from scripts.plan.__main__ import main
+from scripts.plan.placement import RUNTIME_BYTES
+from scripts.plan.remedies import remedies
 from tests.models import save_bloom_7b1_config, save_tiny_bloom, train_tokenizer
 
 GB = 10**9
@@ -37,106 +40,106 @@ def sizes(limits):
 @pytest.mark.parametrize("limit", [0, 30_000, 60_000, 100_000, 150_000, 250_000, 10**9, None])
 def test_the_map_is_what_the_loader_makes(tiny, tmp_path, limit, dtype):
     settings = Settings(dtype=dtype, max_memory=None if limit is None else {"cpu": limit})
-    loaded, made = load_model(tiny, settings, tmp_path), plan(tiny, settings, gpus=[])
-    assert made.device_map == loaded.device_map
-    tiers = {device.name: (device.layers, device.weights) for device in made.devices if device.weights}
+    loaded, plan = load_model(tiny, settings, tmp_path), make_plan(tiny, settings, gpus=[])
+    assert plan.device_map == loaded.device_map
+    tiers = {device.name: (device.layers, device.weights) for device in plan.devices if device.weights}
     assert tiers == {name: (tier.layers, tier.bytes) for name, tier in loaded.tiers.items()}
-    assert made.dtype == str(loaded.model.dtype).removeprefix("torch.")
+    assert plan.dtype == str(loaded.model.dtype).removeprefix("torch.")
 
 
 def test_a_map_of_modules_is_taken_as_it_is(tiny, tmp_path):
     settings = Settings(device_map={"transformer": 0, "lm_head": 0})
-    (cpu, _), loaded = plan(tiny, settings, gpus=[]).devices, load_model(tiny, settings, tmp_path)
+    (cpu, _), loaded = make_plan(tiny, settings, gpus=[]).devices, load_model(tiny, settings, tmp_path)
     assert (cpu.layers, cpu.weights) == (loaded.tiers["cpu"].layers, loaded.tiers["cpu"].bytes)
-    assert plan(tiny, settings, gpus=[GB]).devices[0].layers == 4
+    assert make_plan(tiny, settings, gpus=[GB]).devices[0].layers == 4
 
 
 def test_bloom_7b1_on_the_samples_two_gpus_of_10_gb_does_not_fit_with_32_long_sequences(bloom_7b1):
-    made = plan(bloom_7b1, sizes({0: 10 * GB, 1: 10 * GB, "cpu": 10 * GB}), [10 * GB] * 2, 32 * GB)
-    assert made.weights == TOTAL_BYTES
-    assert made.kv_bytes_per_token == KV_BYTES_PER_TOKEN
-    assert made.kv_cache == pytest.approx(32 * 2048 * KV_BYTES_PER_TOKEN, abs=2)
-    first, second, cpu, disk = made.devices
+    plan = make_plan(bloom_7b1, sizes({0: 10 * GB, 1: 10 * GB, "cpu": 10 * GB}), [10 * GB] * 2, 32 * GB)
+    assert plan.weights == TOTAL_BYTES
+    assert plan.kv_bytes_per_token == KV_BYTES_PER_TOKEN
+    assert plan.kv_cache == pytest.approx(32 * 2048 * KV_BYTES_PER_TOKEN, abs=2)
+    first, second, cpu, disk = plan.devices
     assert first.layers + second.layers == 30
     assert first.weights + second.weights == TOTAL_BYTES
     assert not cpu.weights and not disk.weights
-    assert set(made.missing) == {"gpu 0", "gpu 1"}
-    assert made.verdict.startswith("does not fit: ")
-    assert made.memory_request == RUNTIME_BYTES + 2 * GB  # a shard passes through
+    assert set(plan.missing) == {"gpu 0", "gpu 1"}
+    assert plan.verdict.startswith("does not fit: ")
+    assert plan.memory_request == RUNTIME_BYTES + 2 * GB  # a shard passes through
 
 
 def test_it_fits_with_fewer_keys_and_values_as_the_remedy_says(bloom_7b1):
     settings = sizes({0: 10 * GB, 1: 10 * GB, "cpu": 10 * GB})
-    made = plan(bloom_7b1, settings, [10 * GB] * 2, 32 * GB)
-    advice = remedies(made, bloom_7b1)[0]
+    plan = make_plan(bloom_7b1, settings, [10 * GB] * 2, 32 * GB)
+    advice = remedies(plan, bloom_7b1)[0]
     assert advice.endswith("in setup_config.json it fits")
     advised = json.loads("{" + advice.removeprefix("with ").partition(" in setup_config.json")[0] + "}")
     changed = Settings(dtype="bfloat16", **({"max_memory": settings.max_memory} | advised))
-    better = plan(bloom_7b1, changed, [10 * GB] * 2, 32 * GB)
+    better = make_plan(bloom_7b1, changed, [10 * GB] * 2, 32 * GB)
     assert better.verdict == "fits"
     assert not remedies(better, bloom_7b1)
 
 
 def test_hardware_that_is_not_named_is_what_is_needed(bloom_7b1):
-    made = plan(bloom_7b1, sizes({0: 10 * GB, "cpu": 10 * GB}))
-    assert [device.name for device in made.devices] == ["gpu 0", "cpu", "disk"]
-    assert not made.missing
-    assert made.verdict.endswith(f"given {made.gpus[0].needed / 1e9:.2f} GB of gpu 0, given 8.33 GB of cpu")
+    plan = make_plan(bloom_7b1, sizes({0: 10 * GB, "cpu": 10 * GB}))
+    assert [device.name for device in plan.devices] == ["gpu 0", "cpu", "disk"]
+    assert not plan.missing
+    assert plan.verdict.endswith(f"given {plan.gpus[0].needed / 1e9:.2f} GB of gpu 0, given 8.33 GB of cpu")
 
 
 def test_layers_on_the_cpu_come_over_pcie_and_keep_their_keys_on_the_gpu(bloom_7b1):
     settings = sizes({0: 10 * GB, "cpu": 10 * GB}).model_copy(update={"max_batch_size": 1, "max_sequence_length": 512})
-    made = plan(bloom_7b1, settings, [16 * GB], 32 * GB, Bandwidth(pcie=10e9))
-    gpu, cpu, _ = made.devices
+    plan = make_plan(bloom_7b1, settings, [16 * GB], 32 * GB, Bandwidth(pcie=10e9))
+    gpu, cpu, _ = plan.devices
     assert cpu.layers and cpu.weights == cpu.layers * LAYER_BYTES + NORM_BYTES
-    assert made.streamed == {"disk": 0, "pcie": cpu.weights, "ram": 0}
-    assert made.seconds_a_step == pytest.approx(cpu.weights / 10e9)
-    assert made.tokens_per_second(8) == pytest.approx(8 * 10e9 / cpu.weights)
+    assert plan.streamed == {"disk": 0, "pcie": cpu.weights, "ram": 0}
+    assert plan.seconds_a_step == pytest.approx(cpu.weights / 10e9)
+    assert plan.tokens_per_second(8) == pytest.approx(8 * 10e9 / cpu.weights)
     assert gpu.kv_cache == 512 * KV_BYTES_PER_TOKEN and not cpu.kv_cache
-    assert made.verdict.startswith("fits with offload at about ")
-    assert made.memory_request == cpu.weights + RUNTIME_BYTES + 2 * GB
+    assert plan.verdict.startswith("fits with offload at about ")
+    assert plan.memory_request == cpu.weights + RUNTIME_BYTES + 2 * GB
 
 
 def test_without_gpus_layers_on_disk_are_read_and_then_multiplied(bloom_7b1):
-    made = plan(bloom_7b1, sizes({"cpu": 10 * GB}), [], 64 * GB)
-    cpu, disk = made.devices
+    plan = make_plan(bloom_7b1, sizes({"cpu": 10 * GB}), [], 64 * GB)
+    cpu, disk = plan.devices
     assert disk.layers == 12 and disk.weights == 12 * LAYER_BYTES + NORM_BYTES
-    assert made.streamed == {"disk": disk.weights, "pcie": 0, "ram": TOTAL_BYTES}
-    assert cpu.kv_cache == made.kv_cache == 32 * 2048 * KV_BYTES_PER_TOKEN
-    assert made.memory_request == cpu.needed
+    assert plan.streamed == {"disk": disk.weights, "pcie": 0, "ram": TOTAL_BYTES}
+    assert cpu.kv_cache == plan.kv_cache == 32 * 2048 * KV_BYTES_PER_TOKEN
+    assert plan.memory_request == cpu.needed
 
 
 def test_a_node_must_hold_the_shard_that_is_being_read(bloom_7b1):
-    made = plan(bloom_7b1, sizes({0: 80 * GB}), [80 * GB], 3 * GB)
-    assert made.verdict == "does not fit: 0.50 GB on cpu missing"
-    assert remedies(made, bloom_7b1) == ["it fits on 3.50 GB of cpu instead of 3.00 GB"]
+    plan = make_plan(bloom_7b1, sizes({0: 80 * GB}), [80 * GB], 3 * GB)
+    assert plan.verdict == "does not fit: 0.50 GB on cpu missing"
+    assert remedies(plan, bloom_7b1) == ["it fits on 3.50 GB of cpu instead of 3.00 GB"]
 
 
 def test_one_gpu_without_max_memory_is_filled_to_nine_tenths_and_two_are_balanced(bloom_7b1):
-    one = plan(bloom_7b1, Settings(), [12 * GB])
+    one = make_plan(bloom_7b1, Settings(), [12 * GB])
     assert 0.9 * 12 * GB - 2 * LAYER_BYTES < one.devices[0].weights <= 0.9 * 12 * GB
-    two = plan(bloom_7b1, Settings(), [80 * GB, 80 * GB], 4 * GB)
+    two = make_plan(bloom_7b1, Settings(), [80 * GB, 80 * GB], 4 * GB)
     assert abs(two.devices[0].layers - two.devices[1].layers) <= 8
     assert two.verdict == "fits"
 
 
 def test_float32_on_disk_is_read_as_it_is_stored(tiny):
-    made = plan(tiny, Settings(dtype="bfloat16", max_memory={"cpu": 0}), [])
+    plan = make_plan(tiny, Settings(dtype="bfloat16", max_memory={"cpu": 0}), [])
     stored = sum(path.stat().st_size for path in tiny.glob("*.safetensors"))
-    assert made.checkpoint_bytes == stored
-    assert made.streamed["disk"] == pytest.approx(stored, rel=0.001)
-    assert made.weights < 0.55 * stored
-    assert made.largest_shard == max(path.stat().st_size for path in tiny.glob("*.safetensors"))
+    assert plan.checkpoint_bytes == stored
+    assert plan.streamed["disk"] == pytest.approx(stored, rel=0.001)
+    assert plan.weights < 0.55 * stored
+    assert plan.largest_shard == max(path.stat().st_size for path in tiny.glob("*.safetensors"))
 
 
 def test_bin_checkpoints_take_their_offloaded_layers_once_more_of_disk(tiny, tmp_path):
     (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"\0" * 400_000)
     settings = Settings(max_memory={"cpu": 0})
-    made, in_place = plan(tmp_path, settings, []), plan(tiny, settings, [])
-    assert made.offload_bytes == made.weights == made.streamed["disk"]
+    plan, in_place = make_plan(tmp_path, settings, []), make_plan(tiny, settings, [])
+    assert plan.offload_bytes == plan.weights == plan.streamed["disk"]
     assert not in_place.offload_bytes
-    assert made.disk_request("no-archive") - in_place.disk_request("no-archive") == made.weights
+    assert plan.disk_request("no-archive") - in_place.disk_request("no-archive") == plan.weights
 
 
 def test_a_config_without_dtype_is_computed_in_what_is_stored(tiny, tmp_path):
@@ -146,17 +149,20 @@ def test_a_config_without_dtype_is_computed_in_what_is_stored(tiny, tmp_path):
     config = json.loads((tmp_path / "bf16/config.json").read_text())
     del config["dtype"]
     (tmp_path / "bf16/config.json").write_text(json.dumps(config))
-    made = plan(tmp_path / "bf16", Settings(), [])
-    assert made.dtype == "bfloat16"
+    plan = make_plan(tmp_path / "bf16", Settings(), [])
+    assert plan.dtype == "bfloat16"
     assert load_model(tmp_path / "bf16", Settings(), tmp_path).model.dtype == model.dtype
 
 
 def test_where_both_kinds_of_weights_lie_safetensors_are_read_and_both_are_archived(tiny, tmp_path):
     both = shutil.copytree(tiny, tmp_path / "both")
     (both / "pytorch_model.bin").write_bytes(b"\0" * 10_000_000)
-    made, one = plan(both, Settings(max_memory={"cpu": 0}), []), plan(tiny, Settings(max_memory={"cpu": 0}), [])
-    assert (made.streamed, made.largest_shard, made.offload_bytes) == (one.streamed, one.largest_shard, 0)
-    assert made.checkpoint_bytes == one.checkpoint_bytes + 10_000_000
+    plan, one = (
+        make_plan(both, Settings(max_memory={"cpu": 0}), []),
+        make_plan(tiny, Settings(max_memory={"cpu": 0}), []),
+    )
+    assert (plan.streamed, plan.largest_shard, plan.offload_bytes) == (one.streamed, one.largest_shard, 0)
+    assert plan.checkpoint_bytes == one.checkpoint_bytes + 10_000_000
 
 
 def test_the_plan_has_the_engines_own_limits(tmp_path):
@@ -166,17 +172,17 @@ def test_the_plan_has_the_engines_own_limits(tmp_path):
     config.save_pretrained(tmp_path)
     settings = Settings(prefill_chunk=256, max_batch_size=4)
     limits = Engine(AutoModelForCausalLM.from_config(config), train_tokenizer(), settings).capacity
-    made = plan(tmp_path, settings, gpus=[])
-    assert made.max_sequence_length == limits.max_sequence_length == 384
-    assert made.kv_cache == limits.kv_cache_bytes == 4 * 384 * made.kv_bytes_per_token
-    assert made.cpu.workspace == limits.workspace_bytes == 2 * 2 * 128 * 384 * 4
+    plan = make_plan(tmp_path, settings, gpus=[])
+    assert plan.max_sequence_length == limits.max_sequence_length == 384
+    assert plan.kv_cache == limits.kv_cache_bytes == 4 * 384 * plan.kv_bytes_per_token
+    assert plan.cpu.workspace == limits.workspace_bytes == 2 * 2 * 128 * 384 * 4
 
 
 def test_shared_heads_make_keys_and_values_small(tmp_path):
     LlamaConfig(
         hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=32, dtype="bfloat16"
     ).save_pretrained(tmp_path)
-    assert plan(tmp_path, Settings(), []).kv_bytes_per_token == 2 * 32 * 8 * 128 * 2
+    assert make_plan(tmp_path, Settings(), []).kv_bytes_per_token == 2 * 32 * 8 * 128 * 2
 
 
 @pytest.mark.parametrize(
@@ -221,8 +227,15 @@ def test_the_command_writes_a_table_json_and_a_picture(bloom_7b1, tmp_path, caps
     assert "gpu 1: max_memory in setup_config.json does not name it" in printed.out
     assert "verdict          does not fit" in printed.out
     assert not printed.err
-    made = json.loads(numbers.read_text())
-    assert made["weights"] == TOTAL_BYTES
-    assert made["verdict"].startswith("does not fit") and made["devices"][0]["missing"] > 0
-    assert set(made["tokens_per_second"]) == {"1", "32"}
+    plan = json.loads(numbers.read_text())
+    assert plan["weights"] == TOTAL_BYTES
+    assert plan["verdict"].startswith("does not fit") and plan["devices"][0]["missing"] > 0
+    assert set(plan["tokens_per_second"]) == {"1", "32"}
     assert drawn.read_text().startswith("<?xml") and "<svg" in drawn.read_text()
+
+
+def test_the_small_files_of_a_checkpoint_are_enough(tiny, tmp_path):
+    """As they come before the shards: sizes are then the config's."""
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copy(tiny / name, tmp_path)
+    assert make_plan(tmp_path, Settings(), []).weights == make_plan(tiny, Settings(), []).weights

@@ -1,0 +1,200 @@
+"""A checkpoint's configuration and a machine's sizes -> a plan.
+
+The device map is the loader's own, computed on the meta device for the hardware that is named, not for the hardware
+here. A folder with nothing but config.json in it is enough.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.accelerate import _get_device_map
+from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
+
+from handler.engine import UnsupportedModel
+from handler.engine.architecture import Architecture
+from handler.engine.capacity import Capacity
+from handler.errors import CheckpointError, LoadError
+from handler.loading import read_config
+from handler.settings import Settings
+from handler.weights.files import weight_files
+from handler.weights.placement import decoder_layer, device_map, max_memory, placement
+from scripts.console import UserError
+
+from .plan import Bandwidth, Device, Part, Plan
+
+# Java and a worker with an imported torch, without a model: 0.75 GB resident, and Java's heap may grow to 1 GB.
+RUNTIME_BYTES = 1_500_000_000
+SHARD_BYTES = 2_000_000_000  # MAX_SHARD_SIZE of `make shard`, for a folder without weights
+HEADROOM = 0.9  # the share of a single GPU that Accelerate fills when max_memory does not name a limit
+UNLIMITED = 2**62
+ARCHIVED = ("*.safetensors", "pytorch_model*.bin")  # all weights are archived, also those that the loader passes over
+
+
+def make_plan(
+    model_dir: Path,
+    settings: Settings,
+    gpus: Sequence[int | None] | None = None,
+    cpu: int | None = None,
+    bandwidth: Bandwidth | None = None,
+) -> Plan:
+    """Place the checkpoint in `model_dir` on `gpus` (bytes each) and `cpu` bytes, as load_model would.
+
+    gpus: None takes those that max_memory names, of any size. cpu: None is as much as needed.
+    Raises UserError for a folder that holds no causal language model, or one that the engine cannot run.
+    """
+    try:
+        with _quiet():
+            return _make_plan(model_dir, settings, gpus, cpu, bandwidth or Bandwidth())
+    except (LoadError, UnsupportedModel) as error:
+        raise UserError(str(error)) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence warnings about GPUs: Accelerate's, that this machine lacks them, and the loader's, that max_memory names
+    more of them than the plan has."""
+    loggers = [logging.getLogger(name) for name in ("accelerate", "handler")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _make_plan(
+    model_dir: Path, settings: Settings, gpus: Sequence[int | None] | None, cpu: int | None, bandwidth: Bandwidth
+) -> Plan:
+    if gpus is None:
+        gpus = [None] * len([device for device in settings.max_memory or {} if isinstance(device, int)])
+    files = _weight_files(model_dir)
+    model = _meta_model(read_config(model_dir, settings), settings, files)
+    placed = _place(model, settings, gpus, cpu)
+    parts = _parts(model, placed)
+    architecture = Architecture.of(model)
+    limits = Capacity.of(architecture, settings)
+    stored = sum(path.stat().st_size for path in files)
+    archived = sum(path.stat().st_size for pattern in ARCHIVED for path in model_dir.glob(pattern))
+    weights = sum(part.bytes for part in parts)
+    on_disk = sum(part.bytes for part in parts if part.device == "disk")
+    in_place = not files or files[0].suffix == ".safetensors"
+    return Plan(
+        model=model.config.model_type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        settings=settings,
+        bandwidth=bandwidth,
+        device_map=placed,
+        parts=parts,
+        devices=_devices(parts, limits, gpus, cpu),
+        max_sequence_length=limits.max_sequence_length,
+        kv_bytes_per_token=architecture.kv_bytes_per_token,
+        largest_shard=max((path.stat().st_size for path in files), default=min(weights, SHARD_BYTES)),
+        checkpoint_bytes=archived or weights,
+        offload_bytes=0 if in_place else on_disk,
+        # Safetensors are read as they are stored, which may be wider than what is computed in.
+        streamed=_streamed(model, parts, stored / weights if stored and in_place else 1.0),
+    )
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    """The files that the loader reads; none when the folder does not hold all of them, as before a download."""
+    try:
+        return weight_files(model_dir)
+    except CheckpointError:
+        return []
+
+
+def _meta_model(config: PreTrainedConfig, settings: Settings, files: Sequence[Path]) -> PreTrainedModel:
+    """The model without weights, in the dtype that the loader would choose."""
+    dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else config.dtype or _stored_dtype(files)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    model.tie_weights()
+    return model.eval()
+
+
+def _stored_dtype(files: Sequence[Path]) -> torch.dtype:
+    """What from_pretrained takes when the config names no dtype: the first file's. Only its header is read."""
+    return get_state_dict_dtype(load_state_dict(files[0], map_location="meta")) if files else torch.float32
+
+
+def _place(
+    model: PreTrainedModel, settings: Settings, gpus: Sequence[int | None], cpu: int | None
+) -> dict[str, int | str]:
+    limits = max_memory(settings, len(gpus))
+    if limits is None:
+        share = HEADROOM if len(gpus) == 1 else 1
+        limits = {index: UNLIMITED if size is None else int(size * share) for index, size in enumerate(gpus)}
+        limits["cpu"] = UNLIMITED if cpu is None else int(cpu * HEADROOM)
+    return _get_device_map(model, device_map(settings, len(gpus)), limits, None)
+
+
+def _parts(model: PreTrainedModel, placed: dict[str, int | str]) -> list[Part]:
+    """Decoder layers, and the modules outside of them that have weights, in the model's order."""
+    sizes: dict[tuple[str, str], int] = defaultdict(int)
+    for name, device, count in placement(model, placed):
+        sizes[decoder_layer(name) or name.rpartition(".")[0], device] += count
+    return [Part(name, device, count) for (name, device), count in sizes.items()]
+
+
+def _devices(parts: list[Part], limits: Capacity, gpus: Sequence[int | None], cpu: int | None) -> list[Device]:
+    """GPUs, CPU and disk with what they will hold. A layer's keys and values live where it is computed."""
+    layers = {part.name: part.device for part in parts if part.is_layer}
+    main = _main_device(parts)
+    computed = [device if device.startswith("gpu") else main for device in layers.values()]
+    streamed = [part.bytes for part in parts if _is_streamed(part, main)]
+    devices = []
+    for name, size in [*((f"gpu {index}", size) for index, size in enumerate(gpus)), ("cpu", cpu), ("disk", None)]:
+        works = name == main or name in computed
+        devices.append(
+            Device(
+                name=name,
+                size=size,
+                layers=sum(1 for device in layers.values() if device == name),
+                weights=sum(part.bytes for part in parts if part.device == name),
+                kv_cache=limits.kv_cache_bytes * computed.count(name) // max(1, len(layers)),
+                workspace=(limits.workspace_bytes if works else 0) + (max(streamed, default=0) if name == main else 0),
+                runtime=RUNTIME_BYTES if name == "cpu" else 0,
+            )
+        )
+    return devices
+
+
+def _main_device(parts: list[Part]) -> str:
+    """Where Accelerate computes the layers that lie on "cpu" or "disk": the first GPU in use, or the CPU."""
+    return next((part.device for part in parts if part.device.startswith("gpu")), "cpu")
+
+
+def _is_streamed(part: Part, main: str) -> bool:
+    return part.device == "disk" or (part.device == "cpu" and main != "cpu")
+
+
+def _streamed(model: PreTrainedModel, parts: list[Part], stored: float) -> dict[str, int]:
+    """Bytes that a step reads from disk, over PCIe and from the node's memory.
+
+    stored: bytes on disk for each byte in memory, more than 1 when the dtype on disk is wider.
+    """
+    main = _main_device(parts)
+    streamed = {"disk": 0, "pcie": 0, "ram": 0}
+    for part in parts:
+        if part.device == "disk":
+            streamed["disk"] += int(part.bytes * stored)
+        if _is_streamed(part, main) and main != "cpu":
+            streamed["pcie"] += part.bytes
+        if main == "cpu" and not _is_lookup_table(model, part):
+            streamed["ram"] += part.bytes
+    return streamed
+
+
+def _is_lookup_table(model: PreTrainedModel, part: Part) -> bool:
+    """Whether it is the input embedding, in memory and not tied to the output: a step reads only one row a token."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = outputs is not None and outputs.weight is inputs.weight
+    return not tied and part.device != "disk" and model.get_submodule(part.name) is inputs

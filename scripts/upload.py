@@ -16,7 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from scripts.console import UserError, run
-from scripts.stores import UNFINISHED, WORKERS, Store, open_store, parts_of
+from scripts.stores import open_store
+from scripts.stores.base import UNFINISHED, WORKERS, Store, parts_of
 from scripts.zip import files_in, progress_bar
 from server.config_properties import cluster_properties
 
@@ -24,36 +25,36 @@ STORE, CONFIG = "model-store", "config/config.properties"
 
 
 @dataclass
-class Moved:
-    """What an upload did: bytes sent, and objects that were sent, were there already, or are nobody's."""
+class Summary:
+    """What an upload did."""
 
-    bytes: int = 0
-    sent: int = 0
-    kept: int = 0
-    stale: tuple[str, ...] = ()
+    bytes: int = 0  # sent
+    sent: int = 0  # objects
+    skipped: int = 0  # objects that were there already
+    stale: tuple[str, ...] = ()  # keys of objects that do not belong to the archive
 
 
-def upload(archive: Path, storage_uri: str, delete: bool = False) -> Moved:
+def upload(archive: Path, storage_uri: str, delete: bool = False) -> Summary:
     """Upload a .mar or a no-archive folder, and the config.properties that names it, in this order.
 
-    delete: remove what else lies in model-store/ there, once all is uploaded; it is only named otherwise.
-    Raises UserError, in one line, for credentials, bucket, permission, space or a connection that does not do.
+    delete: once all is uploaded, remove what else lies in model-store/; without it, that is only named.
+    Raises UserError, in one line, when credentials, bucket, permission, space or the connection are not as needed.
     """
     store = open_store(storage_uri)
-    moved = Moved()
+    summary = Summary()
     with _explained(store), ThreadPoolExecutor(WORKERS) as pool:
         files = _keys(archive)
         with progress_bar(list(files.values()), archive.name) as bar:
             for key, path in files.items():
-                _send(store, key, path, pool, bar, moved)
+                _send(store, key, path, pool, bar, summary)
             with tempfile.NamedTemporaryFile("w", suffix=".properties") as config:
                 config.write(cluster_properties(archive))
                 config.flush()
-                _send(store, CONFIG, Path(config.name), pool, bar, moved)
-        moved.stale = tuple(sorted({*store.keys(STORE), *store.keys(UNFINISHED)} - files.keys()))
-        for key in moved.stale if delete else ():
+                _send(store, CONFIG, Path(config.name), pool, bar, summary)
+        summary.stale = tuple(sorted({*store.keys(STORE), *store.keys(UNFINISHED)} - files.keys()))
+        for key in summary.stale if delete else ():
             store.delete(key)
-    return moved
+    return summary
 
 
 def find_archive(model_store: Path, name: str) -> Path:
@@ -74,26 +75,26 @@ def _keys(archive: Path) -> dict[str, Path]:
     return {f"{STORE}/{archive.name}/{path.relative_to(archive).as_posix()}": path for path in sorted(paths)}
 
 
-def _send(store: Store, key: str, path: Path, pool: ThreadPoolExecutor, bar: tqdm, moved: Moved) -> None:
+def _send(store: Store, key: str, path: Path, pool: ThreadPoolExecutor, bar: tqdm, summary: Summary) -> None:
     """Send one file unless it is there, its parts side by side."""
     parts = parts_of(path, pool)
-    if store.holds(key, path, parts):
-        moved.kept += 1
+    if store.matches(key, path, parts):
+        summary.skipped += 1
         bar.update(path.stat().st_size)
         return
     if len(parts) == 1:
         store.put(key, parts[0].read(path), parts[0])
         bar.update(parts[0].size)
-        moved.bytes += parts[0].size
+        summary.bytes += parts[0].size
     else:
-        started = store.begin(key, path, parts)
-        missing = [part for part in parts if part.number not in started.done]
-        bar.update(sum(part.size for part in parts if part.number in started.done))
-        for part, _ in zip(missing, pool.map(lambda part: started.put(part, part.read(path)), missing), strict=True):
+        unfinished = store.begin(key, path, parts)
+        missing = [part for part in parts if part.number not in unfinished.done]
+        bar.update(sum(part.size for part in parts if part.number in unfinished.done))
+        for part, _ in zip(missing, pool.map(lambda part: unfinished.put(part, part.read(path)), missing), strict=True):
             bar.update(part.size)
-            moved.bytes += part.size
-        started.finish()
-    moved.sent += 1
+            summary.bytes += part.size
+        unfinished.finish()
+    summary.sent += 1
 
 
 @contextmanager
@@ -114,12 +115,13 @@ def main(argv: list[str] | None = None) -> None:
         help="gs://BUCKET/PATH, s3://BUCKET/PATH, file:///PATH or https://ACCOUNT.blob.core.windows.net/CONTAINER/PATH",
     )
     parser.add_argument("--delete", action="store_true", help="remove what else lies in model-store/ there")
-    given = parser.parse_args(argv)
-    moved = upload(find_archive(given.model_store, given.model_name), given.storage_uri, given.delete)
-    print(f"{given.storage_uri}: sent {moved.sent} files ({moved.bytes / 1e9:.2f} GB), {moved.kept} were there already")
-    if moved.stale:
-        what = "removed" if given.delete else "also there, and every pod downloads it (DELETE=1 removes it)"
-        print(f"{what}: {', '.join(moved.stale)}")
+    args = parser.parse_args(argv)
+    summary = upload(find_archive(args.model_store, args.model_name), args.storage_uri, args.delete)
+    sent = f"sent {summary.sent} files ({summary.bytes / 1e9:.2f} GB)"
+    print(f"{args.storage_uri}: {sent}, {summary.skipped} were there already")
+    if summary.stale:
+        what = "removed" if args.delete else "also there, and every pod downloads it (DELETE=1 removes it)"
+        print(f"{what}: {', '.join(summary.stale)}")
 
 
 if __name__ == "__main__":

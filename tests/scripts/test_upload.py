@@ -4,14 +4,16 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
 
-from scripts import stores, upload
+from scripts import upload
 from scripts.archive import archive
 from scripts.console import UserError
-from scripts.stores import FolderStore, open_store
+from scripts.stores import base, open_store
+from scripts.stores.folder import FolderStore, _FolderUpload
 from scripts.upload import find_archive
 from tests.clouds import objects
 from tests.models import save_tiny_bloom
@@ -22,7 +24,13 @@ SIZE = 4 * PART_BYTES + 12345
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(stores, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(base, "PART_BYTES", PART_BYTES)
+
+
+@pytest.fixture
+def no_retries(monkeypatch):
+    for vendor in ("s3", "google", "azure"):
+        monkeypatch.setattr(f"scripts.stores.{vendor}.RETRIES", 0)
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +64,15 @@ def files(folder):
 
 
 def test_a_mar_and_its_config_are_put_where_kserve_looks(cloud, mar):
-    moved = upload.upload(mar, cloud.uri)
+    summary = upload.upload(mar, cloud.uri)
     there = objects(cloud)
     assert there.keys() == {"model-store/bloom.mar", "config/config.properties"}
     assert there["model-store/bloom.mar"] == mar.read_bytes()
     properties = dict(line.split("=", 1) for line in there["config/config.properties"].decode().splitlines())
     assert properties["model_store"] == "/mnt/models/model-store"
     assert json.loads(properties["model_snapshot"])["models"]["bloom"]["1.0"]["marName"] == "bloom.mar"
-    assert (moved.sent, moved.kept, moved.stale) == (2, 0, ())
-    assert moved.bytes == sum(map(len, there.values()))
+    assert (summary.sent, summary.skipped, summary.stale) == (2, 0, ())
+    assert summary.bytes == sum(map(len, there.values()))
 
 
 def test_a_folder_is_uploaded_with_what_its_links_point_to(cloud, folder):
@@ -80,8 +88,8 @@ def test_a_second_upload_moves_nothing_and_a_changed_file_only_itself(cloud, fol
         first = upload.upload(made, cloud.uri)
         before = cloud.proxy.sent
         second = upload.upload(made, cloud.uri)
-        assert (second.sent, second.bytes, second.kept) == (0, 0, first.sent + first.kept)
-        assert cloud.proxy.sent - before < 5000 * (second.kept + 2)  # the questions
+        assert (second.sent, second.bytes, second.skipped) == (0, 0, first.sent + first.skipped)
+        assert cloud.proxy.sent - before < 5000 * (second.skipped + 2)  # the questions
     copy = tmp_path / "bloom"
     subprocess.run(["cp", "-rL", folder, copy], check=True)
     (copy / "setup_config.json").write_text("{}")
@@ -99,8 +107,7 @@ def test_what_is_nobodys_is_named_and_removed_on_demand(cloud, folder, mar):
     assert upload.upload(folder, cloud.uri).stale == ()
 
 
-def test_a_broken_upload_says_so_and_the_next_goes_on_where_it_stopped(cloud, mar, monkeypatch):
-    monkeypatch.setattr(stores, "RETRIES", 0)
+def test_a_broken_upload_says_so_and_the_next_goes_on_where_it_stopped(cloud, mar, no_retries, monkeypatch):
     monkeypatch.setattr(upload, "WORKERS", 1)
     cloud.proxy.break_after = 3 * PART_BYTES
     with pytest.raises(UserError) as error:
@@ -108,16 +115,15 @@ def test_a_broken_upload_says_so_and_the_next_goes_on_where_it_stopped(cloud, ma
     assert re.search("did not take it .*: run the same command again to go on where it stopped$", str(error.value))
     cloud.proxy.break_after = None
     assert "model-store/bloom.mar" not in objects(cloud) and "config/config.properties" not in objects(cloud)
-    moved = upload.upload(mar, cloud.uri)
-    assert PART_BYTES < moved.bytes < mar.stat().st_size - PART_BYTES / 2
+    summary = upload.upload(mar, cloud.uri)
+    assert PART_BYTES < summary.bytes < mar.stat().st_size - PART_BYTES / 2
     there = objects(cloud)
     assert there["model-store/bloom.mar"] == mar.read_bytes()
     assert there.keys() == {"model-store/bloom.mar", "config/config.properties"}
     assert not upload.upload(mar, cloud.uri).sent
 
 
-def test_another_file_does_not_go_on_with_what_was_begun(cloud, mar, tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "RETRIES", 0)
+def test_another_file_does_not_go_on_with_what_was_begun(cloud, mar, no_retries, tmp_path):
     cloud.proxy.break_after = 3 * PART_BYTES
     with pytest.raises(UserError):
         upload.upload(mar, cloud.uri)
@@ -125,9 +131,9 @@ def test_another_file_does_not_go_on_with_what_was_begun(cloud, mar, tmp_path, m
     other = tmp_path / "bloom.mar"
     data = mar.read_bytes()
     other.write_bytes(data[:1000] + bytes(reversed(data[1000:1010])) + data[1010:])
-    store, moved = open_store(cloud.uri), upload.Moved()
-    with stores.ThreadPoolExecutor(2) as pool, upload.progress_bar([other], "other") as bar:
-        upload._send(store, "model-store/bloom.mar", other, pool, bar, moved)
+    store, summary = open_store(cloud.uri), upload.Summary()
+    with ThreadPoolExecutor(2) as pool, upload.progress_bar([other], "other") as bar:
+        upload._send(store, "model-store/bloom.mar", other, pool, bar, summary)
     assert objects(cloud)["model-store/bloom.mar"] == other.read_bytes()
     upload.upload(mar, cloud.uri)
     assert objects(cloud)["model-store/bloom.mar"] == data
@@ -141,8 +147,7 @@ def test_a_missing_bucket_is_named(cloud, mar):
         upload.upload(mar, uri)
 
 
-def test_a_server_that_is_not_there(cloud, mar, monkeypatch):
-    monkeypatch.setattr(stores, "RETRIES", 0)
+def test_a_server_that_is_not_there(cloud, mar, no_retries):
     cloud.proxy.break_after = 0
     with pytest.raises(UserError, match="run the same command again"):
         upload.upload(mar, cloud.uri)
@@ -205,13 +210,13 @@ def test_googles_errors(error, message, monkeypatch):
     from google.api_core import exceptions
 
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
-    said = open_store("gs://bucket/bloom").explain(getattr(exceptions, error)("said"))
-    assert said.startswith(message) and "\n" not in said
+    explained = open_store("gs://bucket/bloom").explain(getattr(exceptions, error)("said"))
+    assert explained.startswith(message) and "\n" not in explained
 
 
 def test_a_folder_goes_on_where_it_stopped_too(mar, tmp_path, monkeypatch):
     uri = f"file://{tmp_path}/there"
-    put, count = stores._FolderUpload.put, iter(range(100))
+    put, count = _FolderUpload.put, iter(range(100))
 
     def full(self, part, data):
         if next(count) == 2:
@@ -219,17 +224,17 @@ def test_a_folder_goes_on_where_it_stopped_too(mar, tmp_path, monkeypatch):
         put(self, part, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores._FolderUpload, "put", full)
+        patch.setattr(_FolderUpload, "put", full)
         patch.setattr(upload, "WORKERS", 1)
         with pytest.raises(UserError, match=r"^no space left in .*/there: make room, then run the same command again"):
             upload.upload(mar, uri)
     assert not (tmp_path / "there/config").exists()
-    moved = upload.upload(mar, uri)
-    assert moved.bytes < SIZE - PART_BYTES
+    summary = upload.upload(mar, uri)
+    assert summary.bytes < SIZE - PART_BYTES
     assert (tmp_path / "there/model-store/bloom.mar").read_bytes() == mar.read_bytes()
     assert (tmp_path / "there/config/config.properties").is_file()
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["bloom.mar", "config.properties"]
-    assert (upload.upload(mar, uri).sent, upload.upload(mar, uri).kept) == (0, 2)
+    assert (upload.upload(mar, uri).sent, upload.upload(mar, uri).skipped) == (0, 2)
     (tmp_path / "there/model-store/bloom").mkdir()
     (tmp_path / "there/model-store/bloom/old").touch()
     assert upload.upload(mar, uri, delete=True).stale == ("model-store/bloom/old",)

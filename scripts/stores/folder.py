@@ -1,0 +1,70 @@
+"""file:///PATH: a folder of this machine."""
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .base import UNFINISHED, Part, Upload
+
+
+class FolderStore:
+    """A folder, such as a volume that is mounted here."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def errors(self) -> tuple[type[Exception], ...]:
+        return (OSError,)
+
+    def explain(self, error: Exception) -> str:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"no space left in {self._folder}: make room, then run the same command again to go on"
+        if isinstance(error, PermissionError):
+            return f"no permission to write in {self._folder}: change its owner or mode, or choose another STORAGE_URI"
+        return f"{error}: mend that, then run the same command again to go on"
+
+    def matches(self, key: str, path: Path, parts: Sequence[Part]) -> bool:
+        stored = self._folder / key
+        if not stored.is_file() or stored.stat().st_size != path.stat().st_size:
+            return False
+        return all(part.is_in(stored) for part in parts)
+
+    def keys(self, folder: str) -> list[str]:
+        found = (self._folder / folder).rglob("*")
+        return [path.relative_to(self._folder).as_posix() for path in found if path.is_file()]
+
+    def delete(self, key: str) -> None:
+        (self._folder / key).unlink()
+
+    def put(self, key: str, data: bytes, part: Part) -> None:
+        target = self._folder / key
+        partial = _partial(target)
+        partial.write_bytes(data)
+        partial.rename(target)
+
+    def begin(self, key: str, path: Path, parts: Sequence[Part]) -> Upload:
+        return _FolderUpload(self._folder / key, parts)
+
+
+def _partial(target: Path) -> Path:
+    """The file to write until it is whole; its folder is made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f"{target.name}{UNFINISHED}")
+
+
+class _FolderUpload:
+    def __init__(self, target: Path, parts: Sequence[Part]):
+        self._target, self._parts = target, parts
+        self._partial = _partial(target)
+        self._partial.touch()
+        self.done = {part.number for part in parts if part.is_in(self._partial)}
+
+    def put(self, part: Part, data: bytes) -> None:
+        with self._partial.open("r+b") as file:
+            file.seek(part.offset)
+            file.write(data)
+
+    def finish(self) -> None:
+        os.truncate(self._partial, self._parts[-1].offset + self._parts[-1].size)
+        self._partial.rename(self._target)

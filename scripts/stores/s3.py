@@ -1,0 +1,133 @@
+"""s3://BUCKET/PATH: Amazon S3, and servers that speak its protocol."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+from .base import RETRIES, WORKERS, Part, Upload, fingerprint, interrupted
+
+
+class S3Store:
+    """A bucket on AWS, or on the server that AWS_ENDPOINT_URL names."""
+
+    def __init__(self, bucket: str, prefix: str):
+        config = Config(retries={"mode": "standard", "total_max_attempts": RETRIES + 1}, max_pool_connections=WORKERS)
+        self._client: Any = boto3.Session().client("s3", config=config)
+        self._bucket, self._prefix = bucket, prefix
+
+    def errors(self) -> tuple[type[Exception], ...]:
+        return (BotoCoreError, ClientError)
+
+    def explain(self, error: Exception) -> str:
+        if isinstance(error, NoCredentialsError | PartialCredentialsError):
+            return "no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run aws configure"
+        if not isinstance(error, ClientError):
+            return interrupted(f"s3://{self._bucket}", error)
+        code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if code == "NoSuchBucket":
+            return f"there is no bucket {self._bucket}: make it (aws s3 mb s3://{self._bucket}) or name another"
+        if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
+            return f"the AWS credentials are refused ({code}): set ones that are valid for {self._bucket}"
+        if status == 403:
+            where = f"s3://{self._bucket}/{self._prefix} ({error.operation_name})"
+            return f"no permission for {where}: grant s3:PutObject, s3:GetObject and s3:ListBucket"
+        return interrupted(f"s3://{self._bucket}", error)
+
+    def matches(self, key: str, path: Path, parts: Sequence[Part]) -> bool:
+        try:
+            found = self._client.head_object(**self._location(key), ChecksumMode="ENABLED")
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                return False
+            raise
+        if "ChecksumSHA256" in found:
+            # Some servers leave out the number of parts behind it.
+            return found["ChecksumSHA256"].partition("-")[0] == fingerprint(parts).partition("-")[0]
+        return _etag(found) == _md5(path, parts)
+
+    def keys(self, folder: str) -> list[str]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=f"{self._prefix}/{folder}/"
+        )
+        found = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+        return [key.removeprefix(f"{self._prefix}/") for key in found]
+
+    def delete(self, key: str) -> None:
+        self._client.delete_object(**self._location(key))
+
+    def put(self, key: str, data: bytes, part: Part) -> None:
+        self._client.put_object(**self._location(key), Body=data, ChecksumSHA256=part.digest)
+
+    def begin(self, key: str, path: Path, parts: Sequence[Part]) -> Upload:
+        return _S3Upload(self._client, self._location(key), path, parts)
+
+    def _location(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": f"{self._prefix}/{key}"}
+
+
+class _S3Upload:
+    """A multipart upload: the newest unfinished one of the key, or a new one. S3 makes the object's checksum itself."""
+
+    def __init__(self, client: Any, location: dict[str, str], path: Path, parts: Sequence[Part]):
+        self._client, self._path, self._parts = client, path, parts
+        uploads = self._unfinished(location)
+        if not uploads:
+            uploads = [client.create_multipart_upload(**location, ChecksumAlgorithm="SHA256")["UploadId"]]
+        self._location, *self._older = [{**location, "UploadId": upload} for upload in uploads]
+        self._uploaded = self._find_uploaded()
+        self.done = set(self._uploaded)
+
+    def _unfinished(self, location: dict[str, str]) -> list[str]:
+        """The ids of this key's unfinished uploads, the newest first."""
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(
+            Bucket=location["Bucket"], Prefix=location["Key"]
+        )
+        found = [entry for page in pages for entry in page.get("Uploads", []) if entry["Key"] == location["Key"]]
+        return [entry["UploadId"] for entry in sorted(found, key=lambda entry: entry["Initiated"], reverse=True)]
+
+    def _find_uploaded(self) -> dict[int, Any]:
+        """Those of our parts that are uploaded, by number."""
+        pages = self._client.get_paginator("list_parts").paginate(**self._location)
+        there = {part["PartNumber"]: part for page in pages for part in page.get("Parts", [])}
+        ours = [part for part in self._parts if part.number in there]
+        return {part.number: there[part.number] for part in ours if self._is_same(part, there[part.number])}
+
+    def _is_same(self, part: Part, there: dict[str, Any]) -> bool:
+        if "ChecksumSHA256" in there:
+            return there["ChecksumSHA256"] == part.digest
+        return _etag(there) == _md5(self._path, [part])
+
+    def put(self, part: Part, data: bytes) -> None:
+        self._uploaded[part.number] = self._client.upload_part(
+            **self._location, PartNumber=part.number, Body=data, ChecksumSHA256=part.digest
+        )
+
+    def finish(self) -> None:
+        completed = [
+            {
+                "PartNumber": part.number,
+                "ETag": self._uploaded[part.number]["ETag"],
+                "ChecksumSHA256": part.digest,
+            }
+            for part in self._parts
+        ]
+        self._client.complete_multipart_upload(**self._location, MultipartUpload={"Parts": completed})
+        for older in self._older:
+            self._client.abort_multipart_upload(**older)
+
+
+def _etag(entry: dict[str, Any]) -> str:
+    return entry["ETag"].strip('"')
+
+
+def _md5(path: Path, parts: Sequence[Part]) -> str:
+    """The ETag that S3 gives these parts, for servers that keep no SHA-256: as `fingerprint`, but with MD5 in hex."""
+    sums = [hashlib.md5(part.read(path), usedforsecurity=False).digest() for part in parts]
+    if len(sums) == 1:
+        return sums[0].hex()
+    return f"{hashlib.md5(b''.join(sums), usedforsecurity=False).hexdigest()}-{len(sums)}"

@@ -1,9 +1,13 @@
-"""What the commands share: errors in one line instead of a traceback, and sizes on the command line."""
+"""What the commands share: errors in one line instead of a traceback, and sizes as people read and write them."""
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
 
 from handler.errors import CheckpointError, LoadError, SettingsError
 from handler.settings import parse_size
@@ -47,3 +51,18 @@ def parse_gpus(text: str) -> list[int]:
         except (ValueError, TypeError):
             raise UserError(f"GPUS is {text!r}: write 2x16GiB, or 16GiB,24GiB, or 0 for none") from None
     return sizes
+
+
+def format_size(size: int) -> str:
+    """A number of bytes for people: 1500000 is "1.50MB"."""
+    return tqdm.format_sizeof(size, "B")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises UserError when fewer than `needed` bytes are free on the disk of `folder`, which must exist."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"not enough space on the disk of {folder}: {format_size(needed)} needed, {format_size(free)} free; "
+            "free some, or choose an --output-dir on another disk"
+        )

@@ -37,21 +37,17 @@ from tqdm import tqdm
 
 from handler.errors import first_line
 from handler.weights.files import WEIGHTS
-from scripts.console import UserError
+from scripts.console import UserError, format_size, require_space, run
 
-# What else a model needs, or its licence asks to be kept with it.
-KEPT = (
+# The files beside the weights that a model needs, or that its licence asks to be kept with it.
+COMPANIONS = (
     *("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja", "*.py"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "README*", "USE_POLICY*"),
 )
-RECORD = "download.json"
+DOWNLOAD_RECORD = "download.json"
 PARTIAL = ".partial"
 # One connection to the hub's storage does not fill a fast line.
 CONNECTIONS = 4
-
-
-class DownloadError(UserError):
-    """What went wrong and what to do about it, in one line."""
 
 
 @dataclass(frozen=True)
@@ -89,34 +85,34 @@ class Commit:
 def resolve(model_id: str, revision: str) -> Commit:
     """Ask the hub which commit `revision` is, and for its files with sizes and hashes.
 
-    Raises: huggingface_hub's errors; DownloadError if the hub's answer lacks a hash or a size.
+    Raises huggingface_hub's errors, and UserError when the hub's answer lacks a hash or a size.
     """
     info = HfApi().model_info(model_id, revision=revision, files_metadata=True, timeout=30)
     files = {}
     for entry in info.siblings or []:
         digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
         if entry.size is None or digest is None:
-            raise DownloadError(f"{constants.ENDPOINT} lists {entry.rfilename} without size or hash; try another")
+            raise UserError(f"{constants.ENDPOINT} lists {entry.rfilename} without size or hash; try another")
         files[entry.rfilename] = File(entry.rfilename, entry.size, digest)
     if info.sha is None:
-        raise DownloadError(f"{constants.ENDPOINT} does not say which commit {revision} is; try another")
+        raise UserError(f"{constants.ENDPOINT} does not say which commit {revision} is; try another")
     return Commit(model_id, revision, info.sha, files)
 
 
-def choose(commit: Commit) -> list[File]:
-    """The files to download: the weights that transformers would load, and all that is not weights.
+def _choose_files(commit: Commit) -> list[File]:
+    """The weights that transformers would load, and their companions.
 
-    Raises: DownloadError if there are no such weights, or the index names a shard that is not there.
+    Raises UserError when there are no such weights, or the index names a shard that is not there.
     """
-    weights = choose_weights(commit)
-    others = [name for name in commit.files if is_kept(name)]
-    return [commit.files[name] for name in sorted({*weights, *others})]
+    weights = _choose_weights(commit)
+    companions = [name for name in commit.files if _is_companion(name)]
+    return [commit.files[name] for name in sorted({*weights, *companions})]
 
 
-def choose_weights(commit: Commit) -> list[str]:
+def _choose_weights(commit: Commit) -> list[str]:
     first = next((name for name in WEIGHTS if name in commit.files), None)
     if first is None:
-        raise DownloadError(
+        raise UserError(
             f"{commit.model_id} has no weights that transformers loads ({', '.join(WEIGHTS)}); "
             "choose a repository, or a --revision, with one of them"
         )
@@ -128,67 +124,67 @@ def choose_weights(commit: Commit) -> list[str]:
     # A shard lies beside its index. Anything else, "../x" above all, must not become a path on this machine.
     missing = sorted(name for name in shards if name not in commit.files or "/" in name)
     if missing:
-        raise DownloadError(
+        raise UserError(
             f"{first} of {commit.model_id} names {missing[0]}, which is not in the repository; "
             "choose another --revision"
         )
     return [first, *shards]
 
 
-def is_kept(name: str) -> bool:
+def _is_companion(name: str) -> bool:
     folder = name.rpartition("/")[0]
     return (
         folder in ("", "additional_chat_templates")
-        and any(fnmatchcase(name, pattern) for pattern in KEPT)
+        and any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
         and ".index." not in name
-        and name != RECORD
+        and name != DOWNLOAD_RECORD
     )
 
 
 def download(commit: Commit, output: Path) -> str:
-    """Make `output` hold the chosen files of `commit` and none of an earlier one; returns what was done.
+    """Make `output` hold the files of `commit` and none of an earlier one; a sentence about what was done.
 
-    Raises: DownloadError, also if space is short or `output` is in use; huggingface_hub's errors; OSError.
+    Raises UserError, also when space is short or `output` is in use, huggingface_hub's errors and OSError.
     """
-    wanted = choose(commit)
-    names = [file.name for file in wanted]
+    files = _choose_files(commit)
+    names = [file.name for file in files]
     record = {
         "model_id": commit.model_id,
         "revision": commit.revision,
         "commit": commit.hash,
-        "files": [{"name": file.name, "size": file.size} for file in wanted],
+        "files": [{"name": file.name, "size": file.size} for file in files],
     }
-    old = read_record(output)
-    if is_complete(output, old, record):
+    old = _read_record(output)
+    if _is_complete(output, old, record):
         return f"{output} already holds {commit.model_id} at {commit.hash}: nothing to download"
-    refuse_strangers(output, old, record)
+    _refuse_other_model(output, old, record)
 
-    checked = tqdm(wanted, "Checking what is here", unit="file", delay=2)
+    checked = tqdm(files, "Checking what is here", unit="file", delay=2)
     missing = [file for file in checked if not file.is_at(output / file.name)]
     (output / PARTIAL).mkdir(parents=True, exist_ok=True)
-    needed = sum(file.size - bytes_here(partial_path(file, output)) for file in missing)
+    needed = sum(file.size - _bytes_here(_partial_path(file, output)) for file in missing)
     require_space(output, needed)
 
     # From here on the folder is no longer what the old record says.
     for name in {entry["name"] for entry in old.get("files", [])}.difference(names):
         (output / name).unlink(missing_ok=True)
-    (output / RECORD).unlink(missing_ok=True)
+    (output / DOWNLOAD_RECORD).unlink(missing_ok=True)
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        list(pool.map(lambda file: fetch(file, commit.url(file.name), output), missing))
+        list(pool.map(lambda file: _fetch(file, commit.url(file.name), output), missing))
     shutil.rmtree(output / PARTIAL)
-    (output / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    total = sum(file.size for file in wanted)
-    return f"{output}: {len(wanted)} files, {size_text(total)}, of which {size_text(needed)} downloaded"
+    (output / DOWNLOAD_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    total = sum(file.size for file in files)
+    return f"{output}: {len(files)} files, {format_size(total)}, of which {format_size(needed)} downloaded"
 
 
-def fetch(file: File, url: str, output: Path) -> None:
+def _fetch(file: File, url: str, output: Path) -> None:
     """Download one file, going on from what an earlier run left of it.
 
-    Raises: DownloadError if what arrived is not what the hub lists; huggingface_hub's errors; OSError.
+    Raises UserError when what arrived is not what the hub lists, huggingface_hub's errors and OSError.
     """
-    part = partial_path(file, output)
-    if bytes_here(part) > file.size:
+    part = _partial_path(file, output)
+    if _bytes_here(part) > file.size:
         part.unlink()
     with part.open("ab") as stream:
         http_get(
@@ -201,60 +197,45 @@ def fetch(file: File, url: str, output: Path) -> None:
         )
     if not file.is_at(part):
         part.unlink()
-        raise DownloadError(f"{file.name} arrived damaged and was removed; run the same command again")
+        raise UserError(f"{file.name} arrived damaged and was removed; run the same command again")
     (output / file.name).parent.mkdir(exist_ok=True)
     part.replace(output / file.name)
 
 
-def partial_path(file: File, output: Path) -> Path:
-    # With the hash in its name, the beginning of one file is never continued with the rest of another.
+def _partial_path(file: File, output: Path) -> Path:
+    # The hash is in the name, so that the beginning of one file is never continued with the rest of another.
     return output / PARTIAL / f"{file.name.replace('/', '--')}.{file.digest}"
 
 
-def bytes_here(path: Path) -> int:
+def _bytes_here(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def read_record(output: Path) -> dict[str, Any]:
+def _read_record(output: Path) -> dict[str, Any]:
     try:
-        return json.loads((output / RECORD).read_text())
+        return json.loads((output / DOWNLOAD_RECORD).read_text())
     except (FileNotFoundError, ValueError):
         return {}
 
 
-def is_complete(output: Path, old: dict[str, Any], record: dict[str, Any]) -> bool:
+def _is_complete(output: Path, old: dict[str, Any], record: dict[str, Any]) -> bool:
     """Whether `output` holds `record`'s commit already. Hashes were checked when the record was written."""
     return all(old.get(key) == record[key] for key in ("model_id", "commit", "files")) and all(
-        bytes_here(output / entry["name"]) == entry["size"] for entry in record["files"]
+        _bytes_here(output / entry["name"]) == entry["size"] for entry in record["files"]
     )
 
 
-def refuse_strangers(output: Path, old: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raise DownloadError if `output` holds another model: transformers might load those weights instead."""
+def _refuse_other_model(output: Path, old: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raises UserError when `output` holds another model: transformers might load those weights instead."""
     if old and old.get("model_id") != record["model_id"]:
-        raise DownloadError(f"{output} holds {old.get('model_id')}; choose another --output-dir")
+        raise UserError(f"{output} holds {old.get('model_id')}; choose another --output-dir")
     known = {entry["name"] for entry in [*record["files"], *old.get("files", [])]}
     for name in WEIGHTS:
         if name not in known and (output / name).exists():
-            raise DownloadError(f"{output / name} is of another model; remove it or choose another --output-dir")
+            raise UserError(f"{output / name} is of another model; remove it or choose another --output-dir")
 
 
-def require_space(folder: Path, needed: int) -> None:
-    """Raise DownloadError if fewer than `needed` bytes are free on the disk of `folder`, which must exist."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DownloadError(
-            f"not enough space on the disk of {folder}: {size_text(needed)} needed, {size_text(free)} free; "
-            "free some, or choose an --output-dir on another disk"
-        )
-
-
-def size_text(size: int) -> str:
-    """A number of bytes for people: 1500000 is "1.50MB"."""
-    return tqdm.format_sizeof(size, "B")
-
-
-def explain(error: Exception, model_id: str, revision: str) -> str:
+def _explain(error: Exception, model_id: str, revision: str) -> str:
     """One line: what went wrong and what to do."""
     hub = constants.ENDPOINT
     match error:
@@ -278,32 +259,26 @@ def explain(error: Exception, model_id: str, revision: str) -> str:
             return first_line(error)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.download",
+        prog="download",
         description="Download a model from the Hugging Face hub: one commit, one format of weights; resumes.",
         epilog="Environment: HF_TOKEN, a token for private and gated models; HF_ENDPOINT, another hub.",
     )
     parser.add_argument("--model-id", required=True, help="for example bigscience/bloom-7b1")
     parser.add_argument("--revision", default="main", help="branch, tag or commit (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, help="default: models/NAME, NAME being the id's last part")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     output = args.output_dir or Path("models") / args.model_id.rpartition("/")[2]
     try:
         commit = resolve(args.model_id, args.revision)
         print(f"{commit.model_id} at {commit.revision} is commit {commit.hash}", flush=True)
         print(download(commit, output))
-    except (DownloadError, HTTPError, OSError, ValueError) as error:
-        print(f"download: {explain(error, args.model_id, args.revision)}", file=sys.stderr)
-        return 1
-    return 0
+    except (HTTPError, OSError, ValueError) as error:
+        raise UserError(_explain(error, args.model_id, args.revision)) from error
 
 
 if __name__ == "__main__":
-    # Ctrl-C ends the process at once, not after the files that the other threads are at: all of it resumes.
+    # Ctrl-C ends the process at once, without waiting for the files that other threads are at: all of them resume.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.exit(main())
+    sys.exit(run(main))

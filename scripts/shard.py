@@ -18,13 +18,11 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from handler.errors import first_line
-from handler.settings import parse_size
-from handler.weights.files import WEIGHTS
-from scripts.console import UserError
-from scripts.download import DownloadError, require_space, size_text
+from handler.errors import CheckpointError, first_line
+from handler.weights.files import weight_files
+from scripts.console import UserError, format_size, parse_size_option, require_space, run
 
-RECORD = "shard.json"
+SHARD_RECORD = "shard.json"
 # Elements converted and written at once: 32 MB of float32. Memory grows by this and no more.
 PIECE = 2**23
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -51,12 +49,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Weights in any format and what describes only them. Everything else is copied.
 NOT_COPIED = shutil.ignore_patterns(
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf"),
-    *("*.index.json", RECORD, ".*"),
+    *("*.index.json", SHARD_RECORD, ".*"),
 )
-
-
-class ShardError(UserError):
-    """What went wrong and what to do about it, in one line."""
 
 
 @dataclass(frozen=True)
@@ -69,41 +63,18 @@ class Entry:
     size: int  # bytes
 
 
-def shard_size(text: str) -> int:
-    """Bytes of `--max-shard-size`. Raises: ShardError for what is no size, or less than a byte."""
-    try:
-        size = parse_size(text)
-    except ValueError as error:
-        raise ShardError(f"--max-shard-size is {text!r}; allowed: {error}") from None
+def _shard_size(text: str) -> int:
+    """Bytes of `--max-shard-size`. Raises UserError for what is no size, or less than a byte."""
+    size = parse_size_option("--max-shard-size", text)
     if size < 1:
-        raise ShardError(f"--max-shard-size is {text!r}; allowed: at least 1 byte")
+        raise UserError(f"--max-shard-size is {text!r}; allowed: at least 1 byte")
     return size
 
 
-def weight_files(model: Path) -> list[Path]:
-    """The files that transformers would load the model from.
-
-    Raises: ShardError if there are none, or one that the index names is missing.
-    """
-    first = next((model / name for name in WEIGHTS if (model / name).is_file()), None)
-    if first is None:
-        raise ShardError(f"no weights in {model}: --model-dir needs one of {', '.join(WEIGHTS)}")
-    if first.suffix != ".json":
-        return [first]
-    try:
-        files = [model / name for name in sorted(set(json.loads(first.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ShardError(f"{first} is not an index of shards; download it again") from None
-    for file in files:
-        if not file.is_file():
-            raise ShardError(f"{first.name} names {file.name}, which is not in {model}; download it again")
-    return files
-
-
-def tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a weight file, mapped: nothing is read before it is used.
 
-    Raises: ShardError if the file is damaged, or holds something other than tensors.
+    Raises CheckpointError when the file is damaged, or holds something other than tensors.
     """
     try:
         if file.suffix == ".safetensors":
@@ -114,45 +85,47 @@ def tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
             mapped = zipfile.is_zipfile(file)
             yield from torch.load(file, map_location="cpu", weights_only=True, mmap=mapped).items()
     except Exception as error:  # a damaged pickle can raise anything
-        raise ShardError(f"{file} is damaged or not a checkpoint ({first_line(error)}); download it again") from None
+        raise CheckpointError(
+            f"{file} is damaged or not a checkpoint ({first_line(error)}); download it again"
+        ) from None
 
 
-def stored_tensors(files: list[Path], tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors to store: of matrices that share their memory only the first, if the model ties weights.
+def _tensors_to_store(files: list[Path], tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors to store. If the model ties weights, only the first of the matrices that share their memory.
 
-    Not so for other tensors: transformers ties embeddings, but would not find a shared buffer again.
+    Other tensors that share memory are all stored: transformers ties embeddings again, but not buffers.
 
-    Raises: ShardError, also for a tensor that safetensors cannot hold.
+    Raises CheckpointError as `_tensors` does, and for a tensor that safetensors cannot hold.
     """
     for file in files:
-        seen = set()
-        for name, tensor in tensors(file):
+        stored = set()
+        for name, tensor in _tensors(file):
             if not isinstance(tensor, torch.Tensor) or tensor.dtype not in CODES:
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
-                raise ShardError(f"{file}: {name} is {kind}, which safetensors cannot hold; is it a state dict?")
-            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if tied and file.suffix == ".bin" and tensor.dim() == 2 and place in seen:
+                raise CheckpointError(f"{file}: {name} is {kind}, which safetensors cannot hold; is it a state dict?")
+            memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if tied and file.suffix == ".bin" and tensor.dim() == 2 and memory in stored:
                 continue
-            seen.add(place)
+            stored.add(memory)
             yield name, tensor
 
 
-def plan(files: list[Path], tied: bool, dtype: torch.dtype | None, limit: int) -> list[list[Entry]]:
+def _plan_shards(files: list[Path], tied: bool, dtype: torch.dtype | None, limit: int) -> list[list[Entry]]:
     """Which tensors go into which shard, in the order of the source: at most `limit` bytes of tensors each.
 
-    A tensor larger than that has a shard of its own. `dtype` is for floating-point tensors; None keeps it.
+    A tensor larger than that has a shard of its own. `dtype` is for floating-point tensors; None keeps theirs.
 
-    Raises: ShardError if the source cannot be read or stored.
+    Raises CheckpointError when the source cannot be read or stored.
     """
     shards: list[list[Entry]] = []
     names: set[str] = set()
     room = 0
-    for name, tensor in stored_tensors(files, tied):
+    for name, tensor in _tensors_to_store(files, tied):
         if name in names:
-            raise ShardError(f"{name} is in more than one of the files that the index names; download them again")
+            raise CheckpointError(f"{name} is in more than one of the files that the index names; download them again")
         names.add(name)
-        target = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
-        entry = Entry(name, target, list(tensor.shape), tensor.numel() * target.itemsize)
+        new_dtype = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
+        entry = Entry(name, new_dtype, list(tensor.shape), tensor.numel() * new_dtype.itemsize)
         if not shards or entry.size > room:
             shards.append([])
             room = limit
@@ -161,7 +134,7 @@ def plan(files: list[Path], tied: bool, dtype: torch.dtype | None, limit: int) -
     return shards
 
 
-def write_shard(path: Path, pairs: Iterable[tuple[Entry, torch.Tensor]], bar: tqdm) -> None:
+def _write_shard(path: Path, pairs: Iterable[tuple[Entry, torch.Tensor]], bar: tqdm) -> None:
     """Write a safetensors file without holding it in memory: the header, then each tensor in pieces."""
     # Wider elements first, so that every tensor begins at a multiple of its element size: readers map them.
     pairs = sorted(pairs, key=lambda pair: -pair[0].dtype.itemsize)
@@ -183,7 +156,7 @@ def write_shard(path: Path, pairs: Iterable[tuple[Entry, torch.Tensor]], bar: tq
                 bar.update(file.write(raw.numpy().data))
 
 
-def write_shards(folder: Path, shards: list[list[Entry]], source: Iterator[tuple[str, torch.Tensor]]) -> None:
+def _write_shards(folder: Path, shards: list[list[Entry]], source: Iterator[tuple[str, torch.Tensor]]) -> None:
     """Write the planned shards and their index; `source` gives the tensors in the plan's order."""
     total = sum(entry.size for entries in shards for entry in entries)
     weight_map = {}
@@ -191,32 +164,32 @@ def write_shards(folder: Path, shards: list[list[Entry]], source: Iterator[tuple
         for number, entries in enumerate(shards, start=1):
             single = len(shards) == 1
             name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            write_shard(folder / name, [(entry, next(source)[1]) for entry in entries], bar)
+            _write_shard(folder / name, [(entry, next(source)[1]) for entry in entries], bar)
             weight_map.update({entry.name: name for entry in entries})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def read_config(model: Path) -> dict[str, Any]:
-    """config.json, or {} if there is none. Raises: ShardError if it is not JSON."""
+def _config_json(model: Path) -> dict[str, Any]:
+    """The contents of config.json, {} when there is none. Raises CheckpointError when it is not JSON."""
     path = model / "config.json"
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise ShardError(f"{path} is not JSON ({error}); download it again") from None
+        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
 
 
-def set_config_dtype(folder: Path, dtype: str) -> None:
+def _set_config_dtype(folder: Path, dtype: str) -> None:
     """Make config.json name the new dtype, under the key it uses: `torch_dtype` before transformers 5."""
-    config = read_config(folder)
+    config = _config_json(folder)
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def describe(model: Path, limit: int, dtype: str) -> str:
-    """What a result depends on, as JSON: every file of the checkpoint, and the options."""
+def _record(model: Path, limit: int, dtype: str) -> str:
+    """What the result depends on, as JSON: every file of the checkpoint, and the options."""
     files = {path.name: path.stat() for path in sorted(model.iterdir()) if path.is_file()}
     record = {
         "source": [{"name": name, "size": s.st_size, "mtime_ns": s.st_mtime_ns} for name, s in files.items()],
@@ -226,40 +199,41 @@ def describe(model: Path, limit: int, dtype: str) -> str:
     return json.dumps(record, indent=2) + "\n"
 
 
-def is_done(output: Path, record: str) -> bool:
-    """Whether `output` is the result that `record` describes: it got its name when it was complete.
+def _is_done(output: Path, record: str) -> bool:
+    """Whether `output` is the result that `record` describes. A folder gets this name only when it is complete.
 
-    Raises: ShardError if there is something else.
+    Raises UserError when there is something else.
     """
     if not output.exists() or not any(output.iterdir()):
         return False
-    path = output / RECORD
+    path = output / SHARD_RECORD
     if path.exists() and path.read_text() == record:
         return True
-    raise ShardError(f"{output} is not empty; remove it or choose another --output-dir")
+    raise UserError(f"{output} is not empty; remove it or choose another --output-dir")
 
 
 def shard(model: Path, output: Path, limit: int, dtype: str) -> str:
-    """Write `model` to `output` in shards of at most `limit` bytes; returns what was done.
+    """Write `model` to `output` in shards of at most `limit` bytes; a sentence about what was done.
 
-    Raises: ShardError; DownloadError if the disk is too full; OSError.
+    Raises CheckpointError for a checkpoint that cannot be read, UserError for folders and options that cannot be used
+    or a disk that is too full, and OSError.
     """
     model, output = model.resolve(), output.resolve()
     if not model.is_dir():
-        raise ShardError(f"--model-dir {model} is not a folder")
+        raise UserError(f"--model-dir {model} is not a folder")
     if model in (output, *output.parents):
-        raise ShardError(f"--output-dir {output} is --model-dir or inside it; choose another")
+        raise UserError(f"--output-dir {output} is --model-dir or inside it; choose another")
     files = weight_files(model)
-    record = describe(model, limit, dtype)
-    if is_done(output, record):
+    record = _record(model, limit, dtype)
+    if _is_done(output, record):
         return f"{output} already holds this checkpoint in these shards: nothing to do"
 
-    config = read_config(model)
+    config = _config_json(model)
     if dtype != "keep" and "quantization_config" in config:
-        raise ShardError(f"{model} is quantized, so its weights have no other dtype; use --dtype keep")
+        raise UserError(f"{model} is quantized, so its weights have no other dtype; use --dtype keep")
     # The absence of the key says nothing: each model class has its own default.
     tied = config.get("tie_word_embeddings", True)
-    shards = plan(files, tied, DTYPES.get(dtype), limit)
+    shards = _plan_shards(files, tied, DTYPES.get(dtype), limit)
     total = sum(entry.size for entries in shards for entry in entries)
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -268,42 +242,34 @@ def shard(model: Path, output: Path, limit: int, dtype: str) -> str:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        write_shards(partial, shards, stored_tensors(files, tied))
+        _write_shards(partial, shards, _tensors_to_store(files, tied))
         shutil.copytree(model, partial, ignore=NOT_COPIED, copy_function=shutil.copyfile, dirs_exist_ok=True)
         if dtype != "keep":
-            set_config_dtype(partial, dtype)
-        (partial / RECORD).write_text(record)
+            _set_config_dtype(partial, dtype)
+        (partial / SHARD_RECORD).write_text(record)
         partial.rename(output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return f"{output}: {len(shards)} shards, {size_text(total)}"
+    return f"{output}: {len(shards)} shards, {format_size(total)}"
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.shard",
+        prog="shard",
         description="Write a Hugging Face checkpoint as safetensors shards, in memory independent of its size.",
     )
     parser.add_argument("--model-dir", type=Path, required=True, help="folder with config.json and weights")
     parser.add_argument("--output-dir", type=Path, required=True, help="new folder, outside --model-dir")
     parser.add_argument("--max-shard-size", default="2GB", help="2GB, 500MB, 2GiB or bytes (default: %(default)s)")
     parser.add_argument("--dtype", default="keep", choices=["keep", *DTYPES], help="default: %(default)s")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     try:
-        print(shard(args.model_dir, args.output_dir, shard_size(args.max_shard_size), args.dtype))
-    except (ShardError, DownloadError, OSError) as error:
-        print(f"shard: {first_line(error)}", file=sys.stderr)
-        return 1
+        print(shard(args.model_dir, args.output_dir, _shard_size(args.max_shard_size), args.dtype))
     except KeyboardInterrupt:
-        print("shard: stopped; nothing was kept, run the same command again", file=sys.stderr)
-        return 130
-    return 0
+        print("stopped: nothing was kept, run the same command again", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from scripts import download
+from scripts.console import UserError
 
 ROOT = Path(__file__).parents[2]
 MODEL = "tiny/bloom"
@@ -170,9 +171,9 @@ def run(hub: Hub, output: Path, *args: str, **env: str) -> subprocess.CompletedP
 
 
 def fails_with(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """One line on stderr, which holds all `words`, and exit code 1."""
+    """One line on stderr, which begins with "error: " and holds all `words`, and exit code 1."""
     assert result.returncode == 1, result.stderr
-    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: "), result.stderr
     for word in words:
         assert word in result.stderr
 
@@ -334,5 +335,5 @@ def test_too_little_space_is_told_with_both_numbers(tmp_path, monkeypatch) -> No
     weights = download.File("model.safetensors", 2_000_000_000, "0" * 64)
     commit = download.Commit(MODEL, "main", OLD, {weights.name: weights})
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_500_000_000))
-    with pytest.raises(download.DownloadError, match=r"2\.00GB needed, 1\.50GB free"):
+    with pytest.raises(UserError, match=r"2\.00GB needed, 1\.50GB free"):
         download.download(commit, tmp_path / "out")

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
-from scripts import shard
+from scripts import console, shard
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 40_000
@@ -65,7 +65,7 @@ def offset_in(file: Path, name: str) -> int:
 
 
 def run(*args: object) -> int:
-    return shard.main([str(arg) for arg in args])
+    return console.run(lambda: shard.main([str(arg) for arg in args]))
 
 
 def resharded(source: Path, *args: object) -> Path:
@@ -75,11 +75,11 @@ def resharded(source: Path, *args: object) -> Path:
 
 
 def fails_with(capsys: pytest.CaptureFixture[str], args: list[object], *words: str) -> None:
-    """One line on stderr, which holds all `words`, and exit code 1."""
+    """One line on stderr, which begins with "error: " and holds all `words`, and exit code 1."""
     capsys.readouterr()
     assert run(*args) == 1
     error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1
+    assert len(error) == 1 and error[0].startswith("error: ")
     for word in words:
         assert word in error[0]
 
@@ -156,11 +156,11 @@ def test_every_kind_of_tensor_survives(tmp_path) -> None:
     tensors |= {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 4)}
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     file = resharded(tmp_path) / "model.safetensors"
-    kept = load_file(file)
-    assert kept.keys() == tensors.keys()
+    stored = load_file(file)
+    assert stored.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert (kept[name].dtype, kept[name].shape) == (tensor.dtype, tensor.shape)
-        assert kept[name].tolist() == tensor.tolist()
+        assert (stored[name].dtype, stored[name].shape) == (tensor.dtype, tensor.shape)
+        assert stored[name].tolist() == tensor.tolist()
         # Although the source begins with three single bytes: only aligned tensors can be used where they are mapped.
         assert offset_in(file, name) % tensor.itemsize == 0
 
@@ -231,7 +231,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path, import_memory, form)
 
 def test_an_interrupted_run_leaves_nothing_and_the_next_one_succeeds(bloom, tmp_path, monkeypatch, capsys) -> None:
     source, output = save(bloom, tmp_path / "in", "sharded"), tmp_path / "in-out"
-    write_shard, written = shard.write_shard, []
+    write_shard, written = shard._write_shard, []
 
     def interrupted(path: Path, *args: Any) -> None:
         write_shard(path, *args)
@@ -239,9 +239,10 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_one_succeeds(bloom, tmp_
         if len(written) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(shard, "write_shard", interrupted)
+    monkeypatch.setattr(shard, "_write_shard", interrupted)
     assert run("--model-dir", source, "--output-dir", output, "--max-shard-size", LIMIT) == 130
     assert len(written) == 3
+    assert capsys.readouterr().err.endswith("stopped: nothing was kept, run the same command again\n")
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
 
     monkeypatch.undo()
@@ -252,7 +253,7 @@ def test_a_killed_run_leaves_no_result_and_the_next_one_succeeds(bloom, tmp_path
     source, output = save(bloom, tmp_path / "in", "sharded"), tmp_path / "in-out"
     code = (
         "import os, signal; from scripts import shard;"
-        "shard.set_config_dtype = lambda *args: os.kill(os.getpid(), signal.SIGKILL);"
+        "shard._set_config_dtype = lambda *args: os.kill(os.getpid(), signal.SIGKILL);"
         f"shard.main(['--model-dir', {str(source)!r}, '--output-dir', {str(output)!r}, '--dtype', 'bfloat16'])"
     )
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
@@ -297,7 +298,7 @@ def test_a_broken_checkpoint_is_told_by_file(bloom, tmp_path, capsys) -> None:
         first.write_bytes(damaged)
         fails_with(capsys, [*args, source], first.name, "damaged")
     first.unlink()
-    fails_with(capsys, [*args, source], "model.safetensors.index.json", first.name, "not in")
+    fails_with(capsys, [*args, source], "model.safetensors.index.json", first.name, "not beside it")
     (source / "model.safetensors.index.json").write_text("[]")
     fails_with(capsys, [*args, source], "model.safetensors.index.json")
     assert not (tmp_path / "out").exists()

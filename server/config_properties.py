@@ -2,11 +2,12 @@
 
 import json
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from server.properties import format_properties
 
 CLUSTER_STORE = "/mnt/models/model-store"  # where KServe's storage initializer puts what was uploaded
 # KServe's wrapper listens on 8080 and on 8081 (gRPC) and asks TorchServe on 8085.
@@ -30,14 +31,14 @@ WORKER_DEFAULTS = {  # TorchServe's own, for what model-config.yaml leaves out
 
 
 def laptop_properties(archive: Path, port: int) -> str:
-    """For one archive where it lies, on five ports from `port` on, on this machine's loopback interface only."""
+    """For an archive on this machine: five ports from `port` on, on the loopback interface only."""
     ports = {name: port + offset for offset, name in enumerate(PORTS)}
-    return _properties(archive, archive.parent, ports, "127.0.0.1")
+    return _render(archive, archive.parent, ports, "127.0.0.1")
 
 
 def cluster_properties(archive: Path) -> str:
-    """For one archive in KServe's container: open to the pod's network but for management."""
-    return _properties(archive, Path(CLUSTER_STORE), CLUSTER_PORTS, "0.0.0.0")
+    """For an archive in KServe's container: all but management is open to the pod's network."""
+    return _render(archive, Path(CLUSTER_STORE), CLUSTER_PORTS, "0.0.0.0")
 
 
 def model_config(archive: Path) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def model_config(archive: Path) -> dict[str, Any]:
     return yaml.safe_load(_read(archive, "model-config.yaml"))
 
 
-def _properties(archive: Path, model_store: Path, ports: dict[str, int], host: str) -> str:
+def _render(archive: Path, model_store: Path, ports: dict[str, int], host: str) -> str:
     name = archive.name.removesuffix(".mar")
     version = json.loads(_read(archive, "MAR-INF/MANIFEST.json"))["model"]["modelVersion"]
     config = model_config(archive)
@@ -63,23 +64,18 @@ def _properties(archive: Path, model_store: Path, ports: dict[str, int], host: s
         # A snapshot, not load_models: KServe's wrapper takes the model's name from it.
         "model_snapshot": json.dumps(snapshot, separators=(",", ":")),
         "metrics_mode": "prometheus",
-        "model_metrics_auto_detect": "true",  # RunningSequences and WaitingSequences of the handler
-        "vmargs": "-Xmx1g",  # a quarter of the machine's memory otherwise, which belongs to the model
+        "model_metrics_auto_detect": "true",  # publishes RunningSequences and WaitingSequences of the handler
+        "vmargs": "-Xmx1g",  # Java would take up to a quarter of the machine's memory, which the model needs
         "job_queue_size": 1000,
         "max_request_size": 2**24,
         "max_response_size": 2**26,
         "disable_token_authorization": "true",
         "enable_model_api": "false",
-        # TS_SERVICE_ENVELOPE, which KServe sets, would wrap the handler in one that answers only the first of a batch.
+        # KServe sets TS_SERVICE_ENVELOPE, which would wrap the handler in one that answers only the first of a batch.
         "enable_envvars_config": "false",
         "ts_open_inference_protocol": "true",
     }
-    return to_text(values)
-
-
-def to_text(values: Mapping[str, object]) -> str:
-    """KEY=VALUE lines."""
-    return "".join(f"{key}={value}\n" for key, value in values.items())
+    return format_properties(values)
 
 
 def _read(archive: Path, name: str) -> bytes:

@@ -5,7 +5,7 @@
     drain                                    wait until no request is running or waiting
 
 KServe's own arguments, `torchserve --start --model-store=… --ts-config=…`, do the same as serve. The probes import
-nothing but the standard library, because they run every few seconds.
+nothing but the standard library, because they run every few seconds and have to be quick.
 """
 
 import argparse
@@ -21,10 +21,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from server.properties import format_properties, parse_properties
+
 CONFIG = Path("/mnt/models/config/config.properties")
-# Seconds until no router sends new requests to a pod that is ending.
-SETTLE_SECONDS = 5
-PROBE_SECONDS = 5
+SETTLE_SECONDS = 5  # until no router sends new requests to a pod that is ending
+PROBE_SECONDS = 5  # that a probe waits for TorchServe's answer
 
 
 class NotReady(Exception):
@@ -34,9 +35,8 @@ class NotReady(Exception):
 def serve(ts_config: Path, changes: dict[str, str]) -> int:
     """Run TorchServe with the config.properties that was uploaded, changed by `changes`; its exit status.
 
-    What the image has no write access to, and what KServe's environment would break, is set here.
+    Set here is what follows from the container: its port, the folders that can be written to, and its environment.
     """
-    from server.config_properties import to_text
     from server.torchserve import command, environment
 
     if not ts_config.is_file():
@@ -47,38 +47,39 @@ def serve(ts_config: Path, changes: dict[str, str]) -> int:
         )
         return 1
     model_store = ts_config.parents[1] / "model-store"
-    # Knative says on which port it wants to be answered.
+    # Knative names the port in PORT.
     values = {"inference_address": f"http://0.0.0.0:{os.environ.get('PORT', '8080')}", "model_store": str(model_store)}
-    # The volume behind it outlives the container: gigabytes, and the id of a process that is another one by now.
+    # The volume outlives a container that dies: it would leave gigabytes, and a process id that is another's by now.
     shutil.rmtree(_work_folder(), ignore_errors=True)
     _work_folder().mkdir()
-    _config_file().write_text(to_text(read_properties(ts_config.read_text()) | values | changes))
+    _config_file().write_text(format_properties(parse_properties(ts_config.read_text()) | values | changes))
     variables = environment(_work_folder(), _work_folder() / "logs")
     variables.pop("TS_SERVICE_ENVELOPE", None)  # KServe sets it; it would serve one request of a batch
     return _run_as_init(command(_config_file(), model_store), variables)
 
 
 def ready() -> None:
-    """Raises NotReady until every model of the config has a READY worker. `/ping` would say Healthy long before."""
-    properties = read_properties(_config_file().read_text()) if _config_file().is_file() else {}
+    """Raises NotReady unless every model of the config has a READY worker. `/ping` says Healthy long before that."""
+    properties = parse_properties(_config_file().read_text()) if _config_file().is_file() else {}
     models = _models(properties)
     if not models:
         raise NotReady("TorchServe was not started yet")
     for name, _ in models:
-        status = _get(f"{properties['management_address']}/models/{name}")[0]["workers"]
-        if not any(worker["status"] == "READY" for worker in status):
-            raise NotReady(f"{name}: {', '.join(worker['status'] for worker in status) or 'no worker'}")
+        workers = _get(f"{properties['management_address']}/models/{name}")[0]["workers"]
+        statuses = [worker["status"] for worker in workers]
+        if "READY" not in statuses:
+            raise NotReady(f"{name}: {', '.join(statuses) or 'no worker'}")
 
 
 def drain(seconds: float, settle: float = SETTLE_SECONDS) -> None:
     """For the preStop hook: wait until new requests go elsewhere, then until those that are here are answered.
 
-    seconds: at most; what the pod's terminationGracePeriodSeconds leaves to it. The requests that are still open
-    then end with the connection.
+    seconds: the most that it waits, less than the pod's terminationGracePeriodSeconds. Requests that are still open
+    afterwards end with their connection.
     """
     deadline = time.monotonic() + seconds
     time.sleep(min(settle, seconds))
-    properties = read_properties(_config_file().read_text())
+    properties = parse_properties(_config_file().read_text())
     while time.monotonic() < deadline and any(_open_requests(properties, *model) for model in _models(properties)):
         time.sleep(0.5)
 
@@ -106,13 +107,6 @@ def _get(url: str) -> Any:
         raise NotReady(f"{url}: {error}") from None
 
 
-def read_properties(text: str) -> dict[str, str]:
-    """KEY=VALUE lines, without comments."""
-    lines = [line.strip() for line in text.splitlines()]
-    pairs = [line.split("=", 1) for line in lines if "=" in line and not line.startswith(("#", "!"))]
-    return {key.strip(): value.strip() for key, value in pairs}
-
-
 def _work_folder() -> Path:
     return Path(tempfile.gettempdir()) / "torchserve"
 
@@ -122,9 +116,9 @@ def _config_file() -> Path:
 
 
 def _run_as_init(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command as a container's first process has to: signals are passed on, orphans are reaped.
+    """Run a command as a container's first process has to: pass signals on and reap orphans. Its exit status.
 
-    A first process that does not handle SIGTERM is not ended by it, and `torchserve` does not.
+    The kernel does not end a first process that leaves SIGTERM unhandled, as `torchserve` does.
     """
     child = subprocess.Popen(command, env=environment, cwd=_work_folder(), start_new_session=True)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -147,13 +141,13 @@ def main(argv: list[str] | None = None) -> int:
     for flag in ("--start", "--foreground", "--ncs"):  # torchserve's, which serve does anyway
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model-store", help=argparse.SUPPRESS)
-    given = parser.parse_intermixed_args(argv)
-    if given.action == "ready":
+    args = parser.parse_intermixed_args(argv)
+    if args.action == "ready":
         ready()
-    elif given.action == "drain":
-        drain(given.seconds)
+    elif args.action == "drain":
+        drain(args.seconds)
     else:
-        return serve(given.ts_config, read_properties("\n".join(given.changes)))
+        return serve(args.ts_config, parse_properties("\n".join(args.changes)))
     return 0
 
 

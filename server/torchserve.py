@@ -20,9 +20,9 @@ from server.config_properties import PORTS, laptop_properties
 from server.java import find_java_home
 
 MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's path on Linux
-# What TorchServe's worker logs before the traceback of what went wrong, and what it logs once it has.
+# What TorchServe's worker logs right before the traceback of a failure, and what it logs right after it.
 FAILURE = re.compile(r"MODEL_LOG - (Failed to load model|Load model .* OOM|Backend worker process died)")
-AFTERWARDS = ("Backend worker process died", "s_name_part0=")
+AFTER_TRACEBACK = ("Backend worker process died", "s_name_part0=")
 
 
 class LaunchError(Exception):
@@ -30,7 +30,7 @@ class LaunchError(Exception):
 
 
 class ModelFailed(LaunchError):
-    """The worker could not load the model; the message holds its own traceback."""
+    """The worker could not load the model; the message contains its traceback."""
 
 
 class TorchServe:
@@ -62,7 +62,7 @@ class TorchServe:
     def start(self) -> None:
         """Start it. Raises LaunchError when a port is taken or there is no Java."""
         _check_ports(self.port)
-        stop(self.work)  # what is left of one that was killed: processes, gigabytes
+        stop(self.work)  # a TorchServe that was killed leaves processes and gigabytes
         shutil.rmtree(self.work, ignore_errors=True)
         temporary = self._temporary_folder()
         config = self.work / "config.properties"
@@ -70,7 +70,7 @@ class TorchServe:
         start = command(config, self._archive.parent)
         variables = environment(temporary, self.logs) | self._environment
         with (self.work / "console.log").open("wb") as console:
-            # A session of its own, so that one signal reaches Java and the workers, and Ctrl-C only us.
+            # In a process session of its own: one signal reaches Java and the workers, and Ctrl-C reaches only us.
             self._process = subprocess.Popen(
                 start, cwd=self.work, env=variables, stdout=console, stderr=console, start_new_session=True
             )
@@ -107,13 +107,13 @@ class TorchServe:
         """The traceback of the first worker that died, or nothing."""
         if not FAILURE.search(_read(self.logs / "model_log.log")):
             return ""
-        time.sleep(0.5)  # for the last of its lines
+        time.sleep(0.5)  # until its last lines are written
         lines = FAILURE.split(_read(self.logs / "model_log.log"), maxsplit=1)[-1].splitlines()[1:]
-        said = (line.partition(" MODEL_LOG - ")[2] for line in lines if "-stdout MODEL_LOG - " in line)
-        return "\n".join(takewhile(lambda line: not line.startswith(AFTERWARDS), said))
+        logged = (line.partition(" MODEL_LOG - ")[2] for line in lines if "-stdout MODEL_LOG - " in line)
+        return "\n".join(takewhile(lambda line: not line.startswith(AFTER_TRACEBACK), logged))
 
     def wait(self) -> None:
-        """Wait until TorchServe ends, by whatever hand."""
+        """Wait until TorchServe ends, whoever ended it."""
         if self._process:
             self._process.wait()
 
@@ -136,13 +136,13 @@ class TorchServe:
 
 
 def command(config: Path, model_store: Path) -> list[str]:
-    """What starts TorchServe in the foreground."""
+    """The command line that runs TorchServe in the foreground."""
     start = [str(Path(sys.executable).parent / "torchserve"), "--start", "--foreground", "--ncs"]
     return [*start, "--ts-config", str(config), "--model-store", str(model_store)]
 
 
 def environment(temporary: Path, logs: Path) -> dict[str, str]:
-    """This process's environment and what TorchServe needs in it to write to these two folders alone.
+    """This process's environment, with what makes TorchServe write to these two folders alone.
 
     Raises LaunchError when there is no Java.
     """
@@ -150,7 +150,7 @@ def environment(temporary: Path, logs: Path) -> dict[str, str]:
     if java_home is None:
         raise LaunchError("TorchServe needs Java 17 or newer: run make setup, or set JAVA_HOME")
     return {
-        # Threads that spin while they wait slow a busy machine down twentyfold, and Java is always beside us.
+        # Threads that spin while they wait slow a busy machine down twentyfold, and Java always runs beside them.
         "OMP_WAIT_POLICY": "PASSIVE",
         **os.environ,
         "JAVA_HOME": str(java_home),
@@ -211,7 +211,7 @@ def _is_free(port: int) -> bool:
 
 
 def _recorded_process(work: Path) -> psutil.Process | None:
-    """The process that `start` recorded, unless it ended and its number now is another's."""
+    """The process that `start` recorded, unless it has ended and its id belongs to another one by now."""
     recorded = _read(work / "pid").split()
     if not recorded or not psutil.pid_exists(int(recorded[0])):
         return None

@@ -53,15 +53,15 @@ def main() -> None:
         "archive": seconds(lambda: archive("bloom", WORK / "model.zip", WORK / "store")),
     }
     linked = archive("bloom", folder, WORK / "linked", archive_format="no-archive")
-    ready, kept = served(WORK / "store/bloom.mar")
-    linked_ready, linked_kept = served(linked)
+    ready, size = served(WORK / "store/bloom.mar")
+    linked_ready, linked_size = served(linked)
     report = {
         "weights_GB": weights / 1e9,
         "sample_seconds": sample,
         "ours_seconds": ours,
         "ours_over_sample": sum(ours.values()) / sum(sample.values()),
-        "mar": {"seconds_to_ready": ready, "bytes_kept_over_weights": kept / weights},
-        "no_archive": {"seconds_to_ready": linked_ready, "bytes_kept_over_weights": linked_kept / weights},
+        "mar": {"seconds_to_ready": ready, "bytes_kept_over_weights": size / weights},
+        "no_archive": {"seconds_to_ready": linked_ready, "bytes_kept_over_weights": linked_size / weights},
     }
     print(json.dumps(report, indent=2))
 

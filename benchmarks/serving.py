@@ -72,8 +72,8 @@ def served(folder: Path, **settings: object) -> Iterator[TorchServe]:
     """TorchServe with the checkpoint and these settings, READY."""
     setup = WORK / "setup_config.json"
     setup.write_text(json.dumps(settings))
-    made = archive("bloom", folder, WORK / "served", setup, archive_format="no-archive")
-    with TorchServe(made, free_port(), WORK / "torchserve") as server:
+    archive_path = archive("bloom", folder, WORK / "served", setup, archive_format="no-archive")
+    with TorchServe(archive_path, free_port(), WORK / "torchserve") as server:
         server.wait_ready(600)
         yield server
 
@@ -180,10 +180,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="serving", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
     parser.add_argument("--only", choices=parts)
-    given = parser.parse_args()
+    args = parser.parse_args()
     folder = bloom_560m(WORK / "bloom-560m")
-    for name in [given.only] if given.only else parts:
-        print(json.dumps({name: parts[name](folder, given.dtype)}, indent=2), flush=True)
+    for name in [args.only] if args.only else parts:
+        print(json.dumps({name: parts[name](folder, args.dtype)}, indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from scripts.zip import add_file, files_in, progress_bar
 
 ROOT = Path(__file__).parents[1]
 FORMATS = ("zip-store", "no-archive")
-# Before a worker that is not READY counts as dead: imports, and a disk as slow as a cluster's network volumes.
+# The time that a worker gets to become READY: to import, and to read weights as slowly as from a network volume.
 STARTUP_SECONDS, STARTUP_BYTES_PER_SECOND = 300, 20_000_000
 
 
@@ -57,7 +57,7 @@ def archive(
 def _archive_code(
     name: str, weights: Path, setup_config: Path, model_config: Path, archive_format: str, scratch: Path
 ) -> Path:
-    """Run torch-model-archiver on everything but the weights; what it made, inside `scratch`."""
+    """Run torch-model-archiver on everything but the weights; the path of its archive, inside `scratch`."""
     stage = scratch / "stage"
     shutil.copytree(ROOT / "handler", stage / "handler", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(setup_config, stage / "setup_config.json")
@@ -76,9 +76,9 @@ def _archive_code(
 
 
 def _with_startup_timeout(model_config: str, weights: Path) -> str:
-    """model-config.yaml with the seconds that these weights may take to be unpacked and loaded, unless it has its own.
+    """model-config.yaml with a startupTimeout that these weights can be unpacked and loaded in, unless it has its own.
 
-    TorchServe's own 120 s would kill a worker that is still unpacking a large checkpoint.
+    TorchServe's default of 120 s would kill a worker that is still unpacking a large checkpoint.
     """
     if "startupTimeout" in yaml.safe_load(model_config):
         return model_config
@@ -87,7 +87,7 @@ def _with_startup_timeout(model_config: str, weights: Path) -> str:
 
 
 def startup_seconds(weights: int) -> int:
-    """What a worker may take to unpack and load so many bytes of weights."""
+    """Seconds that a worker gets to unpack and load so many bytes of weights."""
     return STARTUP_SECONDS + weights // STARTUP_BYTES_PER_SECOND
 
 
@@ -99,14 +99,14 @@ def _add_weights(mar: Path, weights: Path) -> None:
     files = _weight_files(weights)
     with zipfile.ZipFile(mar, "a", zipfile.ZIP_STORED) as zipped, progress_bar(files, mar.name) as bar:
         for path in files:
-            within = Path("model.zip") if weights.is_file() else Path("model") / path.relative_to(weights)
-            add_file(zipped, path, within, bar)
+            name = Path("model.zip") if weights.is_file() else Path("model") / path.relative_to(weights)
+            add_file(zipped, path, name, bar)
 
 
-def _move_into_place(made: Path, target: Path) -> Path:
+def _move_into_place(path: Path, target: Path) -> Path:
     if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)  # removes the link to the weights, not the weights
-    return made.replace(target)
+    return path.replace(target)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,12 +117,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model-config", type=Path, default=ROOT / "model-config.yaml")
     parser.add_argument("--archive-format", choices=FORMATS, default="zip-store")
     parser.add_argument("--model-store", type=Path, default=Path("model_store"))
-    given = parser.parse_args(argv)
-    made = archive(
-        given.model_name, given.weights, given.model_store, given.setup_config, given.model_config, given.archive_format
+    args = parser.parse_args(argv)
+    path = archive(
+        args.model_name, args.weights, args.model_store, args.setup_config, args.model_config, args.archive_format
     )
-    size = f": {made.stat().st_size / 1e9:.2f} GB" if made.is_file() else f": a folder, with {given.weights} linked"
-    print(f"{made}{size}")
+    size = f"{path.stat().st_size / 1e9:.2f} GB" if path.is_file() else f"a folder, with {args.weights} linked"
+    print(f"{path}: {size}")
 
 
 if __name__ == "__main__":

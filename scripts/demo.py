@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--text", default=TEXT, help=f"the prompt; default: {TEXT!r}")
     parser.add_argument("--setup-config", type=Path, default=ROOT / "setup_config.json")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.monotonic()
-    answer = demo(given.text, given.setup_config)
+    answer = demo(args.text, args.setup_config)
     print(f"{'all of it':<44}{time.monotonic() - started:7.1f} s", flush=True)
     print(json.dumps(answer, ensure_ascii=False))
 

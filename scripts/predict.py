@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model-name", default=DEMO_NAME, help=f"default: {DEMO_NAME}")
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="default: http://127.0.0.1:8080")
     parser.add_argument("--text", default=TEXT, help=f"default: {TEXT!r}")
-    given = parser.parse_args(argv)
-    print(json.dumps(predict(given.url, given.model_name, given.text), ensure_ascii=False))
+    args = parser.parse_args(argv)
+    print(json.dumps(predict(args.url, args.model_name, args.text), ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -43,17 +43,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8080, help="and the four after it; default: 8080")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds to wait for READY; default: 3600")
     parser.add_argument("--stop", action="store_true", help="end the one that serves on --port")
-    given = parser.parse_args(argv)
-    if given.stop:
-        print("stopped" if stop(RUN / str(given.port)) else f"nothing is served on port {given.port} from here")
+    args = parser.parse_args(argv)
+    if args.stop:
+        print("stopped" if stop(RUN / str(args.port)) else f"nothing is served on port {args.port} from here")
         return
-    model_dir = given.model_dir or demo_model(Path("models") / DEMO_NAME)
+    model_dir = args.model_dir or demo_model(Path("models") / DEMO_NAME)
     if not model_dir.is_dir():
         raise UserError(f"{model_dir} is not a folder: give MODEL_DIR a checkpoint folder")
-    name = given.model_name or model_dir.resolve().name
-    store = RUN / "model_store" / str(given.port)
-    made = archive(name, model_dir, store, given.setup_config, given.model_config, "no-archive")
-    serve(made, given.port, given.timeout)
+    name = args.model_name or model_dir.resolve().name
+    store = RUN / "model_store" / str(args.port)
+    archive_path = archive(name, model_dir, store, args.setup_config, args.model_config, "no-archive")
+    serve(archive_path, args.port, args.timeout)
 
 
 if __name__ == "__main__":

@@ -52,12 +52,12 @@ def progress_bar(files: list[Path], title: str) -> tqdm:
 
 
 def add_file(
-    zipped: zipfile.ZipFile, path: Path, name: Path, bar: tqdm, see: Callable[[bytes], None] = lambda chunk: None
+    zipped: zipfile.ZipFile, path: Path, name: Path, bar: tqdm, on_chunk: Callable[[bytes], None] = lambda chunk: None
 ) -> None:
-    """Store one file in the zip under `name`; `see` is shown its bytes on the way."""
+    """Store one file in the zip under `name`; `on_chunk` is called with its bytes, chunk by chunk."""
     with zipped.open(zipfile.ZipInfo.from_file(path, name.as_posix()), "w", force_zip64=True) as sink:
         for chunk in _chunks(path):
-            see(chunk)
+            on_chunk(chunk)
             sink.write(chunk)
             bar.update(len(chunk))
 
@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="zip", description=__doc__)
     parser.add_argument("--model-dir", type=Path, required=True, help="folder of the (sharded) checkpoint")
     parser.add_argument("--output", type=Path, default=Path("model.zip"), help="default: model.zip")
-    arguments = parser.parse_args(argv)
-    archive = zip_checkpoint(arguments.model_dir, arguments.output)
+    args = parser.parse_args(argv)
+    archive = zip_checkpoint(args.model_dir, args.output)
     print(f"{archive}: {archive.stat().st_size / 1e9:.2f} GB")
 
 

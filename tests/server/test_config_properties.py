@@ -30,7 +30,7 @@ def bloom(tmp_path_factory):
 
 
 @pytest.fixture(params=["zip-store", "no-archive"])
-def made(request, bloom, tmp_path):
+def archive_path(request, bloom, tmp_path):
     return archive("bloom", bloom, tmp_path / "store", archive_format=request.param)
 
 
@@ -38,22 +38,22 @@ def read(text):
     return dict(line.split("=", 1) for line in text.splitlines())
 
 
-def test_both_are_the_same_but_for_where_they_listen(made):
-    laptop, cluster = read(laptop_properties(made, 9000)), read(cluster_properties(made))
+def test_both_are_the_same_but_for_where_they_listen(archive_path):
+    laptop, cluster = read(laptop_properties(archive_path, 9000)), read(cluster_properties(archive_path))
     assert laptop.keys() == cluster.keys()
     assert {name: laptop[name] for name in SAME} == {name: cluster[name] for name in SAME}
 
 
-def test_a_laptop_listens_on_loopback_alone(made):
-    values = read(laptop_properties(made, 9000))
+def test_a_laptop_listens_on_loopback_alone(archive_path):
+    values = read(laptop_properties(archive_path, 9000))
     addresses = [values[f"{name}_address"] for name in ("inference", "management", "metrics")]
     assert addresses == [f"http://127.0.0.1:{port}" for port in (9000, 9001, 9002)]
     assert values["grpc_inference_address"] == "127.0.0.1"
-    assert values["model_store"] == str(made.parent)
+    assert values["model_store"] == str(archive_path.parent)
 
 
-def test_a_cluster_reaches_all_but_management(made):
-    values = read(cluster_properties(made))
+def test_a_cluster_reaches_all_but_management(archive_path):
+    values = read(cluster_properties(archive_path))
     assert values["inference_address"] == "http://0.0.0.0:8085"
     assert values["management_address"] == "http://127.0.0.1:8086"
     assert values["metrics_address"] == "http://0.0.0.0:8082"
@@ -61,11 +61,11 @@ def test_a_cluster_reaches_all_but_management(made):
     assert values["enable_envvars_config"] == values["enable_model_api"] == "false"
 
 
-def test_the_snapshot_says_what_the_archives_own_configuration_says(made):
-    models = json.loads(read(cluster_properties(made))["model_snapshot"])["models"]
+def test_the_snapshot_says_what_the_archives_own_configuration_says(archive_path):
+    models = json.loads(read(cluster_properties(archive_path))["model_snapshot"])["models"]
     (model,) = models["bloom"].values()
-    packed = model_config(made)
-    assert model.pop("defaultVersion") is True and model.pop("marName") == made.name
+    packed = model_config(archive_path)
+    assert model.pop("defaultVersion") is True and model.pop("marName") == archive_path.name
     assert model == {key: packed[key] for key in model} and model["batchSize"] == 256
 
 
@@ -88,5 +88,5 @@ def test_the_time_to_start_grows_with_the_checkpoint(bloom, tmp_path):
 def test_a_time_to_start_of_ones_own_is_kept(bloom, tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text((ROOT / "model-config.yaml").read_text() + "startupTimeout: 77")
-    made = archive("bloom", bloom, tmp_path, model_config=own, archive_format="no-archive")
-    assert yaml.safe_load((made / "model-config.yaml").read_text())["startupTimeout"] == 77
+    archive_path = archive("bloom", bloom, tmp_path, model_config=own, archive_format="no-archive")
+    assert yaml.safe_load((archive_path / "model-config.yaml").read_text())["startupTimeout"] == 77

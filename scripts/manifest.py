@@ -21,7 +21,8 @@ from scripts.plan import Plan, make_plan
 from scripts.stores import parse_uri
 
 DEPLOY = ROOT / "deploy"
-IMAGE = "torchserve-large-models:0.1.0"
+# The tag is the version in pyproject.toml: the manifests name modules of the image, so both must be of one version.
+IMAGE = "torchserve-large-models:0.2.0"
 PLACEHOLDER = "bloom"  # stands for the model's name in deploy/
 SHARED_MEMORY = 256 * 2**20
 

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from handler.settings import Settings
 from scripts.archive import ROOT, startup_seconds
 from scripts.console import UserError
-from scripts.manifest import Service, check, main, manifests, variants
+from scripts.manifest import IMAGE, Service, check, main, manifests, variants
 from scripts.plan import make_plan
 from server.container import CONFIG
 from tests.models import save_bloom_7b1_config
@@ -41,8 +42,8 @@ def read_by_kserves_models(documents):
 
 
 def test_every_variant_of_the_issue_is_there():
-    wanted = {"classic", "runtime", "concurrency", "keda", "canary", "pvc", "air-gapped", "s3", "monitoring"}
-    assert set(variants()) == wanted
+    expected = {"classic", "runtime", "concurrency", "keda", "canary", "pvc", "air-gapped", "s3", "monitoring"}
+    assert set(variants()) == expected
 
 
 @pytest.mark.parametrize("variant", variants())
@@ -162,6 +163,17 @@ def test_credentials_reach_the_pod_by_its_service_account(plan):
 def test_what_kubernetes_would_refuse_is_refused_here(plan, name, uri, variant, message):
     with pytest.raises(UserError, match=message):
         check(Service(name, uri, plan), variant)
+
+
+def test_image_and_manifests_are_of_one_version(plan):
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    (container,) = render(plan)["ServingRuntime"]["spec"]["containers"]
+    assert container["image"] == IMAGE == f"torchserve-large-models:{version}"
+    assert f"/{IMAGE} ." in (ROOT / "deploy/Dockerfile").read_text()
+    (runtime, *_) = yaml.safe_load_all((ROOT / "deploy/runtime.yaml").read_text())
+    assert runtime["spec"]["containers"][0]["image"] == IMAGE
+    classic = yaml.safe_load((ROOT / "deploy/classic.yaml").read_text())["spec"]["predictor"]["pytorch"]
+    assert f"{classic['image']}:{classic['runtimeVersion']}" == IMAGE
 
 
 def test_an_image_without_a_tag(plan):

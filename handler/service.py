@@ -87,10 +87,10 @@ class LargeModelHandler(BaseHandler):
         its answer; in plain mode until all are done, sending parts of streams on the way."""
         if not self.continuous:
             while not all(request.finished for request in requests):
-                self._run(self.settings.time_slice_ms)
+                self._run(requests)
                 self._send_parts(requests)
         elif not any(request.finished for request in requests):
-            self._run(self.settings.time_slice_ms)
+            self._run(requests)
 
     def postprocess(self, requests: list[OpenRequest]) -> list[Any]:
         """TorchServe's list of bodies, with status and headers in the context."""
@@ -126,9 +126,12 @@ class LargeModelHandler(BaseHandler):
                 f"{name}Sequences", value, "count", dimensions=dimensions, metric_type=MetricTypes.GAUGE
             )
 
-    def _run(self, milliseconds: float) -> None:
-        """Step until the time is over, or somebody has a first token or a whole answer to be sent."""
-        deadline = time.monotonic() + milliseconds / 1000
+    def _run(self, requests: list[OpenRequest]) -> None:
+        """Step until the time slice is over, or somebody has a first token or a whole answer to be sent."""
+        seconds = self.settings.time_slice_ms / 1000
+        deadline = time.monotonic() + seconds
+        for request in requests:
+            request.poll(0 if self.engine.has_work else seconds)
         while self.engine.has_work and time.monotonic() < deadline:
             if any(job.finished or len(job.sequences[0].token_ids) == 1 for job in self.engine.step()):
                 return

@@ -17,6 +17,7 @@ from .detokenizer import Detokenizer
 from .errors import EngineError, InvalidRequest, ModelError, OutOfMemory
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
+from .prompt import encode
 from .request import Request
 from .sampler import logprobs, make_samplers, sample
 from .sampling_params import checked, resolve
@@ -69,6 +70,14 @@ class Engine:
         """Sequences that wait for one."""
         return len(self._scheduler.waiting)
 
+    def encode(self, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a prompt that fits, for a `Request`. May be called from any thread: a long text takes long.
+
+        Raises InvalidRequest or PromptTooLong.
+        """
+        allowed = min(self.capacity.max_prompt_tokens, self._max_length - 1)
+        return encode(self._tokenizer, prompt, allowed, self._vocab_size, add_special_tokens)
+
     def submit(self, request: Request) -> Job:
         """Queue a request; it starts with the next step that has room.
 
@@ -76,10 +85,8 @@ class Engine:
         """
         if request.id in self._jobs:
             raise InvalidRequest(f"id: {request.id!r} is running already; send another id, or none")
-        prompt_ids = self._prompt_ids(request.prompt)
-        max_prompt = self.capacity.max_prompt_tokens
-        max_length = min(self.capacity.max_sequence_length, self._cache.capacity_tokens)
-        params = resolve(request, len(prompt_ids), self._defaults, self._vocab_size, max_prompt, max_length)
+        prompt_ids = self.encode(request.prompt, request.add_special_tokens)
+        params = resolve(request, len(prompt_ids), self._defaults, self._vocab_size, self._max_length)
         self._scheduler.check_queue_room(params.n)
         job = Job(request, params, prompt_ids)
         job.sequences = self._make_sequences(job)
@@ -116,22 +123,10 @@ class Engine:
 
     # submit: from a request to sequences
 
-    def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            try:
-                ids = list(self._tokenizer(prompt).input_ids)
-            except (TypeError, ValueError) as error:  # half a surrogate pair, for one
-                raise InvalidRequest(f"prompt: send text that can be tokenized: {error}") from error
-        elif isinstance(prompt, list | tuple) and all(type(i) is int for i in prompt):
-            ids = list(prompt)
-        else:
-            raise InvalidRequest("prompt: send a string or a list of token ids")
-        if not ids and self._tokenizer.bos_token_id is None:
-            raise InvalidRequest("prompt: it is empty and the tokenizer has no bos token; send some text")
-        ids = ids or [self._tokenizer.bos_token_id]
-        if not all(0 <= i < self._vocab_size for i in ids):
-            raise InvalidRequest(f"prompt: token ids must be at least 0 and below {self._vocab_size}")
-        return ids
+    @property
+    def _max_length(self) -> int:
+        """Most tokens of prompt and continuation that the model, the settings and the cache have room for."""
+        return min(self.capacity.max_sequence_length, self._cache.capacity_tokens)
 
     def _make_sequences(self, job: Job) -> list[Sequence]:
         samplers, eos_token_ids = make_samplers(

@@ -10,6 +10,7 @@ class Request:
     """One prompt and how to continue it.
 
     prompt: text, or token ids. An empty prompt starts from the tokenizer's bos token.
+    add_special_tokens: whether the tokenizer adds its own to a text, as bos; a chat template has written them already.
     parameters: transformers' `GenerationConfig` names, and `seed`.
     n: how many continuations; the i-th is seeded with seed + i.
     stop: strings that end a continuation, besides `parameters["stop_strings"]`. They are searched in the
@@ -31,4 +32,5 @@ class Request:
     logit_bias: dict[int, float] | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    add_special_tokens: bool = True
     id: str = field(default_factory=lambda: uuid.uuid4().hex)

@@ -71,21 +71,18 @@ class SamplingParams:
 
 
 def resolve(
-    request: Request, prompt_length: int, defaults: Mapping[str, Any], vocab_size: int, max_prompt: int, max_length: int
+    request: Request, prompt_length: int, defaults: Mapping[str, Any], vocab_size: int, max_length: int
 ) -> SamplingParams:
-    """The parameters of a request whose prompt has `prompt_length` tokens.
+    """The parameters of a request whose prompt has `prompt_length` tokens, fewer than `max_length`.
 
     defaults: `checked` parameters for what the request does not specify.
-    max_prompt, max_length: most tokens of a prompt; of prompt and continuation together.
+    max_length: most tokens of prompt and continuation together.
     Raises InvalidRequest naming the field, and PromptTooLong with the tokens asked for and allowed.
     """
     specified = checked(request.parameters)
     _check_fields(request, vocab_size)
     params = _merged(defaults, specified)
     _check_token_ids(params, vocab_size)
-    allowed = min(max_prompt, max_length - 1)
-    if prompt_length > allowed:
-        raise PromptTooLong(f"the prompt has {prompt_length} tokens, at most {allowed} fit; send fewer")
     is_explicit = "max_new_tokens" in specified or "max_length" in specified
     max_new_tokens = _max_new_tokens(params, prompt_length, max_length, is_explicit)
     unused = _RESOLVED | ({"min_new_tokens", "min_length"} if request.ignore_eos else set())

@@ -1,7 +1,9 @@
 """One HTTP request from its first byte to its last: what to reply now, and whether more follows."""
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -13,6 +15,9 @@ from handler.protocols.router import UnparsedCall, parse
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER = "1"  # seconds, for a client that meets a full queue
+# Requests with more characters and values than these are parsed beside the running step, one after the other.
+_LARGE = 16_384
+_PARSER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parser")
 
 
 @dataclass(frozen=True)
@@ -35,25 +40,41 @@ class OpenRequest:
     """A request that is being answered. The first reply fixes its status, so it comes as late as it can."""
 
     def __init__(self, entry: dict[str, Any], path: str, model: ModelInfo, engine: Engine):
-        """Parse the request and submit its jobs, all or none. What is wrong with it becomes its reply."""
+        """Parse the request and submit its jobs, all or none: at once, or for a large one when another thread has
+        parsed it. What is wrong with it becomes its reply."""
         self._engine = engine
         self._jobs: list[Job] = []
         self._started = False  # the first part is sent: the status is fixed, and a hang-up is noticed
         self._error: EngineError | ProtocolError | None = None
         self._call: Call = UnparsedCall(path)
+        self._parsed: Future[Call] | None = None
+        if _is_large(entry):
+            self._parsed = _PARSER.submit(_parse, entry, path, model, engine)
+        else:
+            self._submit(lambda: _parse(entry, path, model, engine))
+
+    def _submit(self, parsed: Callable[[], Call]) -> None:
+        self._parsed = None
         try:
-            self._call = parse(entry, path, model)
+            self._call = parsed()
             for request in self._call.requests:
-                self._jobs.append(engine.submit(request))
+                self._jobs.append(self._engine.submit(request))
         except Exception as error:
             self._fail(error)
 
+    def poll(self, timeout: float) -> None:
+        """Submit a large request once it is parsed. timeout: seconds to wait for that."""
+        if self._parsed and wait([self._parsed], timeout).done:
+            self._submit(self._parsed.result)
+
     @property
     def finished(self) -> bool:
-        return self._error is not None or all(job.finished for job in self._jobs)
+        return self._error is not None or (self._parsed is None and all(job.finished for job in self._jobs))
 
     def cancel(self) -> None:
         """Nobody waits for it any more."""
+        if self._parsed:
+            self._parsed.cancel()
         for job in self._jobs:
             self._engine.cancel(job.id)
 
@@ -103,3 +124,25 @@ class OpenRequest:
             error = InternalError(f"an error on our side, {type(error).__name__}; the worker's log has it")
         self._error = error
         return error
+
+
+def _parse(entry: dict[str, Any], path: str, model: ModelInfo, engine: Engine) -> Call:
+    """The call, its prompts tokenized."""
+    call = parse(entry, path, model)
+    call.requests = [
+        replace(request, prompt=engine.encode(request.prompt, request.add_special_tokens)) for request in call.requests
+    ]
+    return call
+
+
+def _is_large(entry: dict[str, Any]) -> bool:
+    """Whether characters and values together are more than `_LARGE`; does not look further than that."""
+    size, rest = 0, [entry]
+    while rest and size <= _LARGE:
+        value = rest.pop()
+        size += len(value) if isinstance(value, str | bytes | bytearray | list | dict) else 1
+        if isinstance(value, dict):
+            rest += [*value, *value.values()][:_LARGE]
+        elif isinstance(value, list):
+            rest += value[:_LARGE]
+    return size > _LARGE

@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -182,18 +182,18 @@ class ChatCall(OpenAICall):
         chat = validated(Chat, without_nulls(body))
         super().__init__(chat, model)
         logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
-        self.requests = [chat.request(self._prompt_ids(chat), logprobs)]
+        request = chat.request(self._prompt(chat), logprobs)
+        self.requests = [replace(request, add_special_tokens=False)]
 
-    def _prompt_ids(self, chat: Chat) -> list[int]:
+    def _prompt(self, chat: Chat) -> str:
         tokenizer = self._model.tokenizer
         if not tokenizer.chat_template:
             raise InvalidRequest("messages: this model's tokenizer has no chat template; use completions with a prompt")
         messages = [message.plain() for message in chat.messages]
         try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from None
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     def _choice(self, sequence: Sequence) -> dict[str, Any]:
         message = {"role": "assistant", "content": sequence.text, "refusal": None}

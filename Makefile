@@ -16,15 +16,17 @@ TEXT ?= My dog is cute
 export OMP_WAIT_POLICY ?= PASSIVE
 
 RUN := .venv/bin/python -m
+# Two processes; tests that share a server stay together, in the order of the files: e2e, which takes longest, first.
+PYTEST := .venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 READY := .venv/.ready
 READY_KSERVE := .venv-kserve/.ready
 PIP_INSTALL := bin/pip install --quiet --disable-pip-version-check -r
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop predict download shard zip archive upload plan manifest deploy test lint lock bench clean
+.PHONY: help setup demo serve stop predict download shard zip archive upload plan manifest deploy test test-fast lint lock bench clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 setup: $(READY) ## .venv with locked versions, and Java where there is none
 
@@ -100,7 +102,10 @@ deploy: $(READY) ## the same, applied with kubectl
 	@mkdir -p .run && $(MANIFEST) > .run/manifest.yaml && kubectl apply -f .run/manifest.yaml
 
 test: $(READY) $(READY_KSERVE) ## every test, the real TorchServe among them
-	.venv/bin/pytest
+	$(PYTEST)
+
+test-fast: $(READY) $(READY_KSERVE) ## the tests that start neither TorchServe nor a cloud store's stand-in
+	$(PYTEST) -m "not e2e and not cloud"
 
 lint: $(READY) ## ruff and mypy
 	.venv/bin/ruff check .

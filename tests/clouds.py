@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.archive import ROOT
-from server.torchserve import free_port
+from tests.ports import free_port
 
 KSERVE = ROOT / ".venv-kserve"
 AZURITE = KSERVE / "azurite/node_modules/azurite/dist/src/blob/main.js"

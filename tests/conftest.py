@@ -1,4 +1,4 @@
-"""The cloud stores' stand-ins, for the tests of the upload and of KServe's way down again; and a folder to pack."""
+"""What tests of several folders use: a tiny BLOOM, a folder to pack, and the cloud stores' stand-ins."""
 
 import os
 import uuid
@@ -6,6 +6,24 @@ import uuid
 import pytest
 
 from tests import clouds
+from tests.models import save_tiny_bloom
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Tests that share a server run in one process, so that it is started once."""
+    for item in items:
+        if "cloud_server" in item.fixturenames:
+            item.add_marker("cloud")
+            item.add_marker(pytest.mark.xdist_group(item.callspec.params["cloud_server"]))
+
+
+@pytest.fixture(scope="session")
+def bloom(tmp_path_factory):
+    """The folder of a tiny BLOOM in three shards. It is everyone's: who changes something copies it first."""
+    folder = save_tiny_bloom(tmp_path_factory.mktemp("checkpoint") / "bloom")
+    assert len(list(folder.glob("model-*.safetensors"))) == 3
+    return folder
 
 
 @pytest.fixture(scope="session", params=["s3", "gcs", "azure"])

@@ -9,14 +9,9 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 from handler.errors import CheckpointError, LoadError
 from handler.loading import load_model
 from handler.settings import Settings
-from tests.models import SAMPLE_SETUP_CONFIG, save_tiny_bloom, train_tokenizer
+from tests.models import SAMPLE_SETUP_CONFIG, train_tokenizer
 
 PROMPT = "My dog is cute"
-
-
-@pytest.fixture(scope="module")
-def bloom(tmp_path_factory):
-    return save_tiny_bloom(tmp_path_factory.mktemp("bloom"))
 
 
 @pytest.fixture

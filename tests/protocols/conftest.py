@@ -9,7 +9,6 @@ from handler.loading import load_model
 from handler.protocols.base import ModelInfo
 from handler.protocols.open_request import OpenRequest
 from handler.settings import Settings
-from tests.models import save_tiny_bloom
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -18,9 +17,8 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def loaded(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("protocols")
-    return load_model(save_tiny_bloom(folder / "bloom"), Settings(), folder)
+def loaded(bloom, tmp_path_factory):
+    return load_model(bloom, Settings(), tmp_path_factory.mktemp("protocols"))
 
 
 @pytest.fixture

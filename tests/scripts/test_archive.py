@@ -7,16 +7,10 @@ from handler.errors import SettingsError
 from scripts.archive import archive, main
 from scripts.console import UserError
 from scripts.zip import zip_checkpoint
-from tests.models import save_tiny_bloom
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return save_tiny_bloom(tmp_path / "checkpoint")
-
-
-def test_a_mar_holds_the_package_and_the_zip_uncompressed(folder, tmp_path):
-    zipped = zip_checkpoint(folder, tmp_path / "model.zip")
+def test_a_mar_holds_the_package_and_the_zip_uncompressed(bloom, tmp_path):
+    zipped = zip_checkpoint(bloom, tmp_path / "model.zip")
     mar = archive("bloom", zipped, tmp_path / "store")
     assert mar == tmp_path / "store/bloom.mar"
     with zipfile.ZipFile(mar) as packed:
@@ -31,26 +25,26 @@ def test_a_mar_holds_the_package_and_the_zip_uncompressed(folder, tmp_path):
     assert list((tmp_path / "store").iterdir()) == [mar]
 
 
-def test_a_mar_with_a_folder_instead_of_a_zip(folder, tmp_path):
-    with zipfile.ZipFile(archive("bloom", folder, tmp_path / "store")) as packed:
-        assert packed.read("model/config.json") == (folder / "config.json").read_bytes()
+def test_a_mar_with_a_folder_instead_of_a_zip(bloom, tmp_path):
+    with zipfile.ZipFile(archive("bloom", bloom, tmp_path / "store")) as packed:
+        assert packed.read("model/config.json") == (bloom / "config.json").read_bytes()
         assert "model.zip" not in packed.namelist()
 
 
-def test_a_folder_links_the_weights_and_making_it_again_leaves_them(folder, tmp_path):
+def test_a_folder_links_the_weights_and_making_it_again_leaves_them(bloom, tmp_path):
     for _ in range(2):
-        made = archive("bloom", folder, tmp_path / "store", archive_format="no-archive")
+        made = archive("bloom", bloom, tmp_path / "store", archive_format="no-archive")
     assert made == tmp_path / "store/bloom"
     assert (made / "handler/engine/engine.py").is_file() and (made / "MAR-INF/MANIFEST.json").is_file()
-    assert (made / "model").is_symlink() and (made / "model").resolve() == folder
-    assert (folder / "config.json").is_file()
+    assert (made / "model").is_symlink() and (made / "model").resolve() == bloom
+    assert (bloom / "config.json").is_file()
 
 
-def test_a_setting_that_would_fail_the_load_fails_here(folder, tmp_path):
+def test_a_setting_that_would_fail_the_load_fails_here(bloom, tmp_path):
     setup = tmp_path / "setup_config.json"
     setup.write_text('{"max_memory": {"cpu": "lots"}}')
     with pytest.raises(SettingsError, match="lots"):
-        archive("bloom", folder, tmp_path / "store", setup)
+        archive("bloom", bloom, tmp_path / "store", setup)
 
 
 def test_weights_that_are_not_there_or_no_zip(tmp_path):
@@ -61,9 +55,9 @@ def test_weights_that_are_not_there_or_no_zip(tmp_path):
         archive("bloom", tmp_path / "model.zip", tmp_path / "store")
 
 
-def test_a_name_that_torch_model_archiver_refuses(folder, tmp_path):
+def test_a_name_that_torch_model_archiver_refuses(bloom, tmp_path):
     with pytest.raises(UserError, match=r"special characters|regular expression|model name"):
-        archive("bloom 7b", folder, tmp_path / "store")
+        archive("bloom 7b", bloom, tmp_path / "store")
 
 
 def test_help(capsys):

@@ -13,7 +13,7 @@ from scripts.plan import Bandwidth, make_plan
 from scripts.plan.__main__ import main
 from scripts.plan.placement import RUNTIME_BYTES
 from scripts.plan.remedies import remedies
-from tests.models import save_bloom_7b1_config, save_tiny_bloom, train_tokenizer
+from tests.models import save_bloom_7b1_config, train_tokenizer
 
 GB = 10**9
 KV_BYTES_PER_TOKEN = 2 * 30 * 4096 * 2  # of BLOOM-7b1 in 16 bits: keys and values, layers, hidden size, bytes
@@ -22,9 +22,9 @@ LAYER_BYTES = 402_759_680  # of BLOOM-7b1: (12 h² + 13 h) weights of 2 bytes
 TOTAL_BYTES = 14_138_032_128  # 7,069,016,064 weights
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_bloom(tmp_path_factory.mktemp("bloom"))
+@pytest.fixture
+def tiny(bloom):
+    return bloom
 
 
 @pytest.fixture(scope="module")

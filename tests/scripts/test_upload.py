@@ -16,7 +16,6 @@ from scripts.stores import base, open_store
 from scripts.stores.folder import FolderStore, _FolderUpload
 from scripts.upload import find_archive
 from tests.clouds import objects
-from tests.models import save_tiny_bloom
 
 PART_BYTES = 5 * 2**20  # the least that S3 takes
 SIZE = 4 * PART_BYTES + 12345
@@ -34,24 +33,19 @@ def no_retries(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_bloom(tmp_path_factory.mktemp("bloom"))
-
-
-@pytest.fixture(scope="module")
-def mar(tiny, tmp_path_factory):
+def mar(bloom, tmp_path_factory):
     """An archive of five parts."""
     folder = tmp_path_factory.mktemp("mar")
     (folder / "weights").mkdir()
-    for path in tiny.iterdir():
+    for path in bloom.iterdir():
         (folder / "weights" / path.name).write_bytes(path.read_bytes())
     (folder / "weights/ballast").write_bytes(os.urandom(SIZE))
     return archive("bloom", folder / "weights", folder / "store")
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
-    return archive("bloom", tiny, tmp_path_factory.mktemp("folder"), archive_format="no-archive")
+def folder(bloom, tmp_path_factory):
+    return archive("bloom", bloom, tmp_path_factory.mktemp("folder"), archive_format="no-archive")
 
 
 def files(folder):

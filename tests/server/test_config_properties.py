@@ -7,7 +7,6 @@ import yaml
 
 from scripts.archive import ROOT, STARTUP_BYTES_PER_SECOND, STARTUP_SECONDS, archive
 from server.config_properties import cluster_properties, laptop_properties, model_config
-from tests.models import save_tiny_bloom
 
 SAME = [
     "metrics_mode",
@@ -22,11 +21,6 @@ SAME = [
     "ts_open_inference_protocol",
     "model_snapshot",
 ]
-
-
-@pytest.fixture(scope="module")
-def bloom(tmp_path_factory):
-    return save_tiny_bloom(tmp_path_factory.mktemp("checkpoint") / "bloom")
 
 
 @pytest.fixture(params=["zip-store", "no-archive"])

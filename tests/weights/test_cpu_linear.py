@@ -8,7 +8,6 @@ from handler.engine import Engine, EngineConfig, Request, model_runner
 from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import cpu_linear
-from tests.models import save_tiny_bloom
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -54,10 +53,9 @@ def test_few_rows_and_other_dtypes_are_left_to_pytorch(lacking):
 
 
 @pytest.mark.parametrize("tier", ["cpu", "disk"])
-def test_generation_is_what_pytorch_makes_it_and_layers_may_be_on_disk(lacking, monkeypatch, tmp_path, tier):
-    folder = save_tiny_bloom(tmp_path / "bloom")
+def test_generation_is_what_pytorch_makes_it_and_layers_may_be_on_disk(lacking, monkeypatch, bloom, tmp_path, tier):
     settings = Settings(dtype="bfloat16", max_memory={"cpu": 0 if tier == "disk" else 10**9})
-    loaded = load_model(folder, settings, tmp_path)
+    loaded = load_model(bloom, settings, tmp_path)
     prompts = [[10 + i, 20 + i, 30 + i] for i in range(16)]
 
     def texts():

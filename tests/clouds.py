@@ -135,6 +135,12 @@ def objects(cloud: Cloud) -> dict[str, bytes]:
     return {name.removeprefix("models/bloom/"): data for name, data in _read_all(cloud)}
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder, by its path from there, its links followed."""
+    paths = [Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
 def _read_all(cloud: Cloud) -> Iterator[tuple[str, bytes]]:
     if cloud.name == "s3":
         import boto3

@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.torchserve import free_port
+from tests.e2e.conftest import REPOSITORY_SETTINGS
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
+DEMO = pytest.mark.xdist_group("demo")  # which works in one folder, .run/demo
 
 
 def start(*command, cwd=ROOT):
@@ -41,14 +43,15 @@ def serves(port):
 
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "make stop"])
-def test_serve_predict_and_both_ways_to_end_it(bloom, end):
-    port = free_port()
+def test_serve_predict_and_both_ways_to_end_it(bloom, end, generated):
+    port, text = free_port(), "The quick brown fox"
+    expected = generated(text, settings=REPOSITORY_SETTINGS)
     serving = start("scripts.serve", "--model-dir", str(bloom), "--model-name", "mine", "--port", str(port))
     try:
         read_until(serving, "READY")
         assert serves(port)
-        answer = make("predict", "MODEL_NAME=mine", f"PORT={port}", "TEXT=The quick brown fox")
-        assert json.loads(answer.stdout)["predictions"][0].startswith("The quick brown fox")
+        answer = make("predict", "MODEL_NAME=mine", f"PORT={port}", f"TEXT={text}")
+        assert json.loads(answer.stdout) == {"predictions": [expected]}
         if end == "Ctrl-C":
             serving.send_signal(signal.SIGINT)
         else:
@@ -83,6 +86,7 @@ def test_serve_on_a_port_that_is_taken(bloom):
     assert f"port {port} (inference) is taken" in output and "Traceback" not in output
 
 
+@DEMO
 def test_demo_ends_with_english_and_leaves_nothing():
     """The answer is the last line; the steps before it say their time and size."""
     demo = start("scripts.demo")
@@ -97,6 +101,7 @@ def test_demo_ends_with_english_and_leaves_nothing():
     assert not serves("demo")
 
 
+@DEMO
 def test_demo_says_the_workers_cause(tmp_path):
     setup = tmp_path / "setup_config.json"
     setup.write_text(json.dumps({"device_map": {"": "mps"}}))

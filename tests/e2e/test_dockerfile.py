@@ -1,5 +1,6 @@
-"""deploy/Dockerfile: no engine builds it where the tests run, so its own steps are run in a fresh environment."""
+"""deploy/Dockerfile: no engine builds it where the tests run, so its own steps are run in an environment of their own."""
 
+import hashlib
 import json
 import os
 import re
@@ -10,14 +11,17 @@ import venv
 from pathlib import Path
 
 import pytest
-import requests
 import yaml
+from filelock import FileLock
 
 from scripts.archive import ROOT, archive
 from scripts.upload import upload
-from tests.e2e import conftest
+from tests.e2e.asking import PROMPT, predict
+from tests.e2e.conftest import REPOSITORY_SETTINGS
 
 DOCKERFILE = ROOT / "deploy/Dockerfile"
+KEPT = ROOT / ".run/image"
+DECIDES = ("requirements.lock", "requirements-java.lock", "server/java.py")  # with the RUN lines: what is installed
 
 
 @pytest.fixture(scope="module")
@@ -69,29 +73,42 @@ def test_nothing_is_copied_that_dockerignore_holds_back(instructions):
     assert copied == allowed
 
 
-def test_what_its_steps_make_serves(instructions, bloom, tmp_path, container, monkeypatch):
-    """Without the packages of the tests and of the other commands; the first pip is that of a fresh environment."""
+@pytest.fixture
+def image(instructions, tmp_path):
+    """What the image has: its environment without the packages of the tests and of the other commands, and its folder.
+
+    The environment takes a minute to make; it is kept as long as nothing that decides what is in it has changed.
+    """
     app = tmp_path / "app"
     app.mkdir()
-    venv.create(tmp_path / "python", with_pip=True, symlinks=True)
-    environment = {**os.environ, "PATH": f"{tmp_path}/python/bin:/usr/bin:/bin", "TORCH_INDEX_URL": ""}
-    environment.pop("JAVA_HOME", None)
-    for instruction, argument in instructions:
-        if instruction == "COPY":
-            *sources, target = argument.split()
-            for source in sources:
-                if (ROOT / source).is_dir():
-                    shutil.copytree(ROOT / source, app / target)
-                else:
-                    shutil.copy(ROOT / source, app / target)
-        elif instruction == "RUN" and not argument.startswith("useradd"):
-            done = subprocess.run(argument, shell=True, cwd=app, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout + done.stderr
-    entry = json.loads(arguments(instructions, "ENTRYPOINT")[0])
-    monkeypatch.setattr(conftest, "ENTRY", [tmp_path / "python/bin" / entry[0], *entry[1:]])
-    monkeypatch.setenv("PATH", environment["PATH"])
-    monkeypatch.chdir(app)
+    for argument in arguments(instructions, "COPY"):
+        *sources, target = argument.split()
+        for source in sources:
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, app / target)
+            else:
+                shutil.copy(ROOT / source, app / target)
+    steps = [step for step in arguments(instructions, "RUN") if not step.startswith("useradd")]
+    decides = [sys.version, *steps, *((app / name).read_text() for name in DECIDES)]
+    python = KEPT / hashlib.sha256("\0".join(decides).encode()).hexdigest()[:16]
+    variables = {**os.environ, "PATH": f"{python}/bin:/usr/bin:/bin", "TORCH_INDEX_URL": ""}
+    variables.pop("JAVA_HOME", None)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with FileLock(KEPT / "lock"):
+        if not (python / "complete").exists():
+            for other in KEPT.glob("*/"):  # gigabytes each; or this one, broken off
+                shutil.rmtree(other)
+            venv.create(python, with_pip=True, symlinks=True)
+            for step in steps:
+                done = subprocess.run(step, shell=True, cwd=app, env=variables, capture_output=True, text=True)
+                assert done.returncode == 0, done.stdout + done.stderr
+            (python / "complete").touch()
+    name, *rest = json.loads(arguments(instructions, "ENTRYPOINT")[0])
+    return {"entry": [python / "bin" / name, *rest], "environment": variables, "cwd": app}
+
+
+def test_what_its_steps_make_serves(instructions, image, bloom, tmp_path, container, generated):
     upload(archive("bloom", bloom, tmp_path / "store"), f"file://{tmp_path}/models")
-    with container(tmp_path / "models", *json.loads(arguments(instructions, "CMD")[0])) as pod:
-        answer = requests.post(f"{pod.url}/v1/models/bloom:predict", json={"instances": ["My dog is cute"]}, timeout=60)
-        assert answer.status_code == 200 and answer.json()["predictions"][0].startswith("My dog is cute")
+    with container(tmp_path / "models", *json.loads(arguments(instructions, "CMD")[0]), **image) as pod:
+        expected = generated(settings=REPOSITORY_SETTINGS)
+        assert predict(pod.url, PROMPT).json() == {"predictions": [expected]}

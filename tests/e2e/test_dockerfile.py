@@ -1,4 +1,4 @@
-"""deploy/Dockerfile: no engine builds it where the tests run, so its own steps are run in an environment of their own."""
+"""deploy/Dockerfile: no engine builds it where the tests run, so its steps are run in an environment of their own."""
 
 import hashlib
 import json

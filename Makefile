@@ -16,8 +16,7 @@ TEXT ?= My dog is cute
 export OMP_WAIT_POLICY ?= PASSIVE
 
 RUN := .venv/bin/python -m
-# Two processes; tests that share a server stay together, in the order of the files: e2e, which takes longest, first.
-PYTEST := .venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := .venv/bin/pytest -n 2 --no-loadscope-reorder
 READY := .venv/.ready
 READY_KSERVE := .venv-kserve/.ready
 PIP_INSTALL := bin/pip install --quiet --disable-pip-version-check -r

@@ -1,13 +1,9 @@
-"""The real TorchServe, on free ports, in a folder of its own; four are shared, since most of the time goes into starts.
-
-continuous, plain, offloaded and sample serve until the last test. Tests that use them are one xdist_group, "servers".
-"""
+"""The real TorchServe, on free ports, in a folder of its own."""
 
 import contextlib
 import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,47 +13,25 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import yaml
-from transformers import AutoTokenizer
 
 from handler.loading import load_model
 from handler.settings import Settings
 from scripts.archive import ROOT, archive
-from scripts.zip import zip_checkpoint
 from server.torchserve import TorchServe
 from tests.e2e.asking import PROMPT
-from tests.models import SAMPLE_SETUP_CONFIG, save_tiny_bloom
 from tests.ports import free_port
-from tests.protocols.conftest import CHAT_TEMPLATE
 
 READY_TIMEOUT = 180  # seconds
 REPOSITORY_SETTINGS = json.loads((ROOT / "setup_config.json").read_text())
 ENTRY = [sys.executable, "-m", "server.container"]
 FETCH = "import sys; from kserve_storage import Storage; Storage.download(sys.argv[1], sys.argv[2])"
 SETTINGS = {"max_new_tokens": 8, "max_batch_size": 4, "max_queue": 8, "max_prompt_tokens": 200}
-OFFLOADED_SETTINGS = {**SETTINGS, "max_memory": {"cpu": 100_000}}  # bytes, of 350,000
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/e2e" in str(item.path):
             item.add_marker("e2e")
-
-
-@pytest.fixture(scope="session")
-def other_bloom(tmp_path_factory):
-    """The folder of a BLOOM that answers otherwise."""
-    return save_tiny_bloom(tmp_path_factory.mktemp("other") / "bloom", n_head=8)
-
-
-@pytest.fixture(scope="session")
-def bloom_zip(bloom, tmp_path_factory):
-    """The tiny BLOOM as a zip, with a chat template."""
-    folder = shutil.copytree(bloom, tmp_path_factory.mktemp("chat") / "bloom")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return zip_checkpoint(folder, tmp_path_factory.mktemp("zip") / "model.zip")
 
 
 @pytest.fixture(scope="session")
@@ -115,46 +89,6 @@ def serving(tmp_path_factory):
 
 def sizes_in(weights):
     return {path: path.stat().st_size for path in (weights, *weights.rglob("*")) if path.is_file()}
-
-
-def envelope(name, protocol):
-    """What KServe sets to wrap the handler; `enable_envvars_config` would let it in."""
-    return {"TS_SERVICE_ENVELOPE": name, "PROTOCOL_VERSION": protocol}
-
-
-@pytest.fixture(scope="session")
-def continuous(serving, bloom_zip):
-    """In continuous mode, with a chat template."""
-    with serving(bloom_zip, SETTINGS, environment=envelope("kserve", "v1")) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def plain(serving, bloom, tmp_path_factory):
-    """In plain mode, from a folder."""
-    config = yaml.safe_load((ROOT / "model-config.yaml").read_text())
-    config |= {"continuousBatching": False, "batchSize": 8}
-    path = tmp_path_factory.mktemp("plain") / "model-config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    with serving(bloom, SETTINGS, "no-archive", model_config=path) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def offloaded(serving, bloom, tmp_path_factory):
-    """In continuous mode, with most layers on disk and a work folder too deep for the path of a socket."""
-    deep = tmp_path_factory.mktemp("d" * 60) / ("e" * 60)
-    deep.mkdir()
-    packed = zip_checkpoint(bloom, deep / "model.zip")
-    with serving(packed, OFFLOADED_SETTINGS, environment=envelope("kservev2", "v2"), folder=deep) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def sample(serving, other_bloom):
-    """In continuous mode, another model with the sample's settings."""
-    with serving(other_bloom, SAMPLE_SETUP_CONFIG) as server:
-        yield server
 
 
 def fetch(uri, mount):

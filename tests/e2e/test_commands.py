@@ -16,7 +16,6 @@ from tests.e2e.conftest import REPOSITORY_SETTINGS
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
-DEMO = pytest.mark.xdist_group("demo")  # which works in one folder, .run/demo
 
 
 def start(*command, cwd=ROOT):
@@ -86,7 +85,6 @@ def test_serve_on_a_port_that_is_taken(bloom):
     assert f"port {port} (inference) is taken" in output and "Traceback" not in output
 
 
-@DEMO
 def test_demo_ends_with_english_and_leaves_nothing():
     """The answer is the last line; the steps before it say their time and size."""
     demo = start("scripts.demo")
@@ -101,7 +99,6 @@ def test_demo_ends_with_english_and_leaves_nothing():
     assert not serves("demo")
 
 
-@DEMO
 def test_demo_says_the_workers_cause(tmp_path):
     setup = tmp_path / "setup_config.json"
     setup.write_text(json.dumps({"device_map": {"": "mps"}}))

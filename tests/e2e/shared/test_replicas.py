@@ -37,8 +37,6 @@ http {{
 }}
 """
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 
 @pytest.fixture(scope="module")
 def replica(serving, bloom):

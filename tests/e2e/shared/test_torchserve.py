@@ -12,8 +12,6 @@ import requests
 
 from tests.e2e.asking import PROMPT, at_once, complete, describe, events, joined, predict
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 
 @pytest.fixture(params=["continuous", "plain"])
 def server(request):

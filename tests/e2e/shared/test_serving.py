@@ -6,12 +6,10 @@ import pytest
 import requests
 
 from tests.e2e.asking import PROMPT, describe, predict
-from tests.e2e.conftest import OFFLOADED_SETTINGS, SETTINGS
+from tests.e2e.shared.conftest import OFFLOADED_SETTINGS, SETTINGS
 from tests.models import SAMPLE_SETUP_CONFIG
 
 PROMPTS = [PROMPT, "The quick brown fox jumps over the lazy dog, again", "東京"]
-
-pytestmark = pytest.mark.xdist_group("servers")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ from tests.e2e.asking import PROMPT, predict
 
 PROMPTS = [PROMPT, "東京", "The quick brown fox", "a", "emoji 🐶", "{"]
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 
 @pytest.fixture
 def url(continuous):

@@ -10,8 +10,6 @@ from tests.e2e.asking import PROMPT, complete, joined
 
 PACKAGE = "org.pytorch.serve.grpc.inference"
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 
 def messages():
     """The two messages of TorchServe's inference.proto that a prediction needs."""

@@ -17,8 +17,6 @@ PROMPTS = [f"My dog number {i} is cute" for i in range(8)]
 STOCK = Path(__file__).with_name("kserve_front.py")
 OURS = ROOT / "deploy/transformer.py"
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 
 @contextlib.contextmanager
 def front(script, predictor, protocol, log, *options):

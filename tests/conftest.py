@@ -8,7 +8,6 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from tests import clouds
-from tests.models import save_tiny_bloom
 
 STORES = ["s3", "gcs", "azure"]
 
@@ -43,6 +42,9 @@ class Together(LoadScopeScheduling):
 @pytest.fixture(scope="session")
 def bloom(tmp_path_factory):
     """The folder of a tiny BLOOM in three shards. It is everyone's: who changes something copies it first."""
+    # Here, because it imports torch, which the process that hands out the tests can do without.
+    from tests.models import save_tiny_bloom
+
     folder = save_tiny_bloom(tmp_path_factory.mktemp("checkpoint") / "bloom")
     assert len(list(folder.glob("model-*.safetensors"))) == 3
     return folder

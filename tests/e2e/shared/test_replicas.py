@@ -79,12 +79,12 @@ def test_a_worker_out_of_memory_says_507_and_serves_on(replica, generated):
     worker = psutil.Process(requests.get(f"{replica.management_url}/models/bloom").json()[0]["workers"][0]["pid"])
     limit = worker.memory_info().vms + 64 * 2**20
     worker.rlimit(psutil.RLIMIT_AS, (limit, psutil.RLIM_INFINITY))
-    refused = predict(replica.url, "long " * 1500)
+    refused = predict(replica.url, "long " * 800)
     assert refused.status_code == 507, refused.text
     assert "memory" in refused.json()["error"]["message"]
     assert predict(replica.url, PROMPT).json() == {"predictions": [generated()]}
     worker.rlimit(psutil.RLIMIT_AS, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
-    assert predict(replica.url, "long " * 1500).ok
+    assert predict(replica.url, "long " * 800).ok
     assert worker.is_running()
 
 

@@ -19,7 +19,7 @@ from handler.errors import LoadError, first_line
 from handler.settings import Settings
 from handler.weights.files import weight_files
 from handler.weights.fused_gelu import fuse_gelu
-from handler.weights.placement import Tier, device_map, max_memory, tiers_of
+from handler.weights.placement import Placement, device_map, max_memory
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device_map: dict[str, int | str]
-    tiers: dict[str, Tier]
+    placement: Placement
 
 
 def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedModel:
@@ -60,10 +60,10 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     fuse_gelu(model)
     # A model that went to one device whole has no map of its own.
     placed = getattr(model, "hf_device_map", {"": model.device.type})
-    tiers = tiers_of(model, placed)
-    for device, tier in tiers.items():
+    placement = Placement.of(model, placed)
+    for device, tier in placement.tiers.items():
         logger.info("%s holds %d layers, %.2f GB", device, tier.layers, tier.bytes / 1e9)
-    return LoadedModel(model, tokenizer, placed, tiers)
+    return LoadedModel(model, tokenizer, placed, placement)
 
 
 def read_config(folder: Path, settings: Settings) -> PreTrainedConfig:

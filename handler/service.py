@@ -19,7 +19,7 @@ from ts.torch_handler.base_handler import BaseHandler
 from handler.checkpoint import open_checkpoint, work_folder
 from handler.engine import Engine
 from handler.loading import load_model
-from handler.memory import with_kv_cache_limit
+from handler.memory import anonymous_memory, with_kv_cache_limit
 from handler.protocols.base import ModelInfo
 from handler.protocols.open_request import OpenRequest, Reply
 from handler.settings import read_settings
@@ -38,9 +38,10 @@ class LargeModelHandler(BaseHandler):
         """
         model_dir = Path(context.system_properties["model_dir"])
         self.settings = read_settings(model_dir / "setup_config.json")
-        self.loaded = load_model(open_checkpoint(model_dir), self.settings, work_folder(model_dir))
+        checkpoint, before = open_checkpoint(model_dir), anonymous_memory()
+        self.loaded = load_model(checkpoint, self.settings, work_folder(model_dir))
+        config = with_kv_cache_limit(self.settings, self.loaded, copied=anonymous_memory() - before)
         self.model = self.loaded.model
-        config = with_kv_cache_limit(self.settings, self.loaded)
         self.engine = Engine(self.loaded.model, self.loaded.tokenizer, config)
         self.model_info = ModelInfo(
             name=context.model_name,
@@ -76,11 +77,12 @@ class LargeModelHandler(BaseHandler):
         return [self.open_requests[request_id] for request_id in ids]
 
     def _path(self, index: int) -> str:
-        """What a request asks for. The management API's describe is a header, which any client can send as well, so
-        it is answered like any other request of the batch."""
-        if self.context.get_request_header(index, "describe") == "True":
+        """What a request asks for, as a path below the model's version. The management API asks for a description
+        with a header, which any client can send too; but the inference API marks its requests with another one."""
+        header = self.context.get_request_header
+        if header(index, "describe") == "True" and header(index, "explain") is None:
             return "describe"
-        return self.context.get_request_header(index, "url_path") or ""
+        return header(index, "url_path") or ""
 
     def inference(self, requests: list[OpenRequest]) -> None:
         """Run the engine: in continuous mode for a time slice, or until a request is done and its client can have
@@ -109,7 +111,7 @@ class LargeModelHandler(BaseHandler):
             "max_sequence_length": self.engine.capacity.max_sequence_length,
             "engine": {"running": self.engine.num_running, "waiting": self.engine.num_waiting},
             "device_map": self.loaded.device_map,
-            "tiers": {device: vars(tier) for device, tier in self.loaded.tiers.items()},
+            "tiers": {device: vars(tier) for device, tier in self.loaded.placement.tiers.items()},
             "versions": {package: version(package) for package in PACKAGES},
         }
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from handler.errors import CheckpointError, LoadError, SettingsError
 from handler.settings import parse_size
-from server.torchserve import LaunchError
+from server.errors import LaunchError
 
 
 class UserError(Exception):

@@ -17,16 +17,13 @@ import psutil
 import requests
 
 from server.config_properties import PORTS, laptop_properties
+from server.errors import LaunchError
 from server.java import find_java_home
 
 MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's path on Linux
 # What TorchServe's worker logs right before the traceback of a failure, and what it logs right after it.
 FAILURE = re.compile(r"MODEL_LOG - (Failed to load model|Load model .* OOM|Backend worker process died)")
 AFTER_TRACEBACK = ("Backend worker process died", "s_name_part0=")
-
-
-class LaunchError(Exception):
-    """TorchServe cannot be started, or ends; the message says why and what to do."""
 
 
 class ModelFailed(LaunchError):

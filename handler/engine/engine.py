@@ -47,7 +47,7 @@ class Engine:
         self._vocab_size = architecture.vocab_size
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
-        self._defaults = checked({"max_new_tokens": config.max_new_tokens} | config.generation)
+        self._defaults = {"max_new_tokens": config.max_new_tokens} | checked(config.generation)
         self._processor_source = _with_special_tokens_only(model)
         self._cache = KVCache(self.capacity.kv_cache_tokens, config.kv_cache_memory, architecture.kv_bytes_per_token)
         self._runner = ModelRunner(model, architecture, self._cache)

@@ -60,8 +60,7 @@ class Scheduler:
             raise QueueFull(f"{len(self.waiting)} sequences wait already; send the request again later")
 
     def add(self, sequences: Collection[Sequence]) -> None:
-        """Let sequences wait for a row. Raises as `check_queue_room`, and then none of them waits."""
-        self.check_queue_room(len(sequences))
+        """Let sequences wait for a row, for whom `check_queue_room` found room."""
         self.waiting.extend(sequences)
 
     def schedule(self) -> list[Batch]:

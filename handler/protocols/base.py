@@ -57,9 +57,13 @@ class Call(ABC):
         """With `stream`: what is new since the last part, maybe nothing. The last part ends the stream."""
         raise NotImplementedError
 
-    @staticmethod
-    def render_error(error: EngineError | ProtocolError) -> dict[str, Any]:
+    def render_error(self, error: EngineError | ProtocolError) -> dict[str, Any]:
         """The body that tells of an error."""
+        return self.error_body(error)
+
+    @staticmethod
+    def error_body(error: EngineError | ProtocolError) -> dict[str, Any]:
+        """An error in this format."""
         status, kind = status_and_type(error)
         return {"error": {"code": status, "message": str(error), "type": kind}}
 
@@ -91,8 +95,8 @@ def failure(jobs: list[Job]) -> EngineError | ProtocolError | None:
             return job.error
         if any(sequence.finish_reason == "time" for sequence in job.sequences):
             tokens = sum(len(sequence.token_ids) for sequence in job.sequences)
-            limit = job.request.parameters.get("max_time")
             return DeadlineExceeded(
-                f"max_time of {limit} s was over after {tokens} tokens; allow more time or ask for fewer tokens"
+                f"max_time of {job.params.max_time:g} s was over after {tokens} tokens; "
+                "allow more time or ask for fewer tokens"
             )
     return None

@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from handler.engine import InvalidRequest
+from handler.engine import EngineError, InvalidRequest
 from handler.protocols.base import Call, ModelInfo
-from handler.protocols.errors import NotFound
+from handler.protocols.errors import NotFound, ProtocolError
 from handler.protocols.kserve_v1 import PredictCall
 from handler.protocols.open_inference import InferCall
 from handler.protocols.openai import ChatCall, CompletionCall, OpenAICall, models
@@ -42,11 +42,13 @@ class UnparsedCall(Call):
     """A request whose format is not known yet: there are only errors to tell, in OpenAI's shape on OpenAI's paths."""
 
     def __init__(self, path: str):
-        is_openai = path.strip("/").startswith("v1/")
-        self.render_error = (OpenAICall if is_openai else Call).render_error  # type: ignore[method-assign]
+        self._format = OpenAICall if path.strip("/").startswith("v1/") else Call
 
     def render(self, jobs: list) -> Any:
         raise NotImplementedError
+
+    def render_error(self, error: EngineError | ProtocolError) -> dict[str, Any]:
+        return self._format.error_body(error)
 
 
 def parse(entry: dict[str, Any], path: str, model: ModelInfo) -> Call:

@@ -19,7 +19,8 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises CheckpointError when there are none, or one that the index names is missing.
     """
-    first = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    choices = (*_named_in_config(folder), *WEIGHTS)
+    first = next((folder / name for name in choices if (folder / name).is_file()), None)
     if first is None:
         raise CheckpointError(f"{folder} holds no weights ({', '.join(WEIGHTS)}): download the checkpoint again")
     if first.suffix != ".json":
@@ -33,3 +34,12 @@ def weight_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise CheckpointError(f"{first} names {file.name}, which is not beside it: download it again")
     return files
+
+
+def _named_in_config(folder: Path) -> list[str]:
+    """The file that config.json names under transformers' key for it, if it does."""
+    try:
+        name = json.loads((folder / "config.json").read_text()).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [name] if isinstance(name, str) else []

@@ -3,7 +3,6 @@
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -42,27 +41,71 @@ def device_map(settings: Settings, gpus: int) -> str | dict[str, int | str]:
     return placed
 
 
-def placement(model: PreTrainedModel, placed: dict[str, int | str]) -> Iterator[tuple[str, str, int]]:
-    """(name, "gpu 0", "cpu" or "disk", bytes) of every parameter, from the device map that Accelerate settled on."""
-    for name, parameter in model.named_parameters():
-        module = max((key for key in placed if f"{name}.".startswith(f"{key}." if key else "")), key=len)
-        device = placed[module]
-        device = f"gpu {device}" if isinstance(device, int) else str(device)
-        yield name, device, parameter.numel() * parameter.element_size()
+@dataclass(frozen=True)
+class Part:
+    """A decoder layer, or a module outside of them: name, device ("gpu 0", "cpu" or "disk"), bytes of its weights."""
+
+    name: str
+    device: str
+    bytes: int
+
+    @property
+    def is_layer(self) -> bool:
+        return _decoder_layer(f"{self.name}.") is not None
 
 
-def decoder_layer(name: str) -> str | None:
+@dataclass(frozen=True)
+class Placement:
+    """Where all weights are, and with them what is computed where. The parts are in the model's order.
+
+    main_device: where Accelerate computes what lies on "cpu" or "disk": the first GPU of its map, or the CPU.
+    """
+
+    parts: list[Part]
+    main_device: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, device_map: dict[str, int | str]) -> "Placement":
+        """By the device map that Accelerate settled on. The model may be on the meta device."""
+        sizes: dict[tuple[str, str], int] = defaultdict(int)
+        for name, parameter in model.named_parameters():
+            module = max((key for key in device_map if f"{name}.".startswith(f"{key}." if key else "")), key=len)
+            part = _decoder_layer(name) or name.rpartition(".")[0]
+            sizes[part, _device_name(device_map[module])] += parameter.numel() * parameter.element_size()
+        gpus = [_device_name(device) for device in device_map.values() if isinstance(device, int)]
+        return cls([Part(name, device, size) for (name, device), size in sizes.items()], next(iter(gpus), "cpu"))
+
+    @property
+    def tiers(self) -> dict[str, Tier]:
+        """What each device holds."""
+        devices = dict.fromkeys(part.device for part in self.parts)
+        held = {device: [part for part in self.parts if part.device == device] for device in devices}
+        return {
+            device: Tier(sum(part.is_layer for part in parts), sum(part.bytes for part in parts))
+            for device, parts in held.items()
+        }
+
+    @property
+    def computed_layers(self) -> dict[str, int]:
+        """How many decoder layers each device computes, and so holds the keys and values of."""
+        layers = {part.name: part.device for part in self.parts if part.is_layer}
+        devices = [device if device.startswith("gpu") else self.main_device for device in layers.values()]
+        return {device: devices.count(device) for device in dict.fromkeys([self.main_device, *devices])}
+
+    @property
+    def streaming_bytes(self) -> int:
+        """Room that the main device needs for what is brought there in each step: the largest part of it."""
+        return max((part.bytes for part in self.parts if self.is_streamed(part)), default=0)
+
+    def is_streamed(self, part: Part) -> bool:
+        return part.device == "disk" or (part.device == "cpu" and self.main_device != "cpu")
+
+
+def _device_name(device: int | str) -> str:
+    return f"gpu {device}" if isinstance(device, int) else str(device)
+
+
+def _decoder_layer(name: str) -> str | None:
     """The decoder layer that a parameter belongs to, such as `transformer.h.3`; None outside of them."""
     match = re.match(r"(.*?\.\d+)\.", name)
     return match[1] if match else None
-
-
-def tiers_of(model: PreTrainedModel, placed: dict[str, int | str]) -> dict[str, Tier]:
-    """What each device holds, by the names that `placement` gives them."""
-    size: dict[str, int] = defaultdict(int)
-    layers: dict[str, set[str]] = defaultdict(set)
-    for name, device, count in placement(model, placed):
-        size[device] += count
-        if layer := decoder_layer(name):
-            layers[device].add(layer)
-    return {device: Tier(len(layers[device]), size[device]) for device in size}

@@ -4,7 +4,7 @@ placement.py reckons, plan.py holds what came out, remedies.py says what to chan
 shows it to people, and __main__.py is the command.
 """
 
-from .placement import make_plan
-from .plan import Bandwidth, Device, Part, Plan
+from .make_plan import make_plan
+from .plan import Bandwidth, Device, Plan
 
-__all__ = ["Bandwidth", "Device", "Part", "Plan", "make_plan"]
+__all__ = ["Bandwidth", "Device", "Plan", "make_plan"]

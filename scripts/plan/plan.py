@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from handler.settings import Settings
-from handler.weights.placement import decoder_layer
+from handler.weights.placement import Part
 
 SLACK_BYTES = 1_000_000_000  # of disk: code, logs, sockets
 
@@ -37,19 +37,6 @@ class Device:
     @property
     def missing(self) -> int:
         return 0 if self.size is None else max(0, self.needed - self.size)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A decoder layer, or what is outside of them: its name, device and bytes."""
-
-    name: str
-    device: str
-    bytes: int
-
-    @property
-    def is_layer(self) -> bool:
-        return decoder_layer(f"{self.name}.") is not None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .placement import RUNTIME_BYTES, make_plan
+from .make_plan import RUNTIME_BYTES, make_plan
 from .plan import Plan, gigabytes
 
 

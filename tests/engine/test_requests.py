@@ -148,6 +148,11 @@ def test_the_request_wins_over_the_defaults(model, tokenizer):
     assert len(run(engine, parameters={"max_new_tokens": 2}).sequences[0].token_ids) == 2
 
 
+def test_null_in_the_defaults_is_the_default(model, tokenizer):
+    engine = Engine(model, tokenizer, EngineConfig(max_new_tokens=3, generation={"max_new_tokens": None}))
+    assert len(run(engine).sequences[0].token_ids) == 3
+
+
 def test_bad_defaults_are_refused_when_they_are_configured():
     with pytest.raises(ValueError, match="num_beams"):
         EngineConfig(generation={"num_beams": 2})

@@ -18,7 +18,7 @@ order = itertools.count()
 def sequence(prompt, new=5, **fields):
     """A sequence of `prompt` tokens that may get `new` more."""
     request = Request([2] * prompt, {"max_new_tokens": new}, **fields)
-    job = Job(request, resolve(request, prompt, {}, 300, 1000, 1000), request.prompt)
+    job = Job(request, resolve(request, prompt, {}, 300, 1000), request.prompt)
     job.sequences = [Sequence(job, 0, Sampler(), None, frozenset(), next(order))]
     return job.sequences[0]
 
@@ -127,14 +127,14 @@ def test_a_waiting_sequence_that_ended_never_runs():
     assert not scheduler.waiting and scheduler.running == [running]
 
 
-def test_the_queue_takes_all_or_none():
+def test_the_queue_has_room_for_all_or_says_so():
     scheduler, _ = make_scheduler(max_queue=3)
     scheduler.add([sequence(1), sequence(1)])
+    scheduler.check_queue_room(1)
     with pytest.raises(QueueFull, match="2 sequences wait"):
-        scheduler.add([sequence(1), sequence(1)])
+        scheduler.check_queue_room(2)
     with pytest.raises(InvalidRequest, match="at most 3"):
-        scheduler.add([sequence(1)] * 4)
-    assert len(scheduler.waiting) == 2
+        scheduler.check_queue_room(4)
 
 
 def test_logits_are_kept_where_a_token_is_sampled_or_the_prompt_is_reported():

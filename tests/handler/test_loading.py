@@ -28,9 +28,9 @@ def logits(model, tokenizer):
 def test_every_tier_gives_the_same_logits(bloom, tmp_path, limit, tiers):
     whole = AutoModelForCausalLM.from_pretrained(bloom)
     loaded = load_model(bloom, Settings(max_memory=None if limit is None else {"cpu": limit}), tmp_path)
-    assert set(loaded.tiers) == tiers
-    assert sum(tier.bytes for tier in loaded.tiers.values()) == whole.get_memory_footprint()
-    assert max(tier.layers for tier in loaded.tiers.values()) == 4
+    assert set(loaded.placement.tiers) == tiers
+    assert sum(tier.bytes for tier in loaded.placement.tiers.values()) == whole.get_memory_footprint()
+    assert max(tier.layers for tier in loaded.placement.tiers.values()) == 4
     torch.testing.assert_close(logits(loaded.model, loaded.tokenizer), logits(whole, loaded.tokenizer))
 
 
@@ -77,7 +77,7 @@ def test_the_sample_on_a_machine_without_its_gpu(bloom, tmp_path, caplog):
 def test_an_explicit_map_goes_to_the_cpu_where_it_names_a_missing_gpu(bloom, tmp_path, caplog):
     missing = torch.cuda.device_count()
     loaded = load_model(bloom, Settings(device_map={"transformer": missing, "lm_head": "cpu"}), tmp_path)
-    assert set(loaded.tiers) == {"cpu"}
+    assert set(loaded.placement.tiers) == {"cpu"}
     assert f"puts 'transformer' on GPU {missing}" in caplog.text
 
 

@@ -12,7 +12,7 @@ from handler import memory
 from handler.errors import LoadError
 from handler.loading import load_model
 from handler.settings import Settings
-from handler.weights.placement import Tier
+from handler.weights.placement import Part, Placement
 from tests.models import save_tiny_bloom
 
 MB = 10**6
@@ -33,7 +33,7 @@ def write(folder, **files):
 
 def test_version_2_with_a_tighter_group_above(tmp_path):
     (tmp_path / "of").write_text("0::/pods/one\n")
-    write(tmp_path / "pods", memory__max="900\n", memory__stat="anon 300\nfile 500\n")
+    write(tmp_path / "pods", memory__max="900\n", memory__stat="anon 200\nfile 500\nshmem 60\nslab_unreclaimable 40\n")
     write(tmp_path / "pods/one", memory__max="max\n", memory__stat="anon 100\n")
     assert memory._free_in_control_groups(tmp_path, tmp_path / "of") == [600]
 
@@ -71,27 +71,44 @@ def test_weights_that_are_mapped_are_not_free():
     assert memory.free_host_memory(free // 2) < 0.75 * free
 
 
+def test_copied_weights_are_counted_once(monkeypatch):
+    monkeypatch.setattr(memory, "free_host_memory", lambda mapped: 10_000 - mapped)
+    placement = Placement([Part("h.0", "cpu", 4_000), Part("head", "cpu", 1_000)], "cpu")
+    assert memory.kv_cache_budget(placement, workspace_bytes=0, copied=0) == 4_500
+    assert memory.kv_cache_budget(placement, workspace_bytes=0, copied=3_000) == 7_200
+    assert memory.kv_cache_budget(placement, workspace_bytes=0, copied=9_000) == 9_000
+
+
 def test_a_gpus_room_is_shared_by_the_layers_that_it_computes(monkeypatch):
     free = {0: 1000, 1: 5000}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index], 10**6))
-    tiers = {"gpu 0": Tier(2, 9), "gpu 1": Tier(4, 9), "cpu": Tier(1, 9), "disk": Tier(1, 9)}
+    devices = ["gpu 0"] * 2 + ["gpu 1"] * 4 + ["cpu", "disk"]
+    layers = [Part(f"h.{index}", device, 0) for index, device in enumerate(devices)]
     # The first computes what is on the CPU and on disk too: 4 of 8 layers in 900 bytes.
-    assert memory.kv_cache_budget(tiers, workspace_bytes=0) == 1800
-    assert memory.kv_cache_budget(tiers, workspace_bytes=500) == 900
-    assert memory.kv_cache_budget(tiers, workspace_bytes=5000) == 0
+    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), 0, copied=0) == 1800
+    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), 500, copied=0) == 900
+    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), 5000, copied=0) == 0
+
+
+def test_what_is_streamed_has_room_beside_keys_and_values(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10_000, 10**6))
+    layers = [Part("h.0", "gpu 0", 70), Part("h.1", "cpu", 50), Part("head", "disk", 3_000)]
+    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), 1_000, copied=0) == (10_000 - 1_000 - 3_000) * 9 // 10
 
 
 @pytest.mark.parametrize("free_tokens, limit", [(10**6, None), (1000, 1000), (100, LoadError)])
 def test_the_default_gives_way_to_the_memory_that_is_left(loaded, monkeypatch, free_tokens, limit):
     token_bytes = 2 * 4 * 32 * 4  # keys and values, layers, hidden size, bytes
-    monkeypatch.setattr(memory, "kv_cache_budget", lambda tiers, workspace_bytes: free_tokens * token_bytes)
+    monkeypatch.setattr(memory, "kv_cache_budget", lambda *_: free_tokens * token_bytes)
     if limit is LoadError:
         with pytest.raises(LoadError, match="memory for 100 tokens"):
-            memory.with_kv_cache_limit(Settings(), loaded)
+            memory.with_kv_cache_limit(Settings(), loaded, copied=0)
     else:
-        assert memory.with_kv_cache_limit(Settings(), loaded).kv_cache_memory == (limit and limit * token_bytes)
+        assert memory.with_kv_cache_limit(Settings(), loaded, copied=0).kv_cache_memory == (
+            limit and limit * token_bytes
+        )
 
 
 def test_an_explicit_limit_is_obeyed(loaded, monkeypatch):
-    monkeypatch.setattr(memory, "kv_cache_budget", lambda tiers, workspace_bytes: 0)
-    assert memory.with_kv_cache_limit(Settings(kv_cache_memory=10**12), loaded).kv_cache_memory == 10**12
+    monkeypatch.setattr(memory, "kv_cache_budget", lambda *_: 0)
+    assert memory.with_kv_cache_limit(Settings(kv_cache_memory=10**12), loaded, copied=0).kv_cache_memory == 10**12

@@ -158,9 +158,12 @@ def test_a_stream_comes_in_parts_that_add_up(make_handler, continuous, monkeypat
     whole = frontend.answer(frontend.send(body))[1]["choices"][0]["text"]
     frontend.handler.settings = frontend.handler.settings.model_copy(update={"time_slice_ms": 1})
     other = frontend.send(instances("a"))
-    status, last = frontend.answer(frontend.send(body | {"stream": True}))
+    streamed = frontend.send(body | {"stream": True})
+    status, last = frontend.answer(streamed)
+    parts = [*frontend.bodies[streamed][:-1], *sent]
+    assert status == 200 and len([part for part in parts if part]) > 2
     events = "".join([*sent, last]).split("\n\n")
-    assert status == 200 and len(sent or events) > 2 and events[-2:] == ["data: [DONE]", ""]
+    assert events[-2:] == ["data: [DONE]", ""]
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole
     assert frontend.answer(other)[0] == 200
@@ -197,10 +200,11 @@ def test_describe(make_handler, continuous):
     assert frontend.answer(managed) == (200, described)
 
 
-def test_a_describe_header_changes_nothing_for_the_neighbours(make_handler, continuous):
+def test_a_describe_header_of_a_client_changes_nothing(make_handler, continuous):
     frontend = make_handler(continuous)
     expected = frontend.answer(frontend.send(instances(PROMPT)))
-    sent = [frontend.send(instances(PROMPT), describe=header) for header in ("True", "", "True", "False")]
-    answers = [frontend.answer(one) for one in sent]
-    assert answers[1] == answers[3] == expected
-    assert [(status, body["model_type"]) for status, body in answers[::2]] == [(200, "bloom")] * 2
+    sent = [frontend.send(instances(PROMPT), describe=header, explain="False") for header in ("True", "", "True")]
+    managed = frontend.send({}, describe="True")
+    assert [frontend.answer(one) for one in sent] == [expected] * 3
+    status, described = frontend.answer(managed)
+    assert status == 200 and described["model_type"] == "bloom"

@@ -23,7 +23,7 @@ from handler.protocols.openai import OpenAICall
 )
 def test_the_status_and_type_of_an_error(kind, status, error_type):
     error = kind("prompt: send another")
-    assert Call.render_error(error) == {"error": {"code": status, "message": str(error), "type": error_type}}
-    assert OpenAICall.render_error(error) == {
+    assert Call.error_body(error) == {"error": {"code": status, "message": str(error), "type": error_type}}
+    assert OpenAICall.error_body(error) == {
         "error": {"message": str(error), "type": error_type, "param": "prompt", "code": status}
     }

@@ -11,7 +11,7 @@ from handler.settings import Settings
 from scripts.console import UserError, parse_gpus
 from scripts.plan import Bandwidth, make_plan
 from scripts.plan.__main__ import main
-from scripts.plan.placement import RUNTIME_BYTES
+from scripts.plan.make_plan import RUNTIME_BYTES
 from scripts.plan.remedies import remedies
 from tests.models import save_bloom_7b1_config, train_tokenizer
 
@@ -43,14 +43,14 @@ def test_the_map_is_what_the_loader_makes(tiny, tmp_path, limit, dtype):
     loaded, plan = load_model(tiny, settings, tmp_path), make_plan(tiny, settings, gpus=[])
     assert plan.device_map == loaded.device_map
     tiers = {device.name: (device.layers, device.weights) for device in plan.devices if device.weights}
-    assert tiers == {name: (tier.layers, tier.bytes) for name, tier in loaded.tiers.items()}
+    assert tiers == {name: (tier.layers, tier.bytes) for name, tier in loaded.placement.tiers.items()}
     assert plan.dtype == str(loaded.model.dtype).removeprefix("torch.")
 
 
 def test_a_map_of_modules_is_taken_as_it_is(tiny, tmp_path):
     settings = Settings(device_map={"transformer": 0, "lm_head": 0})
     (cpu, _), loaded = make_plan(tiny, settings, gpus=[]).devices, load_model(tiny, settings, tmp_path)
-    assert (cpu.layers, cpu.weights) == (loaded.tiers["cpu"].layers, loaded.tiers["cpu"].bytes)
+    assert (cpu.layers, cpu.weights) == (loaded.placement.tiers["cpu"].layers, loaded.placement.tiers["cpu"].bytes)
     assert make_plan(tiny, settings, gpus=[GB]).devices[0].layers == 4
 
 

@@ -62,7 +62,7 @@ class OpenAICall(Call):
 
     def render_part(self, jobs: list[Job]) -> str:
         if error := failure(jobs):
-            return _event(self.render_error(error)) + "data: [DONE]\n\n"
+            return _event(self.error_body(error)) + "data: [DONE]\n\n"
         chunks = [chunk for index, sequence in enumerate(_sequences(jobs)) for chunk in self._chunks(index, sequence)]
         if self._continuous_usage:
             chunks = [chunk | {"usage": self._count(jobs)} for chunk in chunks]
@@ -73,7 +73,7 @@ class OpenAICall(Call):
         return "".join(map(_event, chunks))
 
     @staticmethod
-    def render_error(error: EngineError | ProtocolError) -> dict[str, Any]:
+    def error_body(error: EngineError | ProtocolError) -> dict[str, Any]:
         """In OpenAI's shape. `param` is the field that the message begins with, where it names one."""
         field, colon, _ = str(error).partition(": ")
         param = field if colon and field.replace(".", "").replace("_", "").isalnum() else None

@@ -5,7 +5,6 @@ here. A folder with nothing but config.json in it is enough.
 """
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +21,10 @@ from handler.errors import CheckpointError, LoadError
 from handler.loading import read_config
 from handler.settings import Settings
 from handler.weights.files import weight_files
-from handler.weights.placement import decoder_layer, device_map, max_memory, placement
+from handler.weights.placement import Part, Placement, Tier, device_map, max_memory
 from scripts.console import UserError
 
-from .plan import Bandwidth, Device, Part, Plan
+from .plan import Bandwidth, Device, Plan
 
 # Java and a worker with an imported torch, without a model: 0.75 GB resident, and Java's heap may grow to 1 GB.
 RUNTIME_BYTES = 1_500_000_000
@@ -77,9 +76,10 @@ def _make_plan(
     files = _weight_files(model_dir)
     model = _meta_model(read_config(model_dir, settings), settings, files)
     placed = _place(model, settings, gpus, cpu)
-    parts = _parts(model, placed)
+    placement = Placement.of(model, placed)
+    parts = placement.parts
     architecture = Architecture.of(model)
-    limits = Capacity.of(architecture, settings)
+    capacity = Capacity.of(architecture, settings)
     stored = sum(path.stat().st_size for path in files)
     archived = sum(path.stat().st_size for pattern in ARCHIVED for path in model_dir.glob(pattern))
     weights = sum(part.bytes for part in parts)
@@ -92,14 +92,14 @@ def _make_plan(
         bandwidth=bandwidth,
         device_map=placed,
         parts=parts,
-        devices=_devices(parts, limits, gpus, cpu),
-        max_sequence_length=limits.max_sequence_length,
+        devices=_devices(placement, capacity, gpus, cpu),
+        max_sequence_length=capacity.max_sequence_length,
         kv_bytes_per_token=architecture.kv_bytes_per_token,
         largest_shard=max((path.stat().st_size for path in files), default=min(weights, SHARD_BYTES)),
         checkpoint_bytes=archived or weights,
         offload_bytes=0 if in_place else on_disk,
         # Safetensors are read as they are stored, which may be wider than what is computed in.
-        streamed=_streamed(model, parts, stored / weights if stored and in_place else 1.0),
+        streamed=_streamed(model, placement, stored / weights if stored and in_place else 1.0),
     )
 
 
@@ -136,57 +136,40 @@ def _place(
     return _get_device_map(model, device_map(settings, len(gpus)), limits, None)
 
 
-def _parts(model: PreTrainedModel, placed: dict[str, int | str]) -> list[Part]:
-    """Decoder layers, and the modules outside of them that have weights, in the model's order."""
-    sizes: dict[tuple[str, str], int] = defaultdict(int)
-    for name, device, count in placement(model, placed):
-        sizes[decoder_layer(name) or name.rpartition(".")[0], device] += count
-    return [Part(name, device, count) for (name, device), count in sizes.items()]
-
-
-def _devices(parts: list[Part], limits: Capacity, gpus: Sequence[int | None], cpu: int | None) -> list[Device]:
+def _devices(placement: Placement, capacity: Capacity, gpus: Sequence[int | None], cpu: int | None) -> list[Device]:
     """GPUs, CPU and disk with what they will hold. A layer's keys and values live where it is computed."""
-    layers = {part.name: part.device for part in parts if part.is_layer}
-    main = _main_device(parts)
-    computed = [device if device.startswith("gpu") else main for device in layers.values()]
-    streamed = [part.bytes for part in parts if _is_streamed(part, main)]
+    computed, none = placement.computed_layers, Tier(0, 0)
+    num_layers = max(1, sum(computed.values()))
     devices = []
     for name, size in [*((f"gpu {index}", size) for index, size in enumerate(gpus)), ("cpu", cpu), ("disk", None)]:
-        works = name == main or name in computed
+        tier = placement.tiers.get(name, none)
+        workspace = capacity.workspace_bytes if name in computed else 0
+        workspace += placement.streaming_bytes if name == placement.main_device else 0
         devices.append(
             Device(
                 name=name,
                 size=size,
-                layers=sum(1 for device in layers.values() if device == name),
-                weights=sum(part.bytes for part in parts if part.device == name),
-                kv_cache=limits.kv_cache_bytes * computed.count(name) // max(1, len(layers)),
-                workspace=(limits.workspace_bytes if works else 0) + (max(streamed, default=0) if name == main else 0),
+                layers=tier.layers,
+                weights=tier.bytes,
+                kv_cache=capacity.kv_cache_bytes * computed.get(name, 0) // num_layers,
+                workspace=workspace,
                 runtime=RUNTIME_BYTES if name == "cpu" else 0,
             )
         )
     return devices
 
 
-def _main_device(parts: list[Part]) -> str:
-    """Where Accelerate computes the layers that lie on "cpu" or "disk": the first GPU in use, or the CPU."""
-    return next((part.device for part in parts if part.device.startswith("gpu")), "cpu")
-
-
-def _is_streamed(part: Part, main: str) -> bool:
-    return part.device == "disk" or (part.device == "cpu" and main != "cpu")
-
-
-def _streamed(model: PreTrainedModel, parts: list[Part], stored: float) -> dict[str, int]:
+def _streamed(model: PreTrainedModel, placement: Placement, stored: float) -> dict[str, int]:
     """Bytes that a step reads from disk, over PCIe and from the node's memory.
 
     stored: bytes on disk for each byte in memory, more than 1 when the dtype on disk is wider.
     """
-    main = _main_device(parts)
+    main = placement.main_device
     streamed = {"disk": 0, "pcie": 0, "ram": 0}
-    for part in parts:
+    for part in placement.parts:
         if part.device == "disk":
             streamed["disk"] += int(part.bytes * stored)
-        if _is_streamed(part, main) and main != "cpu":
+        if placement.is_streamed(part) and main != "cpu":
             streamed["pcie"] += part.bytes
         if main == "cpu" and not _is_lookup_table(model, part):
             streamed["ram"] += part.bytes

@@ -18,7 +18,8 @@ class Architecture:
     position, or whose cache is more than keys and values. The model may be on the meta device.
 
     max_length: tokens in a sequence that the model can take, or None if its config does not say.
-    sliding_window: the smallest attention window of any layer in tokens, or None.
+    sliding_window: how many tokens the layers with a sliding window attend to, or None where there are none.
+    longrope_border: most tokens of a sequence that is rotated by longrope's short factors, or None.
     kv_bytes_per_token: of the keys and values in all layers, as far as the config tells.
     takes_position_ids: whether its forward is told positions; otherwise it counts them in the attention mask.
     """
@@ -27,6 +28,7 @@ class Architecture:
     num_attention_heads: int
     max_length: int | None
     sliding_window: int | None
+    longrope_border: int | None
     kv_bytes_per_token: int
     takes_position_ids: bool
 
@@ -43,7 +45,14 @@ class Architecture:
             raise UnsupportedModel(f"{name} takes no position_ids: rows differ in length")
         if model.get_output_embeddings() is None:
             raise UnsupportedModel(f"{name} has no output embeddings")
-        windows = [kwargs["sliding_window"] for kwargs in layer_kwargs if kwargs.get("sliding_window")]
+        windows = {kwargs["sliding_window"] for kwargs in layer_kwargs if kwargs.get("sliding_window")}
+        if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
+            windows.add(config.window_size)
+        if len(windows) > 1:
+            raise UnsupportedModel(f"{name} has sliding windows of different sizes: {sorted(windows)}")
+        rope = getattr(config, "rope_parameters", None) or {}
+        if "longrope" in [kind.get("rope_type") for kind in rope.values() if isinstance(kind, dict)]:
+            raise UnsupportedModel(f"{name} has longrope in layers of one type only")
         limits = [getattr(config, limit, None) for limit in _LENGTH_NAMES]
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -52,6 +61,7 @@ class Architecture:
             num_attention_heads=config.num_attention_heads,
             max_length=next((limit for limit in limits if isinstance(limit, int)), None),
             sliding_window=min(windows, default=None),
+            longrope_border=rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None,
             kv_bytes_per_token=2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize,
             takes_position_ids=takes_position_ids,
         )

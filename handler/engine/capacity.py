@@ -14,7 +14,6 @@ logger = logging.getLogger(__name__)
 
 _FALLBACK_LENGTH = 2048  # tokens, for a model whose config names no limit
 _IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
-_CHUNKS_IN_WINDOW = 4  # at least, of a sliding window
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,7 @@ class Capacity:
     @classmethod
     def of(cls, architecture: Architecture, config: EngineConfig) -> "Capacity":
         chunk, idle_chunk = config.prefill_chunk, _IDLE_CHUNKS * config.prefill_chunk
-        if architecture.sliding_window:
-            chunk = idle_chunk = max(1, min(chunk, architecture.sliding_window // _CHUNKS_IN_WINDOW))
-        length = _max_sequence_length(architecture, config, chunk)
+        length = _max_sequence_length(architecture, config)
         tokens = config.max_batch_size * length
         kv_cache_bytes = tokens * architecture.kv_bytes_per_token
         if config.kv_cache_memory is not None:
@@ -62,13 +59,9 @@ class Capacity:
         )
 
 
-def _max_sequence_length(architecture: Architecture, config: EngineConfig, chunk: int) -> int:
-    asked, own, window = config.max_sequence_length, architecture.max_length, architecture.sliding_window
+def _max_sequence_length(architecture: Architecture, config: EngineConfig) -> int:
+    asked, own = config.max_sequence_length, architecture.max_length
     limit = min(asked or own or _FALLBACK_LENGTH, own or asked or _FALLBACK_LENGTH)
-    if window and limit > window - chunk:
-        # The library cuts windows by column, which is not a token's position while a chunk is prefilled.
-        limit = max(window - chunk, 1)
-        logger.warning("the sliding window of %d limits sequences to %d tokens", window, limit)
     if asked and limit < asked:
         logger.warning("max_sequence_length %d is beyond the model; using %d", asked, limit)
     return limit

@@ -44,7 +44,7 @@ class Engine:
         model.eval()
         architecture = Architecture.of(model)
         self.capacity = Capacity.of(architecture, config)
-        self._vocab_size = architecture.vocab_size
+        self._vocab_size, self._longrope_border = architecture.vocab_size, architecture.longrope_border
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
         self._defaults = {"max_new_tokens": config.max_new_tokens} | checked(config.generation)
@@ -191,6 +191,8 @@ class Engine:
             self._finish(sequence, "stop")
         elif sequence.length == sequence.max_length:
             self._finish(sequence, "length")
+        elif sequence.length - 1 == self._longrope_border:
+            sequence.num_cached_tokens = 0  # from now on all its keys are rotated by other factors
 
     # every end of a sequence: its own, its job's, or that of a step that failed
 

@@ -1,7 +1,7 @@
 """One forward of the model over neighbouring rows, through its ordinary `forward` and Accelerate's hooks."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from handler.weights.cpu_linear import WideLinear, cpu_lacks
 
 from .architecture import Architecture
-from .kv_cache import KVCache
+from .attention import UNSEEN, gpt_neo_sees, key_positions, longrope_by_row, window_masks
+from .kv_cache import ForwardContext, KVCache
 from .scheduler import Batch
 
 
@@ -26,6 +27,8 @@ class ModelRunner:
         self._model, self._cache = model, cache
         self._head = model.get_output_embeddings()
         self._takes_position_ids = architecture.takes_position_ids
+        self._config = model.config.get_text_config()
+        self._window, self._longrope_border = architecture.sliding_window, architecture.longrope_border
         self._products = WideLinear if cpu_lacks(model.dtype) else nullcontext
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -43,14 +46,9 @@ class ModelRunner:
         ]
         new = torch.arange(width)  # [width]
         count, length = torch.tensor(counts)[:, None], torch.tensor(lengths)[:, None]  # [rows, 1]
-        if width == 1:  # each row's new token stands in its own next column
-            mask = torch.arange(context.kv_length) <= length
-        else:  # new tokens stand in common columns behind the longest row
-            mask = torch.cat([torch.arange(context.past_length) < length, new < count], dim=1)
         keep = (new < count) & (new >= count - torch.tensor(batch.logits_to_keep)[:, None])
         inputs = {
             "input_ids": torch.tensor(token_ids).to(self.device),  # [rows, width]
-            "attention_mask": mask.long().to(self.device),  # [rows, kv_length]
             "past_key_values": self._cache,
             "use_cache": True,
             "return_dict": True,
@@ -58,8 +56,29 @@ class ModelRunner:
         if self._takes_position_ids:
             # Padding gets position 0, which every model has.
             inputs["position_ids"] = torch.where(new < count, length + new, 0).to(self.device)
-        with self._head_sees_only(keep), self._products():
+        with ExitStack() as during:
+            during.enter_context(self._head_sees_only(keep))
+            during.enter_context(self._products())
+            inputs["attention_mask"] = self._attention_mask(length, count, context, during)
+            if self._longrope_border is not None:
+                is_long = torch.tensor([sequence.length > self._longrope_border for sequence in sequences])
+                during.enter_context(longrope_by_row(self._model, is_long, self._longrope_border))
             return self._model(**inputs).logits
+
+    def _attention_mask(
+        self, length: torch.Tensor, count: torch.Tensor, context: ForwardContext, during: ExitStack
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """For rows that hold `length` tokens and get `count` new ones, both [rows, 1], what forward takes as mask."""
+        keys = key_positions(length, count, context).to(self.device)
+        if self._window is None or context.kv_length <= self._window:
+            return (keys != UNSEEN).long()  # the library adds causality, which is one of columns too
+        # Padding attends to what its row's last token does: never to nothing.
+        queries = (length + torch.minimum(torch.arange(context.query_length), count - 1)).to(self.device)
+        masks = window_masks(self._config, queries, keys, self._window, self._model.dtype)
+        if self._config.model_type == "gpt_neo":
+            during.enter_context(gpt_neo_sees(self._model, masks))
+            return masks["full_attention"]
+        return masks if hasattr(self._config, "layer_types") else masks["sliding_attention"]
 
     @contextmanager
     def _head_sees_only(self, keep: torch.Tensor) -> Iterator[None]:

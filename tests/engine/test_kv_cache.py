@@ -5,9 +5,11 @@ import torch
 from accelerate import cpu_offload
 from transformers import (
     AutoModelForCausalLM,
+    GPTNeoConfig,
     MambaConfig,
     MistralConfig,
     MptConfig,
+    Qwen2Config,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -134,27 +136,42 @@ def test_rows_move_when_neighbours_leave(kind, tokenizer):
         assert job.sequences[0].token_ids == reference(kind, tuple(prompt))[:new]
 
 
-def test_a_sliding_window_bounds_the_length(tokenizer, caplog):
+SHAPE = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4,
+    "intermediate_size": 64, "max_position_embeddings": 128, "initializer_range": 0.5, "eos_token_id": 0,
+    "pad_token_id": 0,
+}  # fmt: skip
+WINDOWS = {
+    "sliding": MistralConfig(**SHAPE, sliding_window=8),
+    "sliding and full": Qwen2Config(**SHAPE, sliding_window=8, use_sliding_window=True, max_window_layers=2),
+    "sliding, in a buffer of the layer": GPTNeoConfig(
+        **SHAPE, num_layers=4, num_heads=4, window_size=8, attention_types=[[["global", "local"], 2]]
+    ),
+}
+
+
+@pytest.mark.parametrize("offload", [False, True])  # True: rows of different kinds share a forward
+@pytest.mark.parametrize("layers", WINDOWS)
+def test_sequences_grow_far_beyond_a_sliding_window(layers, offload, tokenizer):
     torch.manual_seed(3)
-    config = MistralConfig(
-        vocab_size=VOCAB, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
-        intermediate_size=64, sliding_window=40, initializer_range=0.5, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).eval()
-    cpu_offload(model)  # then rows share forwards, where columns and positions differ most
-    engine = Engine(model, tokenizer)
-    assert engine.capacity.max_sequence_length == 30 and "sliding window" in caplog.text
-    prompts = [prompt_ids(i, n) for i, n in enumerate((20, 2, 9, 21))]
+    model = AutoModelForCausalLM.from_config(WINDOWS[layers]).eval()
+    prompts = [prompt_ids(i, n) for i, n in enumerate((40, 2, 9, 21))]
+    alone = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        alone.append(whole[0, len(prompt) :].tolist())
+    if offload:
+        cpu_offload(model)
+    engine = Engine(model, tokenizer, EngineConfig(prefill_chunk=7))
+    assert engine.capacity.max_sequence_length == 128
     jobs = []
     for prompt in prompts:
-        jobs.append(engine.submit(Request(prompt, {"max_new_tokens": 9})))
+        jobs.append(engine.submit(Request(prompt, {"max_new_tokens": 24})))
         engine.step()
     while engine.has_work:
         engine.step()
-    for job, prompt in zip(jobs, prompts, strict=True):
-        ids = torch.tensor([prompt])
-        alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)
-        assert job.sequences[0].token_ids == alone[0, len(prompt) :].tolist()
+    assert [job.sequences[0].token_ids for job in jobs] == alone
 
 
 @pytest.mark.parametrize(

@@ -166,16 +166,16 @@ def test_where_both_kinds_of_weights_lie_safetensors_are_read_and_both_are_archi
 
 
 def test_the_plan_has_the_engines_own_limits(tmp_path):
-    """A sliding window makes chunks smaller and with them sequences longer."""
+    """A sliding window bounds neither chunks nor sequences."""
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = MistralConfig(vocab_size=300, sliding_window=512, max_position_embeddings=4096, **shape)
     config.save_pretrained(tmp_path)
     settings = Settings(prefill_chunk=256, max_batch_size=4)
     limits = Engine(AutoModelForCausalLM.from_config(config), train_tokenizer(), settings).capacity
     plan = make_plan(tmp_path, settings, gpus=[])
-    assert plan.max_sequence_length == limits.max_sequence_length == 384
-    assert plan.kv_cache == limits.kv_cache_bytes == 4 * 384 * plan.kv_bytes_per_token
-    assert plan.cpu.workspace == limits.workspace_bytes == 2 * 2 * 128 * 384 * 4
+    assert plan.max_sequence_length == limits.max_sequence_length == 4096
+    assert plan.kv_cache == limits.kv_cache_bytes == 4 * 4096 * plan.kv_bytes_per_token
+    assert plan.cpu.workspace == limits.workspace_bytes == 2 * 2 * 1024 * 4096 * 4
 
 
 def test_shared_heads_make_keys_and_values_small(tmp_path):

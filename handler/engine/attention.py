@@ -64,7 +64,7 @@ def gpt_neo_sees(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> Iter
     with ExitStack() as undo:
         for layer in (module for module in model.modules() if isinstance(module, GPTNeoSelfAttention)):
             undo.callback(setattr, layer, "bias", layer.bias)
-            layer.bias = layer.bias.new_ones(1).expand(1, 1, columns, columns)
+            layer.bias = torch.nn.Buffer(layer.bias.new_ones(1).expand(1, 1, columns, columns), persistent=False)
             if layer.attention_type == "local":
                 undo.callback(layer.register_forward_pre_hook(mask, with_kwargs=True).remove)
         yield

@@ -22,6 +22,7 @@ from .request import Request
 from .sampler import logprobs, make_samplers, sample
 from .sampling_params import checked, resolve
 from .scheduler import Batch, Scheduler
+from .self_check import check_rows
 from .sequence import FinishReason, Job, Sequence
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Engine:
         config = config or EngineConfig()
         model.eval()
         architecture = Architecture.of(model)
+        check_rows(model, architecture)
         self.capacity = Capacity.of(architecture, config)
         self._vocab_size, self._longrope_border = architecture.vocab_size, architecture.longrope_border
         self._tokenizer = tokenizer

@@ -1,0 +1,93 @@
+"""Whether a loaded model gives a row the same logits whoever runs beside it and however its tokens are cut up.
+
+The check is short, so it cannot see what begins at many tokens: a sliding window, or longrope's border.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from transformers import PreTrainedModel
+
+from .architecture import Architecture
+from .errors import UnsupportedModel
+from .kv_cache import KVCache
+from .model_runner import ModelRunner
+from .scheduler import Batch
+from .sequence import Sequence
+
+_TOKENS = 12
+_COMPARED = 5  # positions after a cut: there what was before it counts most
+# Most of the logits' standard deviation that the median position may be off. Rounding comes to 0.03 in bfloat16, to
+# 0.1 where it changes experts, to 0.0001 in float32; a wrong position or a missing token to 0.3 and more.
+_TOLERANCE, _TOLERANCE_FLOAT32 = 0.2, 0.01
+
+
+@dataclass(eq=False)
+class _Row:
+    """As much of a `Sequence` as a forward asks for. It wants the logits of all its positions."""
+
+    row: int
+    token_ids: list[int]
+    num_cached_tokens: int = 0
+    needs_prompt_logprobs: bool = True
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    def next_token_ids(self, count: int) -> list[int]:
+        return self.token_ids[self.num_cached_tokens : self.num_cached_tokens + count]
+
+
+@torch.inference_mode()
+def check_rows(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Run the same tokens as one chunk and as two, in rows of different length; two passes over the model.
+
+    Raises UnsupportedModel where the forward does, or where the logits differ by more than rounding.
+    """
+    name = type(model).__name__
+    try:
+        difference = _largest_difference(model, architecture)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UnsupportedModel(f"{name} cannot run rows of different length together: {reason}") from error
+    if math.isnan(difference):
+        raise UnsupportedModel(f"{name} gives logits that are not numbers in {model.dtype}")
+    is_exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    if difference > (_TOLERANCE_FLOAT32 if is_exact else _TOLERANCE):
+        raise UnsupportedModel(
+            f"{name} gives other logits when a prompt is cut into chunks beside other rows: off by {difference:.2g} "
+            "standard deviations"
+        )
+
+
+def _largest_difference(model: PreTrainedModel, architecture: Architecture) -> float:
+    """Of two rows that are cut from a third that is not, in standard deviations of its logits."""
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(architecture.vocab_size, (_TOKENS,), generator=generator).tolist()
+    longer, shorter, whole = (_Row(row, token_ids) for row in range(3))
+    runner = ModelRunner(model, architecture, KVCache(3 * 64, None, architecture.kv_bytes_per_token))
+    _forward(runner, {longer: 7, shorter: 3})
+    of_longer, of_shorter, of_whole = _forward(runner, {longer: 5, shorter: 9, whole: 12})
+    return max(_median_difference(of_longer, of_whole[7:]), _median_difference(of_shorter, of_whole[3:]))
+
+
+def _forward(runner: ModelRunner, counts: dict[_Row, int]) -> tuple[torch.Tensor, ...]:
+    """Carry rows on by so many tokens; logits [tokens, vocab] of each."""
+    batch = Batch(cast(list[Sequence], list(counts)), list(counts.values()), (len(counts), _TOKENS))
+    logits = runner.forward(batch).float()
+    for row, count in counts.items():
+        row.num_cached_tokens += count
+    return logits.split(batch.num_scheduled_tokens)
+
+
+def _median_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Between logits [positions, vocab] of the first positions. What all words have in common makes no difference, and
+    words that a model blanks out do not count."""
+    pairs = zip(logits[:_COMPARED], expected[:_COMPARED], strict=True)
+    real = [(one[~(other.abs() > 1e9)], other[~(other.abs() > 1e9)]) for one, other in pairs]  # keeps what is no number
+    return torch.stack([(one - other).std() / other.std() for one, other in real]).median().item()

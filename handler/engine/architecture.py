@@ -3,7 +3,7 @@
 import inspect
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from .errors import UnsupportedModel
@@ -19,18 +19,18 @@ class Architecture:
 
     max_length: tokens in a sequence that the model can take, or None if its config does not say.
     sliding_window: how many tokens the layers with a sliding window attend to, or None where there are none.
-    longrope_border: most tokens of a sequence that is rotated by longrope's short factors, or None.
     kv_bytes_per_token: of the keys and values in all layers, as far as the config tells.
     takes_position_ids: whether its forward is told positions; otherwise it counts them in the attention mask.
+    longrope_border: most tokens of a sequence that is rotated by longrope's short factors, or None.
     """
 
     vocab_size: int
     num_attention_heads: int
     max_length: int | None
     sliding_window: int | None
-    longrope_border: int | None
     kv_bytes_per_token: int
     takes_position_ids: bool
+    longrope_border: int | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Architecture":
@@ -38,7 +38,8 @@ class Architecture:
         if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
             raise UnsupportedModel(f"{name} keeps more than keys and values of a decoder")
         layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
-        if other := set(layer_types) - {"full_attention", "sliding_attention"}:
+        # A "dummy" uses another layer's keys and values, or none.
+        if other := set(layer_types) - {"full_attention", "sliding_attention", "dummy"}:
             raise UnsupportedModel(f"{name} has layers other than attention: {sorted(other)}")
         takes_position_ids = "position_ids" in inspect.signature(type(model).forward).parameters
         if not takes_position_ids and config.model_type not in _POSITIONS_FROM_MASK:
@@ -53,15 +54,20 @@ class Architecture:
         rope = getattr(config, "rope_parameters", None) or {}
         if "longrope" in [kind.get("rope_type") for kind in rope.values() if isinstance(kind, dict)]:
             raise UnsupportedModel(f"{name} has longrope in layers of one type only")
+        storing = [layer for kind, layer in zip(layer_types, config.per_layer_config, strict=True) if kind != "dummy"]
         limits = [getattr(config, limit, None) for limit in _LENGTH_NAMES]
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             vocab_size=config.vocab_size,
             num_attention_heads=config.num_attention_heads,
             max_length=next((limit for limit in limits if isinstance(limit, int)), None),
             sliding_window=min(windows, default=None),
             longrope_border=rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None,
-            kv_bytes_per_token=2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize,
+            kv_bytes_per_token=2 * sum(_kv_width(layer) for layer in storing) * model.dtype.itemsize,
             takes_position_ids=takes_position_ids,
         )
+
+
+def _kv_width(layer: PreTrainedConfig) -> int:
+    """Numbers in a token's keys in one layer, and again in its values."""
+    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)

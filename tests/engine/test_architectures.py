@@ -1,0 +1,53 @@
+"""Every architecture of the table runs as `generate` does, token for token, or is refused with its reason."""
+
+import pytest
+import torch
+
+from handler.engine import Engine, EngineConfig, Request, UnsupportedModel
+
+from .architectures import BORDER, PAGE, REFUSED, RUNS, WINDOW, Case, make_page
+from .conftest import make_tokenizer, prompt_ids
+
+# Prompt and new tokens. They are cut into chunks, share forwards, slide out of a window of 8, and cross longrope's
+# border of 24 tokens: one while it decodes, one with its prompt, and two never.
+VISITORS = ((20, 8), (2, 20), (33, 5), (9, 14))
+assert any(p < BORDER < p + n for p, n in VISITORS) and all(p + n > 2 * WINDOW for p, n in VISITORS)
+
+
+def alone(model, prompt: list[int], new: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("case", RUNS, ids=str)
+def test_runs_as_generate_does(case: Case):
+    model = case.make_model()
+    engine = Engine(model, make_tokenizer(), EngineConfig(prefill_chunk=7, max_batch_size=4))
+    prompts = [prompt_ids(seed, length) for seed, (length, _) in enumerate(VISITORS)]
+    waiting = [Request(prompt, {"max_new_tokens": new}) for prompt, (_, new) in zip(prompts, VISITORS, strict=True)]
+    passer_by = engine.submit(Request(prompt_ids(9, 25), {"max_new_tokens": 40}))
+    jobs, steps = [], 0
+    while waiting or engine.has_work:
+        if waiting and steps % 2 == 0:
+            jobs.append(engine.submit(waiting.pop(0)))
+        engine._scheduler._mixed_batch = steps % 2 == 0  # decoding and prefilling rows share a forward, or not
+        engine.step()
+        steps += 1
+        if steps == 6:
+            engine.cancel(passer_by.id)
+    answers = [job.sequences[0].token_ids for job in jobs]
+    assert answers == [alone(model, prompt, new) for prompt, (_, new) in zip(prompts, VISITORS, strict=True)]
+    assert len({token for answer in answers for token in answer}) > 8  # not one word over and over
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_is_refused_in_one_line(case: Case):
+    with pytest.raises(UnsupportedModel) as refusal:
+        Engine(case.make_model(), make_tokenizer())
+    assert REFUSED[case] in str(refusal.value) and "\n" not in str(refusal.value)
+    assert type(case.make_model()).__name__ in str(refusal.value)
+
+
+def test_the_page_is_the_table():
+    assert PAGE.read_text() == make_page(), "run python -m tests.engine.architectures"

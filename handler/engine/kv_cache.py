@@ -87,10 +87,15 @@ class KVCache(Cache):
         """Columns of the mask and the first of them, also before there are layers."""
         return self.context.kv_length, 0
 
-    def move_row(self, source: int, destination: int, length: int) -> None:
-        """Copy the first `length` columns of a row to another row."""
+    @property
+    def num_rows(self) -> int:
+        """Rows that every layer has, empty ones too."""
+        return min((len(store) for store in self._stores()), default=0)
+
+    def copy_rows(self, sources: Sequence[int], destinations: Sequence[int], length: int) -> None:
+        """Copy the first `length` columns of rows to other rows, all at once: rows may change places."""
         for store in self._stores():
-            store[destination, :, :length] = store[source, :, :length]
+            store[destinations, :, :length] = store[sources, :, :length]
 
     def zero_rows(self, rows: Sequence[int]) -> None:
         """Zero rows that broke: masked columns still meet a weight of 0 in attention, and 0 x NaN is NaN."""
@@ -104,9 +109,8 @@ class KVCache(Cache):
         ends, the spare ones go.
         """
         # After a forward that ran out of memory some layers have grown and others not: what all have counts.
-        shapes = [store.shape for store in self._stores()]
-        allocated_rows = min((shape[0] for shape in shapes), default=0)
-        allocated_columns = min((shape[2] for shape in shapes), default=0)
+        allocated_rows = self.num_rows
+        allocated_columns = min((store.shape[2] for store in self._stores()), default=0)
         capacity = self.capacity_tokens
         if not columns <= allocated_columns < 2 * columns:
             allocated_columns = math.ceil(columns * _SPARE_COLUMNS / _COLUMN_STEP) * _COLUMN_STEP

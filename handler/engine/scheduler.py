@@ -1,6 +1,5 @@
 """Who runs, in which row of the KV cache, and how many tokens of each go into the next forward."""
 
-from collections import deque
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass, field
 
@@ -48,7 +47,7 @@ class Scheduler:
     """
 
     def __init__(self, cache: KVCache, config: EngineConfig, capacity: Capacity, mixed_batch: bool):
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._cache, self._config, self._capacity, self._mixed_batch = cache, config, capacity, mixed_batch
 
@@ -66,15 +65,15 @@ class Scheduler:
     def schedule(self) -> list[Batch]:
         """Admit who fits and plan this step's forwards."""
         while self.waiting and self._fits(self.waiting[0]):
-            self.waiting[0].row = len(self.running)
-            self.running.append(self.waiting.popleft())
+            self.running.append(self.waiting.pop(0))
+        self._arrange_rows()
         decode, prefill = Batch(), Batch()
         anyone_decodes = any(not sequence.is_prefilling for sequence in self.running)
         chunk = budget = self._capacity.prefill_chunk if anyone_decodes else self._capacity.idle_prefill_chunk
         for sequence in self.running:
             batch, limit = (prefill, budget) if sequence.is_prefilling else (decode, 1)
             count = min(sequence.length - sequence.num_cached_tokens, limit)
-            if count:
+            if count and not self._leader(sequence):
                 batch.sequences.append(sequence)
                 batch.num_scheduled_tokens.append(count)
                 budget -= count if sequence.is_prefilling else 0
@@ -88,19 +87,47 @@ class Scheduler:
         return batches
 
     def release_finished(self) -> None:
-        """Take finished sequences out and close the gaps: the last decoding rows fill those among their
-        kind, prefilling rows move up in their order, so that the oldest goes on first."""
-        self.waiting = deque(sequence for sequence in self.waiting if not sequence.finished)
-        alive = [sequence for sequence in self.running if not sequence.finished]
-        decoding = [sequence for sequence in alive if not sequence.is_prefilling]
+        """After the forwards: let the others have what was computed for them too, and take finished sequences out."""
+        self._share_prompts()
+        self.waiting = [sequence for sequence in self.waiting if not sequence.finished]
+        self.running = [sequence for sequence in self.running if not sequence.finished]
+
+    # rows
+
+    def _arrange_rows(self) -> None:
+        """Give everyone who runs a row, without gaps: decoding rows first, where only the last ones move, then
+        prefilling ones in their order. Those with nothing in the cache come last, so no row is missing there yet
+        that anything is moved to; and last of all those who wait for the prompt of another."""
+        decoding = [sequence for sequence in self.running if not sequence.is_prefilling]
         staying = {sequence.row: sequence for sequence in decoding if sequence.row < len(decoding)}
         moving = (sequence for sequence in decoding if sequence.row >= len(decoding))
         order = [staying.get(row) or next(moving) for row in range(len(decoding))]
-        self.running = order + [sequence for sequence in alive if sequence.is_prefilling]
+        prefilling = [sequence for sequence in self.running if sequence.is_prefilling]
+        prefilling.sort(key=lambda sequence: (sequence.num_cached_tokens == 0, self._leader(sequence) is not None))
+        self.running = order + prefilling
+        moved = [(s.row, row, s.num_cached_tokens) for row, s in enumerate(self.running) if s.row != row]
+        moved = [move for move in moved if move[2]]
+        if moved:
+            sources, destinations, lengths = zip(*moved, strict=True)
+            self._cache.copy_rows(sources, destinations, max(lengths))
         for row, sequence in enumerate(self.running):
-            if sequence.row != row and sequence.num_cached_tokens:
-                self._cache.move_row(sequence.row, row, sequence.num_cached_tokens)
             sequence.row = row
+
+    def _leader(self, sequence: Sequence) -> Sequence | None:
+        """The running sequence of the same job whose prompt this one waits for, instead of computing it again."""
+        if sequence.num_cached_tokens or not sequence.shared_length or sequence.needs_prompt_logprobs:
+            return None
+        siblings = [other for other in self.running if other.job is sequence.job]
+        leader = max(siblings, key=lambda other: (other.num_cached_tokens, -other.order))
+        return None if leader is sequence else leader
+
+    def _share_prompts(self) -> None:
+        """Copy the keys and values of prompts to the rows that wait for them, once the store has those rows."""
+        for sequence in self.running:
+            leader, length = self._leader(sequence), sequence.shared_length
+            if leader and leader.num_cached_tokens >= length and sequence.row < self._cache.num_rows:
+                self._cache.copy_rows([leader.row], [sequence.row], length)
+                sequence.num_cached_tokens = length
 
     def _cache_shape(self, chunk: int) -> tuple[int, int]:
         """Rows and columns that the running sequences fill at most after a step with chunks of this size."""

@@ -94,15 +94,20 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether more than the token generated last is missing in the cache: the prompt, or after a loss of its row
-        everything."""
-        return self.num_cached_tokens < max(len(self.job.prompt_ids), self.length - 1)
+        """Whether more than its last token is missing in the cache: the prompt, or after a loss of its row everything.
+        A row with nothing in the cache is always prefilled."""
+        return self.num_cached_tokens < max(1, self.length - 1)
+
+    @property
+    def shared_length(self) -> int:
+        """How many tokens have the same keys and values in all sequences of the job. The last token is not among
+        them: the next one is sampled from its logits."""
+        return min(len(self.job.prompt_ids), self.length - 1)
 
     @property
     def needs_prompt_logprobs(self) -> bool:
         """Whether the logits of its next prompt tokens are to be reported: once a job, by its first sequence."""
-        is_new = self.is_prefilling and not self.token_ids
-        return is_new and self.index == 0 and self.job.params.prompt_logprobs
+        return self.job.params.prompt_logprobs and self.index == 0 and not self.token_ids
 
     def next_token_ids(self, count: int) -> list[int]:
         """The first `count` tokens that are not in the cache yet."""

@@ -385,6 +385,18 @@ def test_n_sequences_are_seeded_one_after_the_other(engine):
     assert len(run(engine, parameters={"num_return_sequences": 2, "max_new_tokens": 2}).sequences) == 2
 
 
+@pytest.mark.parametrize("chunk", [3, 256])
+def test_n_sequences_prefill_their_prompt_once(model, tokenizer, scheduled, chunk):
+    engine = Engine(model, tokenizer, EngineConfig(prefill_chunk=chunk))
+    forwards = scheduled()
+    job = run(engine, parameters={"max_new_tokens": 1}, n=5, logprobs=1, prompt_logprobs=True)
+    assert sum(map(sum, forwards)) == len(PROMPT) + 4  # the others compute the last token, which they sample from
+    assert [sequence.token_ids for sequence in job.sequences] == [GREEDY[:1]] * 5
+    assert len(job.prompt_logprobs) == len(PROMPT)
+    for sequence in job.sequences:
+        assert sequence.logprobs[0][1] == pytest.approx(job.sequences[0].logprobs[0][1], abs=1e-5)
+
+
 def test_penalties_and_bias_as_openai_defines_them(engine, model):
     fields = {"logit_bias": {9: 25.0, GREEDY[3]: -50.0}, "presence_penalty": 3.0, "frequency_penalty": 4.0}
     expected = list(PROMPT)

@@ -15,20 +15,28 @@ from handler.engine.scheduler import Scheduler
 order = itertools.count()
 
 
-def sequence(prompt, new=5, **fields):
-    """A sequence of `prompt` tokens that may get `new` more."""
-    request = Request([2] * prompt, {"max_new_tokens": new}, **fields)
+def sequences(n, prompt, new=5, **fields):
+    """The sequences of a request for `n` continuations of `prompt` tokens, with `new` more each."""
+    request = Request([2] * prompt, {"max_new_tokens": new}, n=n, **fields)
     job = Job(request, resolve(request, prompt, {}, 300, 1000), request.prompt)
-    job.sequences = [Sequence(job, 0, Sampler(), None, frozenset(), next(order))]
-    return job.sequences[0]
+    job.sequences = [Sequence(job, index, Sampler(), None, frozenset(), next(order)) for index in range(n)]
+    return job.sequences
+
+
+def sequence(prompt, new=5, **fields):
+    return sequences(1, prompt, new, **fields)[0]
 
 
 def make_scheduler(capacity_tokens=10_000, mixed_batch=False, **config):
-    """A scheduler, and its cache of so many rows x columns, whose `moves` has what was moved."""
+    """A scheduler, and its cache of so many rows x columns, whose `copies` has what was copied."""
     config = EngineConfig(**{"max_batch_size": 4, "max_queue": 9, "prefill_chunk": 8, **config})
     architecture = Architecture(300, 2, 1000, None, 1, True)
-    moves = []
-    cache = SimpleNamespace(capacity_tokens=capacity_tokens, move_row=lambda *move: moves.append(move), moves=moves)
+    copies = []
+
+    def copy_rows(sources, destinations, length):
+        copies.append((list(sources), list(destinations), length))
+
+    cache = SimpleNamespace(capacity_tokens=capacity_tokens, copy_rows=copy_rows, copies=copies, num_rows=0)
     return Scheduler(cache, config, Capacity.of(architecture, config), mixed_batch), cache
 
 
@@ -42,7 +50,9 @@ def plan(scheduler):
 
 def step(scheduler):
     """As the engine does it: the tokens get into the cache, and who is through gets one more."""
-    for batch in scheduler.schedule():
+    batches = scheduler.schedule()
+    scheduler._cache.num_rows = max(scheduler._cache.num_rows, len(scheduler.running))
+    for batch in batches:
         completed = [batch.completes(index) for index in range(len(batch.sequences))]
         for sequence, count, complete in zip(batch.sequences, batch.num_scheduled_tokens, completed, strict=True):
             sequence.num_cached_tokens += count
@@ -112,9 +122,50 @@ def test_gaps_are_closed_and_prefilling_rows_stay_in_order_behind_decoding_ones(
     step(scheduler)
     short[0].finish_reason = "stop"
     scheduler.release_finished()
+    assert plan(scheduler) == [[(0, 1), (1, 1)], [(2, 8)]]
     assert scheduler.running == [short[2], short[1], long]
-    assert [row.row for row in scheduler.running] == [0, 1, 2]
-    assert cache.moves == [(2, 0, 2), (3, 2, 26)]  # from row, to row, tokens
+    assert cache.copies == [([2, 3], [0, 2], 26)]  # from rows, to rows, tokens
+
+
+def test_continuations_of_one_prompt_prefill_it_once():
+    scheduler, cache = make_scheduler(prefill_chunk=4)
+    three, other = sequences(3, 20), sequence(3)
+    scheduler.add([*three, other])
+    assert plan(scheduler) == [[(0, 16)]]
+    step(scheduler)
+    assert plan(scheduler) == [[(0, 4), (1, 3)]]  # two wait in the rows after it
+    step(scheduler)
+    assert cache.copies == [([0], [2], 19), ([0], [3], 19)]
+    assert plan(scheduler) == [[(0, 1), (1, 1), (2, 1), (3, 1)]]  # two of them their prompt's last token
+    step(scheduler)
+    assert [len(row.token_ids) for row in three] == [2, 1, 1]
+
+
+def test_a_prompt_is_shared_even_when_its_first_continuation_is_one_token_long():
+    scheduler, _ = make_scheduler()
+    first, second = sequences(2, 9, new=1)
+    scheduler.add([first, second])
+    for batch in scheduler.schedule():
+        assert batch.sequences == [first]
+    scheduler._cache.num_rows = 2
+    first.num_cached_tokens, first.token_ids, first.finish_reason = 9, [7], "length"
+    scheduler.release_finished()
+    assert scheduler.running == [second] and second.num_cached_tokens == 8
+
+
+def test_a_row_that_the_store_does_not_have_yet_gets_its_prompt_one_step_later():
+    scheduler, cache = make_scheduler(max_batch_size=2)
+    blocker, (first, second) = sequence(2, new=9), sequences(2, 9)
+    scheduler.add([blocker, first, second])
+    step(scheduler)
+    blocker.finish_reason = "stop"
+    scheduler.release_finished()
+    cache.num_rows = 1  # as after a forward that had no memory for more
+    assert plan(scheduler) == [[(0, 1)]] and scheduler.running == [first, second]
+    scheduler.release_finished()
+    assert second.num_cached_tokens == 0
+    step(scheduler)
+    assert second.num_cached_tokens == 8
 
 
 def test_a_waiting_sequence_that_ended_never_runs():
@@ -159,9 +210,8 @@ def test_a_sequence_that_lost_its_row_is_prefilled_with_all_of_its_tokens():
     assert (lost.length, lost.num_cached_tokens, lost.is_prefilling) == (7, 6, False)
     lost.num_cached_tokens = 0
     assert lost.is_prefilling and lost.next_token_ids(99) == [2, 2, 2, 7, 7, 7, 7]
-    scheduler.release_finished()  # which puts it behind those who decode
-    assert scheduler.running == [other, lost]
     assert plan(scheduler) == [[(0, 1)], [(1, 4)]]
+    assert scheduler.running == [other, lost]  # behind those who decode
     step(scheduler)
     assert lost.next_token_ids(3) == [7, 7, 7] and len(lost.token_ids) == 4
     step(scheduler)

@@ -168,7 +168,8 @@ def test_where_both_kinds_of_weights_lie_safetensors_are_read_and_both_are_archi
 def test_the_plan_has_the_engines_own_limits(tmp_path):
     """A sliding window bounds neither chunks nor sequences."""
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = MistralConfig(vocab_size=300, sliding_window=512, max_position_embeddings=4096, **shape)
+    shape |= {"num_key_value_heads": 2, "sliding_window": 512, "max_position_embeddings": 4096}
+    config = MistralConfig(vocab_size=300, **shape)
     config.save_pretrained(tmp_path)
     settings = Settings(prefill_chunk=256, max_batch_size=4)
     limits = Engine(AutoModelForCausalLM.from_config(config), train_tokenizer(), settings).capacity

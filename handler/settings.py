@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     model_validator,
@@ -93,6 +94,7 @@ class EngineConfig(BaseModel):
         256, description="Most prompt tokens in one step, so that nobody stalls; four times that while nobody decodes."
     )
     max_queue: PositiveInt = Field(192, description="Most sequences that wait; more are refused with 429.")
+    max_wait: PositiveFloat = Field(60, description="Seconds after which a request that still waits ends with 503.")
 
 
 class Settings(EngineConfig):

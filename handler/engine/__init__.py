@@ -10,7 +10,16 @@ print(job.sequences[0].text)
 from handler.settings import EngineConfig
 
 from .engine import Engine
-from .errors import EngineError, InvalidRequest, ModelError, OutOfMemory, PromptTooLong, QueueFull, UnsupportedModel
+from .errors import (
+    EngineError,
+    InvalidRequest,
+    ModelError,
+    OutOfMemory,
+    PromptTooLong,
+    QueueFull,
+    QueueTimeout,
+    UnsupportedModel,
+)
 from .request import Request
 from .sequence import Job, Sequence
 
@@ -22,5 +31,6 @@ __all__ += [
     "OutOfMemory",
     "PromptTooLong",
     "QueueFull",
+    "QueueTimeout",
     "UnsupportedModel",
 ]

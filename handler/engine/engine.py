@@ -14,7 +14,7 @@ from handler.settings import EngineConfig
 from .architecture import Architecture
 from .capacity import Capacity
 from .detokenizer import Detokenizer
-from .errors import EngineError, InvalidRequest, ModelError, OutOfMemory
+from .errors import EngineError, InvalidRequest, ModelError, OutOfMemory, QueueTimeout
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
 from .prompt import encode
@@ -46,6 +46,7 @@ class Engine:
         architecture = Architecture.of(model)
         check_rows(model, architecture)
         self.capacity = Capacity.of(architecture, config)
+        self._max_wait = config.max_wait
         self._vocab_size, self._longrope_border = architecture.vocab_size, architecture.longrope_border
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
@@ -93,8 +94,9 @@ class Engine:
         job = Job(request, params, prompt_ids)
         job.sequences = self._make_sequences(job)
         self._scheduler.add(job.sequences)
+        job.waiting_since = time.monotonic()
         if params.max_time is not None:
-            job.deadline = time.monotonic() + params.max_time
+            job.deadline = job.waiting_since + params.max_time
         self._jobs[job.id] = job
         return job
 
@@ -218,11 +220,18 @@ class Engine:
         self._end(job, "error")
 
     def _end_expired(self) -> None:
-        expired = [job for job in self._jobs.values() if job.expired]
-        for job in expired:
-            self._end(job, "time")
-        if expired:
-            self._scheduler.release_finished()
+        """End jobs whose deadline is over, and those that have waited too long, nothing of their group having run."""
+        now = time.monotonic()
+        served = {sequence.job.group for sequence in self._scheduler.running}
+        for job in list(self._jobs.values()):
+            if job.group in served:
+                job.waiting_since = now
+            if job.deadline is not None and now >= job.deadline:
+                self._end(job, "time")
+            elif now - job.waiting_since >= self._max_wait and not any(s.token_ids for s in job.sequences):
+                waited = f"the request waited {self._max_wait:g} s and nothing of it has run; send it again later"
+                self._fail(job, QueueTimeout(waited))
+        self._scheduler.release_finished()
 
     def _end(self, job: Job, reason: FinishReason) -> None:
         for sequence in job.sequences:

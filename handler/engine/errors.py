@@ -17,6 +17,10 @@ class QueueFull(EngineError):
     """Too many sequences wait already; the same request may succeed later."""
 
 
+class QueueTimeout(EngineError):
+    """The request waited `max_wait` seconds and nothing of it has run; the same request may succeed later."""
+
+
 class OutOfMemory(EngineError):
     """The step did not fit in memory, and this job was the youngest in it. The engine still serves."""
 

@@ -19,6 +19,7 @@ class Request:
     prompt_logprobs: also report the prompt's tokens, in `Job.prompt_logprobs`.
     ignore_eos: go on to the length limit whatever the model says.
     logit_bias, presence_penalty, frequency_penalty: as OpenAI defines them, over generated tokens.
+    group: the same for prompts that came together; rows are shared fairly among groups. By default its own id.
     """
 
     prompt: str | list[int]
@@ -34,3 +35,4 @@ class Request:
     frequency_penalty: float = 0.0
     add_special_tokens: bool = True
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    group: str | None = None

@@ -1,6 +1,5 @@
 """What a caller watches grow: a job is a submitted request, a sequence one continuation of its prompt."""
 
-import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,12 +18,14 @@ class Job:
 
     sequences: one for each of the `n` continuations.
     prompt_logprobs: if asked for, one entry a prompt token; the first is None as nothing predicts it.
+    waiting_since: `time.monotonic()` seconds at which it was submitted, or when something of its group ran last.
     deadline: `time.monotonic()` seconds after which it ends with finish_reason "time", or None.
     """
 
     request: Request
     params: SamplingParams
     prompt_ids: list[int]
+    waiting_since: float = 0.0
     deadline: float | None = None
     sequences: list["Sequence"] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
@@ -35,12 +36,12 @@ class Job:
         return self.request.id
 
     @property
-    def finished(self) -> bool:
-        return all(sequence.finished for sequence in self.sequences)
+    def group(self) -> str:
+        return self.request.group or self.id
 
     @property
-    def expired(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
+    def finished(self) -> bool:
+        return all(sequence.finished for sequence in self.sequences)
 
 
 @dataclass(eq=False)

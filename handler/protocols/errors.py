@@ -1,6 +1,6 @@
 """HTTP's statuses, and the error types that clients read, for what can go wrong. The engine knows neither."""
 
-from handler.engine import EngineError, InvalidRequest, OutOfMemory, PromptTooLong, QueueFull
+from handler.engine import EngineError, InvalidRequest, OutOfMemory, PromptTooLong, QueueFull, QueueTimeout
 
 
 class ProtocolError(Exception):
@@ -25,6 +25,7 @@ _STATUS_AND_TYPE: dict[type[EngineError | ProtocolError], tuple[int, str]] = {
     DeadlineExceeded: (408, "timeout_error"),
     PromptTooLong: (413, "prompt_too_long"),
     QueueFull: (429, "queue_full"),
+    QueueTimeout: (503, "queue_timeout"),
     OutOfMemory: (507, "out_of_memory"),
 }
 

@@ -14,7 +14,7 @@ from handler.protocols.router import UnparsedCall, parse
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER = "1"  # seconds, for a client that meets a full queue
+RETRY_AFTER = "1"  # seconds, for a client that meets a full queue, or one that does not move
 # Requests with more characters and values than these are parsed beside the running step, one after the other.
 _LARGE = 16_384
 _PARSER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parser")
@@ -58,6 +58,7 @@ class OpenRequest:
         try:
             self._call = parsed()
             for request in self._call.requests:
+                request.group = self._call.requests[0].id
                 self._jobs.append(self._engine.submit(request))
         except Exception as error:
             self._fail(error)
@@ -112,7 +113,8 @@ class OpenRequest:
 
     def _error_reply(self, error: EngineError | ProtocolError) -> Reply:
         status, _ = status_and_type(error)
-        headers = {"Retry-After": RETRY_AFTER} if status == HTTPStatus.TOO_MANY_REQUESTS else {}
+        comes_too_early = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+        headers = {"Retry-After": RETRY_AFTER} if comes_too_early else {}
         more = False if self._started else None
         return Reply(self._call.render_error(error), more, status, headers=headers)
 

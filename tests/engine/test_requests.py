@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from handler.engine import Engine, EngineConfig, InvalidRequest, PromptTooLong, QueueFull, Request
+from handler.engine import Engine, EngineConfig, InvalidRequest, PromptTooLong, QueueFull, QueueTimeout, Request
 
 from .conftest import CONTEXT, VOCAB, make_model, prompt_ids, reference
 
@@ -328,6 +328,37 @@ def test_a_deadline_ends_running_and_waiting_jobs(model, tokenizer, monkeypatch)
     assert running.sequences[0].finish_reason == waiting.sequences[0].finish_reason == "time"
     assert running.sequences[0].token_ids == GREEDY[:1]
     assert patient.sequences[0].token_ids == GREEDY[:1]  # it got the row in the same step
+
+
+def test_a_request_that_waits_too_long_is_told_so(model, tokenizer, monkeypatch):
+    engine = Engine(model, tokenizer, EngineConfig(max_batch_size=1, max_wait=60))
+    now = time.monotonic()
+    running = engine.submit(Request(PROMPT, {"max_new_tokens": 20}, n=2))
+    alone = engine.submit(Request(PROMPT, group="one body"))
+    engine.step()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 59)
+    late = engine.submit(Request(PROMPT, {"max_new_tokens": 2}))
+    assert engine.step() == [running]
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    assert alone in engine.step()
+    assert isinstance(alone.error, QueueTimeout) and "60 s" in str(alone.error)
+    while engine.has_work:
+        engine.step()
+    # One that runs may take as long as it likes, with all that came with it; so may one that came later.
+    assert [len(sequence.token_ids) for sequence in running.sequences] == [20, 20]
+    assert late.error is None and late.sequences[0].token_ids == GREEDY[:2]
+
+
+def test_prompts_that_came_together_wait_together(model, tokenizer, monkeypatch):
+    engine = Engine(model, tokenizer, EngineConfig(max_batch_size=1, max_wait=60))
+    now = time.monotonic()
+    jobs = [engine.submit(Request(PROMPT, {"max_new_tokens": 5}, group="one body")) for _ in range(2)]
+    for seconds in range(0, 250, 50):  # five steps for the first prompt
+        monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
+        engine.step()
+    assert jobs[0].finished and not jobs[1].finished
+    engine.step()
+    assert jobs[1].error is None and jobs[1].sequences[0].token_ids == GREEDY[:1]
 
 
 def test_stop_strings_from_both_places(engine, tokenizer):

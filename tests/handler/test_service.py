@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 
 import pytest
 from ts.context import Context, RequestProcessor
@@ -178,6 +179,22 @@ def test_a_full_queue_says_when_to_come_again(make_handler):
     frontend.call()
     assert frontend.statuses[refused] == 429
     assert frontend.context.get_response_headers(10)["Retry-After"] == "1"
+
+
+def test_a_request_that_waits_too_long_is_503_and_says_when_to_come_again(make_handler, monkeypatch):
+    frontend = make_handler(True)
+    for _ in range(4):
+        frontend.send(instances(PROMPT, max_new_tokens=500))
+    frontend.call()
+    waiting = [frontend.send(instances(PROMPT)), frontend.send({"prompt": PROMPT, "stream": True})]
+    frontend.call()
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 61)
+    frontend.call()
+    assert [frontend.statuses.get(one) for one in waiting] == [503, 503]
+    assert [frontend.context.get_response_headers(index)["Retry-After"] for index in (4, 5)] == ["1", "1"]
+    assert frontend.bodies[waiting[1]][-1]["error"]["type"] == "queue_timeout"
+    assert len(frontend.open) == 4  # those who run
 
 
 def test_gauges_tell_what_runs_and_what_waits(make_handler):

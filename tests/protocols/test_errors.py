@@ -16,6 +16,7 @@ from handler.protocols.openai import OpenAICall
         (errors.DeadlineExceeded, 408, "timeout_error"),
         (engine.PromptTooLong, 413, "prompt_too_long"),
         (engine.QueueFull, 429, "queue_full"),
+        (engine.QueueTimeout, 503, "queue_timeout"),
         (engine.OutOfMemory, 507, "out_of_memory"),
         (engine.ModelError, 500, "server_error"),
         (errors.InternalError, 500, "server_error"),

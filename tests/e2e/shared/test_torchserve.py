@@ -184,6 +184,17 @@ def test_a_full_queue(continuous):
     assert all(answer.headers["Retry-After"] == "1" for answer in refused)
 
 
+def test_a_request_that_waits_too_long(serving, bloom):
+    with serving(bloom, SETTINGS | {"max_batch_size": 1, "max_wait": 0.2}, "no-archive") as server:
+        connection = start_endless(server, stream=True)
+        for stream in (False, True):
+            answer = complete(server, stream=stream)
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+            assert answer.json()["error"]["type"] == "queue_timeout"
+        connection.close()
+        assert complete(server, max_tokens=2).ok
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_slot(continuous, stream):
     """All four slots are taken by clients that hang up; then a new one is served."""

@@ -273,7 +273,7 @@ def _report_prompt_logprobs(sequence: Sequence, logits: torch.Tensor) -> None:
     """Append log-probabilities of prompt tokens, from logits [new, vocab] of the prompt's next positions."""
     job, start = sequence.job, sequence.num_cached_tokens
     if start == 0:
-        job.prompt_logprobs.append(None)
+        job.prompt_logprobs = [None]  # anew, if it was preempted in the middle of its prompt
     for at in range(0, len(logits), _PROMPT_LOGPROB_ROWS):
         targets = job.prompt_ids[start + at + 1 :][: min(_PROMPT_LOGPROB_ROWS, len(logits) - at)]
         job.prompt_logprobs += logprobs(logits[at : at + len(targets)], targets, job.params.logprobs or 0)

@@ -1,5 +1,7 @@
 """Who runs, in which row of the KV cache, and how many tokens of each go into the next forward."""
 
+from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass, field
 
@@ -9,6 +11,9 @@ from .capacity import Capacity
 from .errors import InvalidRequest, QueueFull
 from .kv_cache import KVCache
 from .sequence import Sequence
+
+_MARGIN = 32  # tokens, or an eighth of a sequence: so far all may grow before the next has to be preempted
+_MAX_PASSED = 8  # so often is one passed who does not fit; and so many requests are looked at for one who does
 
 
 @dataclass
@@ -39,7 +44,15 @@ class Batch:
 
 
 class Scheduler:
-    """First come, first served. running[i] has row i of the cache; decoding rows come before prefilling ones.
+    """Rows are shared fairly among requests, and the cache by what is used of it.
+
+    A row goes to the request (the group of its jobs) that holds the fewest, and among those to the oldest. Where there
+    is none, one that holds two more gives its youngest up: alone, a request may have all rows. Who would not fit the
+    cache may be passed by others a few times. When the cache is full in the middle of their work, the youngest of the
+    largest request is preempted: it waits again, before all that came later, and what it has generated is prefilled
+    with its prompt. The oldest never is, so somebody always gets to the end.
+
+    running[i] has row i of the cache while forwards run; decoding rows come before prefilling ones.
 
     config, capacity: how many sequences run and wait, and how many prompt tokens a step takes.
     mixed_batch: decoding and prefilling rows share one padded forward, since a pass over the weights is what
@@ -47,8 +60,9 @@ class Scheduler:
     """
 
     def __init__(self, cache: KVCache, config: EngineConfig, capacity: Capacity, mixed_batch: bool):
-        self.waiting: list[Sequence] = []
+        self.waiting: list[Sequence] = []  # in the order of their submission
         self.running: list[Sequence] = []
+        self.num_preempted = 0
         self._cache, self._config, self._capacity, self._mixed_batch = cache, config, capacity, mixed_batch
 
     def check_queue_room(self, count: int) -> None:
@@ -63,9 +77,12 @@ class Scheduler:
         self.waiting.extend(sequences)
 
     def schedule(self) -> list[Batch]:
-        """Admit who fits and plan this step's forwards."""
-        while self.waiting and self._fits(self.waiting[0]):
-            self.running.append(self.waiting.pop(0))
+        """Say who runs, in which row, and plan this step's forwards."""
+        while len(self.running) > 1 and not self._fits(self.running, margin=False):
+            self._preempt(self._youngest(self.running))
+        while sequence := self._next():
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
         self._arrange_rows()
         decode, prefill = Batch(), Batch()
         anyone_decodes = any(not sequence.is_prefilling for sequence in self.running)
@@ -92,19 +109,82 @@ class Scheduler:
         self.waiting = [sequence for sequence in self.waiting if not sequence.finished]
         self.running = [sequence for sequence in self.running if not sequence.finished]
 
+    # admission
+
+    def _next(self) -> Sequence | None:
+        """Whose turn it is to get a row that is free, or has become so by preemption; None if nobody can have one."""
+        held = self._rows_held(self.running)
+        heads: dict[str, Sequence] = {}
+        for sequence in self.waiting:
+            heads.setdefault(sequence.job.group, sequence)
+        turns = sorted(heads.values(), key=lambda head: (held[head.job.group], head.order))[:_MAX_PASSED]
+        for index, sequence in enumerate(turns):
+            victims = self._victims(sequence)
+            if victims is not None:
+                for victim in victims:
+                    self._preempt(victim)
+                for passed in turns[:index]:
+                    passed.times_passed += 1
+                return sequence
+            if sequence.times_passed >= _MAX_PASSED:
+                return None
+        return None
+
+    def _victims(self, sequence: Sequence) -> list[Sequence] | None:
+        """Who must be preempted, of requests that hold at least two rows more, for a sequence to fit; None if that is
+        not enough."""
+        staying, victims = list(self.running), []
+        while not self._fits([*staying, sequence], margin=True):
+            held = self._rows_held(staying)
+            victim = self._youngest(staying)
+            if held[victim.job.group] < held[sequence.job.group] + 2:
+                return None
+            staying.remove(victim)
+            victims.append(victim)
+        return victims
+
+    def _fits(self, sequences: Collection[Sequence], margin: bool) -> bool:
+        """Whether the cache, a rectangle, has room for sequences as long as they are, or with a margin to grow."""
+        if len(sequences) == 1:
+            return True  # no request is accepted that cannot run alone
+        longest = max(_with_margin(sequence) if margin else sequence.length for sequence in sequences)
+        rows = len(sequences)
+        return rows <= self._config.max_batch_size and rows * longest <= self._cache.capacity_tokens
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.waiting.append(sequence)
+        self.waiting.sort(key=lambda waiting: waiting.order)
+        sequence.row, sequence.num_cached_tokens = -1, 0
+        self.num_preempted += 1
+
+    def _youngest(self, sequences: Collection[Sequence]) -> Sequence:
+        """The youngest of the request with the most rows: never the oldest of all while there are others."""
+        held = self._rows_held(sequences)
+        return max(sequences, key=lambda sequence: (held[sequence.job.group], sequence.order))
+
+    @staticmethod
+    def _rows_held(sequences: Iterable[Sequence]) -> Counter[str]:
+        """How many rows each request holds."""
+        return Counter(sequence.job.group for sequence in sequences)
+
     # rows
 
     def _arrange_rows(self) -> None:
         """Give everyone who runs a row, without gaps: decoding rows first, where only the last ones move, then
-        prefilling ones in their order. Those with nothing in the cache come last, so no row is missing there yet
-        that anything is moved to; and last of all those who wait for the prompt of another."""
+        prefilling ones in their order. Those with nothing in the cache come last, by turns of their requests, so
+        that nothing is moved to a row that is not there yet; and last of all those who wait for another's prompt."""
         decoding = [sequence for sequence in self.running if not sequence.is_prefilling]
         staying = {sequence.row: sequence for sequence in decoding if sequence.row < len(decoding)}
         moving = (sequence for sequence in decoding if sequence.row >= len(decoding))
         order = [staying.get(row) or next(moving) for row in range(len(decoding))]
-        prefilling = [sequence for sequence in self.running if sequence.is_prefilling]
-        prefilling.sort(key=lambda sequence: (sequence.num_cached_tokens == 0, self._leader(sequence) is not None))
-        self.running = order + prefilling
+        order += [s for s in self.running if s.is_prefilling and s.num_cached_tokens]
+        held = self._rows_held(order)
+        turns: list[tuple[bool, int, int, Sequence]] = []
+        for sequence in sorted((s for s in self.running if not s.num_cached_tokens), key=lambda s: s.order):
+            turns.append((self._leader(sequence) is not None, held[sequence.job.group], sequence.order, sequence))
+            held[sequence.job.group] += 1
+        self.running = order + [sequence for *_, sequence in sorted(turns)]
         moved = [(s.row, row, s.num_cached_tokens) for row, s in enumerate(self.running) if s.row != row]
         moved = [move for move in moved if move[2]]
         if moved:
@@ -134,10 +214,7 @@ class Scheduler:
         longest = max(min(sequence.num_cached_tokens + chunk, sequence.length) for sequence in self.running)
         return len(self.running), longest
 
-    def _fits(self, sequence: Sequence) -> bool:
-        """Whether the cache, a rectangle, has room for one more row when all become as long as the longest may."""
-        if not self.running:
-            return True  # no request is accepted that cannot run alone
-        rows = len(self.running) + 1
-        columns = max(other.max_length for other in [*self.running, sequence])
-        return rows <= self._config.max_batch_size and rows * columns <= self._cache.capacity_tokens
+
+def _with_margin(sequence: Sequence) -> int:
+    """Tokens that are kept free for a sequence when somebody is admitted."""
+    return min(sequence.length + max(_MARGIN, sequence.length // 8), sequence.max_length)

@@ -55,6 +55,7 @@ class Sequence:
     finish_reason: None while it waits or runs.
     row: its row in the KV cache, -1 while it waits.
     num_cached_tokens: how many of its tokens have keys and values there.
+    times_passed: how often others were admitted before it because it did not fit.
     """
 
     job: Job
@@ -68,6 +69,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     row: int = -1
     num_cached_tokens: int = 0
+    times_passed: int = 0
 
     @property
     def text(self) -> str:

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from handler.engine import Engine, EngineConfig, Request
+from handler.engine import Engine, EngineConfig, Request, scheduler
+from handler.engine.scheduler import Scheduler
 
 from .conftest import KINDS, make_model, make_tokenizer, prompt_ids, reference
 
@@ -39,29 +40,54 @@ class Visitor:
     prompt: int  # seed
     length: int
     new: int
+    n: int
+    group: int  # that it shares rows with
     leaves: int | None  # cancelled so many steps after arrival
 
 
 visitors = st.builds(
     Visitor,
-    arrives=st.integers(0, 12),
+    arrives=st.integers(0, 8),
     prompt=st.integers(0, 3),
     length=st.sampled_from([1, 2, 5, 8, 13, 30]),
-    new=st.integers(1, 24),
+    new=st.integers(1, 24) | st.just(24),
+    n=st.sampled_from([1, 1, 2, 5]),
+    group=st.integers(0, 9),
     leaves=st.none() | st.none() | st.integers(0, 10),
 )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(
-    guests=st.lists(visitors, min_size=1, max_size=8),
-    on_disk=st.sampled_from(OFFLOADS),
-    rows=st.integers(1, 5),
-    chunk=st.sampled_from([1, 3, 7, 64]),
-    tokens=st.none() | st.integers(54, 160),  # what the KV cache may hold
-)
-def test_equals_generate(kind, guests, on_disk, rows, chunk, tokens):
+def test_equals_generate(kind, monkeypatch):
+    preempted = fairly = 0
+    victims = Scheduler._victims
+
+    def counted(self, sequence):
+        nonlocal fairly
+        found = victims(self, sequence)
+        fairly += len(found or ())
+        return found
+
+    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(
+        guests=st.lists(visitors, min_size=1, max_size=8),
+        on_disk=st.sampled_from(OFFLOADS),
+        rows=st.integers(1, 7),
+        chunk=st.sampled_from([1, 3, 7, 64]),
+        tokens=st.none() | st.integers(54, 160),  # what the KV cache may hold
+    )
+    def check(guests, on_disk, rows, chunk, tokens):
+        nonlocal preempted
+        preempted += serve(kind, guests, on_disk, rows, chunk, tokens)._scheduler.num_preempted
+
+    monkeypatch.setattr(Scheduler, "_victims", counted)
+    monkeypatch.setattr(scheduler, "_MARGIN", 1)  # tokens: these sequences are short
+    check()
+    assert fairly > 3 and preempted - fairly > 3
+
+
+def serve(kind, guests, on_disk, rows, chunk, tokens):
+    """Serve them all, see that each gets what `generate` gives; the engine."""
     model = offloaded_model(kind, on_disk)
     config = model.config
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -77,7 +103,8 @@ def test_equals_generate(kind, guests, on_disk, rows, chunk, tokens):
         for guest, visitor in enumerate(guests):
             if visitor.arrives == step:
                 ids = prompt_ids(visitor.prompt, visitor.length)
-                jobs[guest] = engine.submit(Request(ids, {"max_new_tokens": visitor.new}))
+                parameters = {"max_new_tokens": visitor.new}
+                jobs[guest] = engine.submit(Request(ids, parameters, n=visitor.n, group=str(visitor.group)))
             if visitor.leaves is not None and visitor.arrives + visitor.leaves == step:
                 engine.cancel(jobs[guest].id)
         engine.step()
@@ -86,13 +113,15 @@ def test_equals_generate(kind, guests, on_disk, rows, chunk, tokens):
         step += 1
         assert step < 2000
     for guest, visitor in enumerate(guests):
-        choice = jobs[guest].sequences[0]
         expected = reference(kind, tuple(prompt_ids(visitor.prompt, visitor.length)))[: visitor.new]
-        if choice.finish_reason == "cancel":
-            assert choice.token_ids == expected[: len(choice.token_ids)]
-        else:
-            assert choice.token_ids == expected
-            assert choice.finish_reason in ("length", "stop")
+        assert len(jobs[guest].sequences) == visitor.n
+        for choice in jobs[guest].sequences:
+            if choice.finish_reason == "cancel":
+                assert choice.token_ids == expected[: len(choice.token_ids)]
+            else:
+                assert choice.token_ids == expected
+                assert choice.finish_reason in ("length", "stop")
+    return engine
 
 
 @pytest.mark.parametrize("kind", KINDS)

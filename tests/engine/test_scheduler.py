@@ -1,6 +1,7 @@
 """Who runs, in which row and with how many tokens; sequences and a cache made by hand, no model."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +54,7 @@ def step(scheduler):
     batches = scheduler.schedule()
     scheduler._cache.num_rows = max(scheduler._cache.num_rows, len(scheduler.running))
     for batch in batches:
+        assert math.prod(batch.cache_shape) <= scheduler._cache.capacity_tokens
         completed = [batch.completes(index) for index in range(len(batch.sequences))]
         for sequence, count, complete in zip(batch.sequences, batch.num_scheduled_tokens, completed, strict=True):
             sequence.num_cached_tokens += count
@@ -71,14 +73,53 @@ def test_first_come_first_served_up_to_the_batch_size():
     assert plan(scheduler) == [[(0, 3), (1, 3)]] and scheduler.running == [second, third]
 
 
-def test_all_running_rows_must_fit_the_cache_when_they_are_as_long_as_the_longest_may_get():
-    lengths = [(10, 5), (3, 2), (10, 10), (1, 1)]  # prompt, new
-    for capacity_tokens, rows in [(80, 4), (79, 3), (60, 3), (59, 2), (30, 2), (29, 1)]:
+def test_rows_are_admitted_by_what_they_hold_and_a_margin():
+    lengths = [(10, 900), (3, 2), (10, 10), (1, 1)]  # prompt, new
+    for capacity_tokens, rows in [(168, 4), (167, 3), (126, 3), (125, 2), (84, 2), (83, 1)]:  # 10 + 32 columns
         scheduler, _ = make_scheduler(capacity_tokens)
-        sequences = [sequence(*length) for length in lengths]
-        scheduler.add(sequences)
+        several = [sequence(*length) for length in lengths]
+        scheduler.add(several)
         scheduler.schedule()
-        assert scheduler.running == sequences[:rows]  # nobody passes one that has to wait
+        assert scheduler.running == several[:rows]
+    scheduler, _ = make_scheduler(8 + 8)
+    scheduler.add([sequence(3, 5), sequence(2, 6)])  # never more than they declare
+    scheduler.schedule()
+    assert len(scheduler.running) == 2
+
+
+def test_a_full_cache_preempts_the_youngest_which_goes_on_before_all_who_came_later():
+    scheduler, _ = make_scheduler(capacity_tokens=2 * 50)
+    old, young, late = sequence(10, 60), sequence(10, 60), sequence(12, 60)
+    scheduler.add([old, young, late])
+    while young in scheduler.running or not young.token_ids:
+        step(scheduler)
+    assert (young.row, young.num_cached_tokens, len(young.token_ids)) == (-1, 0, 41)
+    assert (scheduler.running, scheduler.waiting, scheduler.num_preempted) == ([old], [young, late], 1)
+    for _ in range(10):
+        step(scheduler)
+    assert len(old.token_ids) == 52 and scheduler.num_preempted == 1
+    old.finish_reason = "length"
+    scheduler.release_finished()
+    assert plan(scheduler) == [[(0, 32)]] and scheduler.running == [young]
+
+
+def test_nobody_is_preempted_again_and_again():
+    """Twelve rows that all end up longer than a third of the cache: each is recomputed a few times at most."""
+    scheduler, _ = make_scheduler(capacity_tokens=300, max_batch_size=12, max_queue=99)
+    several = [sequence(10, 90) for _ in range(12)]
+    scheduler.add(several)
+    steps = 0
+    while scheduler.running or scheduler.waiting:
+        oldest = min((s for s in several if not s.finished), key=lambda s: s.order)
+        before = len(oldest.token_ids) + oldest.num_cached_tokens
+        step(scheduler)
+        assert len(oldest.token_ids) + oldest.num_cached_tokens > before  # somebody always gets on
+        for row in several:
+            if row.length == row.max_length:
+                row.finish_reason = "length"
+        scheduler.release_finished()
+        steps += 1
+    assert steps < 12 * 90 / 2 and scheduler.num_preempted < 2 * 12
 
 
 def test_who_is_alone_runs_whatever_the_cache_says():

@@ -11,6 +11,7 @@ import pytest
 import requests
 
 from tests.e2e.asking import PROMPT, at_once, complete, describe, events, joined, predict
+from tests.e2e.conftest import SETTINGS
 
 
 @pytest.fixture(params=["continuous", "plain"])
@@ -188,11 +189,11 @@ def test_a_request_that_waits_too_long(serving, bloom):
     with serving(bloom, SETTINGS | {"max_batch_size": 1, "max_wait": 0.2}, "no-archive") as server:
         connection = start_endless(server, stream=True)
         for stream in (False, True):
-            answer = complete(server, stream=stream)
+            answer = complete(server.url, stream=stream)
             assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
             assert answer.json()["error"]["type"] == "queue_timeout"
         connection.close()
-        assert complete(server, max_tokens=2).ok
+        assert complete(server.url, max_tokens=2).ok
 
 
 @pytest.mark.parametrize("stream", [True, False])

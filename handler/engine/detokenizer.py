@@ -19,18 +19,29 @@ class Detokenizer:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._special = frozenset(i for i, token in added.items() if token.special)
 
-    def stream(self, prompt_ids: Sequence[int], stop: Sequence[str]) -> "TextStream":
-        return TextStream(self._decode, self._special, prompt_ids, stop)
+    def stream(self, prompt_ids: Sequence[int], stop: Sequence[str], min_tokens: int = 0) -> "TextStream":
+        return TextStream(self._decode, self._special, prompt_ids, stop, min_tokens)
 
 
 class TextStream:
     """The text of one growing sequence; `text` only ever gets longer.
 
     Without a stop string, `text` ends as decode(prompt + new tokens) minus its prefix decode(prompt).
+    min_tokens: a stop string counts if it is complete after more tokens than these.
+    ends: for each token, how many characters are complete with it, shown or held back.
     """
 
-    def __init__(self, decode: Callable, special: frozenset[int], prompt: Sequence[int], stop: Sequence[str]):
+    def __init__(
+        self,
+        decode: Callable,
+        special: frozenset[int],
+        prompt: Sequence[int],
+        stop: Sequence[str],
+        min_tokens: int = 0,
+    ):
         self.text = ""
+        self.ends: list[int] = []
+        self._min_tokens = min_tokens
         self._decode = decode
         self._special = special  # decoders skip them, so they are no context either
         self._stop = stop
@@ -42,8 +53,12 @@ class TextStream:
 
     def push(self, token_id: int) -> bool:
         """Add a token. True if it completes a stop string: `text` then ends before that string."""
-        if self._stopped or token_id in self._special:
-            return self._stopped
+        if not (self._stopped or token_id in self._special):
+            self._add(token_id)
+        self.ends.append(len(self.text) + len(self._maybe_stop))
+        return self._stopped
+
+    def _add(self, token_id: int) -> None:
         self._window.append(token_id)
         text = self._decode(self._window)
         # While a run of bytes ends in half a character, byte-fallback decoders replace all of the run.
@@ -56,7 +71,6 @@ class TextStream:
             self._slide(self._clean, held)
         elif garbage:
             self._slide(len(self._window) - _HALF_BYTES - 1, held)
-        return self._stopped
 
     def flush(self) -> None:
         """The sequence ended: what was held back is text after all."""
@@ -96,7 +110,8 @@ class TextStream:
     def _pass_on(self, piece: str) -> None:
         """Show decoded text as far as no stop string is, or may yet be, in it."""
         buffer = self._maybe_stop + piece
-        found = [at for at in map(buffer.find, self._stop) if at >= 0]
+        may_stop = len(self.ends) >= self._min_tokens  # this token is not among them yet
+        found = [at for at in map(buffer.find, self._stop) if at >= 0] if may_stop else []
         self._stopped = bool(found)
         held = max((_overlap(buffer, stop) for stop in self._stop), default=0)
         end = min(found, default=len(buffer) - held)

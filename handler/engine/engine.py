@@ -55,6 +55,7 @@ class Engine:
         self._cache = KVCache(self.capacity.kv_cache_tokens, config.kv_cache_memory, architecture.kv_bytes_per_token)
         self._runner = ModelRunner(model, architecture, self._cache)
         self._scheduler = Scheduler(self._cache, config, self.capacity, mixed_batch=self._runner.streams_weights)
+        self.max_queue = config.max_queue
         self._jobs: dict[str, Job] = {}  # those that are not finished
         self._order = itertools.count()
 
@@ -141,7 +142,7 @@ class Engine:
                 job=job,
                 index=index,
                 sampler=sampler,
-                text_stream=self._detokenizer.stream(job.prompt_ids, job.params.stop),
+                text_stream=self._detokenizer.stream(job.prompt_ids, job.params.stop, job.params.min_new_tokens),
                 eos_token_ids=eos_token_ids,
                 order=next(self._order),
             )
@@ -284,12 +285,16 @@ def _text_length(job: Job) -> int:
 
 
 def _as_engine_error(error: Exception) -> EngineError:
-    """The error in words. Its traceback, which would keep the forward's tensors alive, goes to the log."""
+    """The error in words for a client, who need not know our files. The rest goes to the log, also its traceback,
+    which would keep the forward's tensors alive."""
     if isinstance(error, EngineError):
         return error
     logger.error("a step failed", exc_info=error)
     words = ("not enough memory", "out of memory", "can't allocate memory")
     no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     no_memory = no_memory or any(word in str(error).lower() for word in words)
-    kind = OutOfMemory if no_memory else ModelError
-    return kind(f"{type(error).__name__}: {error}")
+    if no_memory:
+        return OutOfMemory(
+            "not enough memory for this request; send a shorter prompt or ask for fewer tokens, or later"
+        )
+    return ModelError(f"a {type(error).__name__} in the model; the worker's log has it")

@@ -17,6 +17,7 @@ class Request:
         generated text only, and neither they nor what follows them appears in `Sequence.text`.
     logprobs: None, or how many most likely tokens to report beside each chosen one (0: the chosen one only).
     prompt_logprobs: also report the prompt's tokens, in `Job.prompt_logprobs`.
+    eos_token_ids: tokens that end a continuation besides the model's own.
     ignore_eos: go on to the length limit whatever the model says.
     logit_bias, presence_penalty, frequency_penalty: as OpenAI defines them, over generated tokens.
     group: the same for prompts that came together; rows are shared fairly among groups. By default its own id.
@@ -29,6 +30,7 @@ class Request:
     stop: str | tuple[str, ...] | list[str] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    eos_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logit_bias: dict[int, float] | None = None
     presence_penalty: float = 0.0

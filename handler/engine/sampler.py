@@ -14,7 +14,7 @@ import torch
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor
 from transformers.generation import logits_process as library
 
-from .errors import InvalidRequest, ModelError
+from .errors import EngineError, InvalidRequest, ModelError
 from .sampling_params import SamplingParams
 
 TokenLogprob = tuple[int, float, list[tuple[int, float]]]  # token, its log-probability, the most likely ones
@@ -62,7 +62,12 @@ def make_samplers(
     model: its generation config names the special tokens. device: where the logits will be.
     Raises InvalidRequest for values that the library refuses.
     """
-    processors, eos_token_ids = _library_processors(model, prompt_ids, params.generation, device, vocab_size)
+    generation = dict(params.generation)
+    if params.eos_token_ids:
+        own = generation.get("eos_token_id", model.generation_config.eos_token_id)
+        own = own if isinstance(own, list | tuple) else [own] if own is not None else []
+        generation["eos_token_id"] = [*own, *params.eos_token_ids]
+    processors, eos_token_ids = _library_processors(model, prompt_ids, generation, device, vocab_size)
     if params.logit_bias or params.presence_penalty or params.frequency_penalty:
         processors = [OpenAIPenalties(params, len(prompt_ids)), *processors]
     generators = [_generator(params.seed, index, device) if params.do_sample else None for index in range(params.n)]
@@ -95,7 +100,9 @@ def _library_processors(
         config = GenerationConfig(**generation)
         processors, eos = model.generate(ids, attention_mask=mask, generation_config=config, custom_generate=capture)
         for processor in _split(processors)[0]:  # some check their settings only when they are used
-            processor(ids, torch.zeros(1, vocab_size, device=device))
+            scores = processor(ids, torch.zeros(1, vocab_size, device=device))
+            if scores.isnan().any() or scores.isposinf().any():
+                raise ValueError(f"{type(processor).__name__} makes scores that are not numbers")
         return processors, eos
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         raise InvalidRequest(f"parameters {', '.join(generation)}: {error}") from error
@@ -165,8 +172,16 @@ def _sample_group(
             return [error]
         rows = range(len(samplers))  # find whose it is
         return [_sample_group(logits[i : i + 1], [samplers[i]], [token_ids[i]])[0] for i in rows]
-    broken = ModelError("the model's scores are not numbers; nothing can be chosen from them")
-    return [failed.get(i) or (token if valid[i] else broken) for i, token in enumerate(chosen)]
+    return [failed.get(i) or (token if valid[i] else _broken(logits[i])) for i, token in enumerate(chosen)]
+
+
+def _broken(logits: torch.Tensor) -> EngineError:
+    """Why nothing can be chosen, from the row's raw scores [vocab]: they, or what was asked to be made of them."""
+    if logits.isnan().any() or logits.isposinf().any():
+        return ModelError("the model's scores are not numbers; nothing can be chosen from them")
+    return InvalidRequest(
+        "the parameters make scores that are not numbers; send penalties and biases nearer to 1 and 0"
+    )
 
 
 def _processed(
@@ -182,6 +197,8 @@ def _processed(
             ids = torch.tensor([token_ids[i]], device=scores.device)
             for processor in sampler.processors:
                 scores[i : i + 1] = processor(ids, scores[i : i + 1])
+        except ArithmeticError as error:  # a number that the request gave has become too large
+            failed[i] = InvalidRequest(f"the parameters cannot be honoured after {len(token_ids[i])} tokens: {error}")
         except Exception as error:  # whatever a processor raises concerns this row alone
             failed[i] = error
     return scores, failed

@@ -19,7 +19,7 @@ _PENALTIES = ("repetition_penalty", "encoder_repetition_penalty")
 _NUMBERS = ("temperature", *_FRACTIONS, *_PENALTIES, "max_time")
 _TOKEN_ID_LISTS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
 _TOKEN_IDS = {*_TOKEN_ID_LISTS, "forced_bos_token_id", "forced_eos_token_id"}
-_SEEDS = range(2**62 + 1)  # seed + n must stay within 64 bits
+_SEEDS = range(-(2**63), 2**63)  # as OpenAI's; torch takes these, and seed + n too
 # Types are checked here because the library's own errors for a wrong type do not name the parameter.
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length"), (int,)),
@@ -33,6 +33,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "stop_strings": (str, list, tuple),
 }
 _POSITIVE = ("max_new_tokens", "max_length", "num_return_sequences", "max_time", *_PENALTIES)
+_NOT_NEGATIVE = ("temperature", "min_new_tokens", "min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
+_DIVISORS = ("temperature", *_PENALTIES)
 # Those that have a field of their own in SamplingParams, and that no logits processor needs.
 _RESOLVED = {"max_length", "num_return_sequences", "seed", "stop_strings", "max_time"}
 _LIBRARY = GenerationConfig()
@@ -46,7 +48,8 @@ class SamplingParams:
 
     n: continuations; the i-th draws with seed + i.
     max_new_tokens: most tokens of each continuation.
-    stop: strings that end a continuation.
+    stop: strings that end a continuation, but none that is complete within its first min_new_tokens tokens.
+    eos_token_ids: tokens that end it besides the model's own.
     max_time: seconds from the submission on, or None.
     logprobs: most likely tokens to report beside each chosen one, or None for no log-probabilities at all.
     generation: the parameters that transformers turns into logits processors and eos tokens.
@@ -54,8 +57,10 @@ class SamplingParams:
 
     n: int
     max_new_tokens: int
+    min_new_tokens: int
     seed: int | None
     stop: tuple[str, ...]
+    eos_token_ids: tuple[int, ...]
     max_time: float | None
     ignore_eos: bool
     logprobs: int | None
@@ -90,8 +95,10 @@ def resolve(
     return SamplingParams(
         n=request.n if request.n > 1 else params.get("num_return_sequences", 1),
         max_new_tokens=max_new_tokens,
+        min_new_tokens=params.get("min_new_tokens", 0),
         seed=request.seed if request.seed is not None else params.get("seed"),
         stop=_stop_strings(request.stop, params.get("stop_strings")),
+        eos_token_ids=request.eos_token_ids,
         max_time=params.get("max_time"),
         ignore_eos=request.ignore_eos,
         logprobs=request.logprobs,
@@ -152,7 +159,7 @@ def _check_fields(request: Request, vocab_size: int) -> None:
     """Check what a request says beside its parameters and prompt."""
     _require("n", request.n, "an integer of at least 1", type(request.n) is int and request.n >= 1)
     seed = request.seed
-    _require("seed", seed, "0 to 2**62", seed is None or (type(seed) is int and seed in _SEEDS))
+    _require("seed", seed, "an integer of 64 bits", seed is None or (type(seed) is int and seed in _SEEDS))
     top = request.logprobs
     is_valid = top is None or (type(top) is int and 0 <= top <= vocab_size)
     _require("logprobs", top, f"an integer from 0 to {vocab_size}", is_valid)
@@ -195,8 +202,17 @@ def _checked_value(name: str, value: Any) -> Any:
     is_valid = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
     _require(name, value, " or ".join(t.__name__ for t in types), is_valid)
     _require(name, value, "more than 0", name not in _POSITIVE or value > 0)
-    _require(name, value, "0 or more", name != "temperature" or value >= 0)
+    _require(name, value, "a number below 2**63", not isinstance(value, int | float) or -(2**63) <= value < 2**63)
+    _require(name, value, "0 or more", name not in _NOT_NEGATIVE or value >= 0)
+    # Scores are divided by these in float32: smaller ones would make them infinite.
+    _require(name, value, "1e-6 or more", name not in _DIVISORS or value >= 1e-6 or value == 0)
     # The library takes a fraction above 1 and ignores it.
     _require(name, value, "0 to 1", name not in _FRACTIONS or 0 <= value <= 1)
-    _require(name, value, "0 to 2**62", name != "seed" or value in _SEEDS)
+    _require(name, value, "an integer of 64 bits", name != "seed" or value in _SEEDS)
+    _require(name, value, "[start, factor]", name != "exponential_decay_length_penalty" or _is_decay(value))
     return float(value) if name in _NUMBERS else value
+
+
+def _is_decay(value: Any) -> bool:
+    start, factor = value if len(value) == 2 else (None, None)
+    return type(start) is int and isinstance(factor, int | float) and 0 < factor < 2**63

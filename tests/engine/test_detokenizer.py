@@ -1,42 +1,13 @@
 """Tokens to text: nothing shown is ever taken back, and at the end nothing is missing."""
 
-import functools
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
 
 from handler.engine.detokenizer import Detokenizer, TextStream
+from tests.models import make_sentencepiece
 
 from .conftest import make_tokenizer
-
-
-@functools.cache
-def make_sentencepiece():
-    """As Llama's: "▁" for a space, the first of which is dropped, and bytes for unknown characters."""
-    pieces = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *[f"<0x{b:02X}>" for b in range(256)],
-        "▁",
-        *"abcdehlowrd.",
-        "▁a",
-        "▁b",
-        "lo",
-    ]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    merges = [("▁", "a"), ("▁", "b"), ("l", "o")]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<s>", "</s>")])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>")
-
 
 TOKENIZERS = {"bytes": make_tokenizer, "sentencepiece": make_sentencepiece}
 words = st.text(alphabet="ab lo.éß語日🙂🚀👩‍💻", max_size=40)

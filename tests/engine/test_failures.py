@@ -86,14 +86,16 @@ def test_out_of_memory_alone_leaves_an_engine_that_serves(engine, monkeypatch):
     finish(engine, submit(engine, 1))
 
 
-def test_another_error_fails_the_jobs_of_that_forward(engine, monkeypatch):
+def test_another_error_fails_the_jobs_of_that_forward(engine, monkeypatch, caplog):
     decoding = submit(engine, 0)
     engine.step()
     prefilled = [submit(engine, 1, length=3), submit(engine, 2, length=3)]
-    raise_in_layer(monkeypatch, [ValueError("boom")], when=lambda b: b.sequences[0].is_prefilling)
+    raise_in_layer(monkeypatch, [ValueError("boom in /mnt/models")], when=lambda b: b.sequences[0].is_prefilling)
     changed = engine.step()
+    assert "boom in /mnt/models" in caplog.text
     for job in prefilled:
-        assert type(job.error) is ModelError and "boom" in str(job.error)
+        # The message goes to clients, who are not to know our files.
+        assert type(job.error) is ModelError and "ValueError" in str(job.error) and "/mnt" not in str(job.error)
         assert job in changed
     finish(engine, decoding, submit(engine, 3))
 

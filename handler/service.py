@@ -22,6 +22,7 @@ from handler.loading import load_model
 from handler.memory import anonymous_memory, with_kv_cache_limit
 from handler.protocols.base import ModelInfo
 from handler.protocols.open_request import OpenRequest, Reply
+from handler.protocols.router import OPERATOR
 from handler.settings import read_settings
 
 METRICS_PERIOD = 1  # seconds between two reports of the engine's gauges while it works
@@ -76,12 +77,12 @@ class LargeModelHandler(BaseHandler):
                 self.open_requests[request_id] = OpenRequest(entry, path, self.model_info, self.engine)
         return [self.open_requests[request_id] for request_id in ids]
 
-    def _path(self, index: int) -> str:
+    def _path(self, index: int) -> Any:
         """What a request asks for, as a path below the model's version. The management API asks for a description
         with a header, which any client can send too; but the inference API marks its requests with another one."""
         header = self.context.get_request_header
         if header(index, "describe") == "True" and header(index, "explain") is None:
-            return "describe"
+            return OPERATOR
         return header(index, "url_path") or ""
 
     def inference(self, requests: list[OpenRequest]) -> None:

@@ -1,16 +1,19 @@
 """What the wire formats share: a call is one HTTP request, what to generate for it, and how to answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 from transformers import PreTrainedTokenizerBase
 
 from handler.engine import EngineError, InvalidRequest, Job, Request, Sequence
-from handler.protocols.errors import DeadlineExceeded, ProtocolError, status_and_type
+from handler.protocols.errors import DeadlineExceeded, ProtocolError, message, status_and_type
+from handler.protocols.token_text import TokenText
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -33,6 +36,10 @@ class ModelInfo:
     created: int
     describe: Callable[[], dict[str, Any]]
 
+    @cached_property
+    def token_text(self) -> TokenText:
+        return TokenText(self.tokenizer)
+
     def text(self, sequence: Sequence, full_text: bool) -> str:
         """A sequence's text; with `full_text` the prompt before it, as `decode` gives them together."""
         return self.prompt_text(sequence.job) + sequence.text if full_text else sequence.text
@@ -43,11 +50,17 @@ class ModelInfo:
 
 
 class Call(ABC):
-    """One HTTP request. `requests` go to the engine, in order; their jobs come back in the same order."""
+    """One HTTP request. What `request` makes of each of its prompts goes to the engine, in order; the jobs come back
+    in the same order."""
 
-    requests: Collection[Request] = ()
+    prompts: Collection[str | list[int]] = ()
+    add_special_tokens = True  # whether the tokenizer adds its own to a text
     stream = False
     content_type = "application/json"
+
+    def request(self, prompt: str | list[int]) -> Request:
+        """What the engine is asked for one of the prompts."""
+        raise NotImplementedError
 
     @abstractmethod
     def render(self, jobs: list[Job]) -> Any:
@@ -65,13 +78,33 @@ class Call(ABC):
     def error_body(error: EngineError | ProtocolError) -> dict[str, Any]:
         """An error in this format."""
         status, kind = status_and_type(error)
-        return {"error": {"code": status, "message": str(error), "type": kind}}
+        return {"error": {"code": status, "message": message(error), "type": kind}}
 
 
 class Strict(BaseModel):
-    """A body in which an unknown field is an error that names it: it is never ignored."""
+    """A body in which an unknown field is an error that names it: it is never ignored. Nor is a value made fit:
+    "false" is not false, and 1e309 is no number. A null is the same as leaving the field out, also one that is not
+    supported."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, body: Any) -> Any:
+        """Here and not by pydantic, which would make an error of each of 100,000 unknown fields."""
+        if not isinstance(body, dict):
+            return body
+        given = {name: value for name, value in body.items() if value is not None}
+        for name in given:
+            if name not in cls.model_fields:
+                context = {"name": name, "known": ", ".join(cls.model_fields)}
+                raise PydanticCustomError("unknown", "this field is not supported; send only {known}", context)
+        return given
+
+
+def text_or(kind: type) -> Discriminator:
+    """Tells the two members of a union apart, "text" and "other", so that an error is about the one that is meant."""
+    return Discriminator(lambda value: "other" if isinstance(value, kind) else "text")
 
 
 def validated(model: type[Body], body: Any) -> Body:
@@ -79,13 +112,21 @@ def validated(model: type[Body], body: Any) -> Body:
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "the body"
-        if problem["type"] == "extra_forbidden":
-            raise InvalidRequest(
-                f"{where}: this field is not supported; send only {', '.join(model.model_fields)}"
-            ) from None
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(_path(problem, body)) or "the body"
         raise InvalidRequest(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None
+
+
+def _path(problem: ErrorDetails, body: Any) -> Iterator[str]:
+    """Names and indexes from the body to the field, without pydantic's own names for the members of a union."""
+    for part in problem["loc"]:
+        inside = (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int))
+        if inside:
+            body = body[part]
+        if inside or problem["type"] == "missing":
+            yield str(part)
+    if problem["type"] == "unknown":
+        yield problem["ctx"]["name"]
 
 
 def failure(jobs: list[Job]) -> EngineError | ProtocolError | None:

@@ -30,5 +30,13 @@ _STATUS_AND_TYPE: dict[type[EngineError | ProtocolError], tuple[int, str]] = {
 }
 
 
+_LONGEST_MESSAGE = 1000  # characters; a message may quote a value as long as the body
+
+
+def message(error: EngineError | ProtocolError) -> str:
+    text = str(error)
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}…"
+
+
 def status_and_type(error: EngineError | ProtocolError) -> tuple[int, str]:
     return _STATUS_AND_TYPE.get(type(error), (500, "server_error"))

@@ -14,7 +14,7 @@ OUTPUT = "predictions"
 
 class InputTensor(Strict):
     name: str
-    shape: list[Annotated[int, Field(ge=0)]]
+    shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=16)]
     datatype: Literal["BYTES"]
     data: list[Any]
     parameters: dict[str, Any] = {}
@@ -76,8 +76,11 @@ class InferCall(Call):
             raise InvalidRequest("parameters.binary_data_output: not supported; leave it out, the answer is JSON")
         self._id, self._model = infer.id, model
         self._shape = infer.inputs[0].shape
-        self._full_text, parameters = split_full_text(infer.parameters, model)
-        self.requests = [Request(prompt, parameters) for prompt in flatten(infer.inputs[0].data)]
+        self._full_text, self._parameters = split_full_text(infer.parameters, model)
+        self.prompts = list(flatten(infer.inputs[0].data))
+
+    def request(self, prompt: str | list[int]) -> Request:
+        return Request(prompt, self._parameters)
 
     def render(self, jobs: list[Job]) -> dict[str, Any]:
         count = len(jobs[0].sequences)

@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-from handler.engine import Engine, EngineError, Job
+from handler.engine import Engine, EngineError, InvalidRequest, Job
 from handler.protocols.base import Call, ModelInfo, failure
 from handler.protocols.errors import InternalError, ProtocolError, status_and_type
 from handler.protocols.router import UnparsedCall, parse
@@ -39,7 +39,7 @@ class Reply:
 class OpenRequest:
     """A request that is being answered. The first reply fixes its status, so it comes as late as it can."""
 
-    def __init__(self, entry: dict[str, Any], path: str, model: ModelInfo, engine: Engine):
+    def __init__(self, entry: dict[str, Any], path: Any, model: ModelInfo, engine: Engine):
         """Parse the request and submit its jobs, all or none: at once, or for a large one when another thread has
         parsed it. What is wrong with it becomes its reply."""
         self._engine = engine
@@ -57,9 +57,13 @@ class OpenRequest:
         self._parsed = None
         try:
             self._call = parsed()
-            for request in self._call.requests:
-                request.group = self._call.requests[0].id
+            for prompt in self._call.prompts:
+                request = self._call.request(prompt)
+                request.group = self._jobs[0].id if self._jobs else request.id
                 self._jobs.append(self._engine.submit(request))
+                _check_count(len(self._call.prompts), self._jobs[0].params.n, self._engine)
+        except RecursionError:
+            self._fail(InvalidRequest("the body is nested too deeply; send one that is flatter"))
         except Exception as error:
             self._fail(error)
 
@@ -128,13 +132,22 @@ class OpenRequest:
         return error
 
 
-def _parse(entry: dict[str, Any], path: str, model: ModelInfo, engine: Engine) -> Call:
+def _parse(entry: dict[str, Any], path: Any, model: ModelInfo, engine: Engine) -> Call:
     """The call, its prompts tokenized."""
     call = parse(entry, path, model)
-    call.requests = [
-        replace(request, prompt=engine.encode(request.prompt, request.add_special_tokens)) for request in call.requests
-    ]
+    _check_count(len(call.prompts), 1, engine)
+    call.prompts = [engine.encode(prompt, call.add_special_tokens) for prompt in call.prompts]
     return call
+
+
+def _check_count(prompts: int, n: int, engine: Engine) -> None:
+    """Raises InvalidRequest for what could never wait together: a full queue has room again later, but not for all of
+    this."""
+    if prompts * n > engine.max_queue:
+        raise InvalidRequest(
+            f"n: {prompts} prompts with {n} answers each are more than the {engine.max_queue} sequences that may wait; "
+            "send fewer prompts in one request, or a smaller n"
+        )
 
 
 def _is_large(entry: dict[str, Any]) -> bool:

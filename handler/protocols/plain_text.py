@@ -12,8 +12,11 @@ class TextCall(Call):
     def __init__(self, text: object, model: ModelInfo):
         if not isinstance(text, str):
             raise InvalidRequest(f"data: send a string, not {type(text).__name__}")
-        self.requests = [Request(text)]
+        self.prompts = [text]
         self._model = model
+
+    def request(self, prompt: str | list[int]) -> Request:
+        return Request(prompt)
 
     def render(self, jobs: list[Job]) -> str:
         (job,) = jobs

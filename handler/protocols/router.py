@@ -13,7 +13,10 @@ from handler.protocols.openai import ChatCall, CompletionCall, OpenAICall, model
 from handler.protocols.plain_text import TextCall
 
 GENERATING_PATHS = {"v1/completions": CompletionCall, "v1/chat/completions": ChatCall}
+OPERATOR = object()  # in place of a path, which no client can send: the whole description
 PATHS = (*GENERATING_PATHS, "v1/models", "health", "describe")
+# What of the model's description anybody may read. Devices, sizes and versions are the management API's.
+PUBLIC = ("max_sequence_length", "engine")
 # On a path without a protocol of its own the fields tell which one is meant.
 FIELDS: dict[str, Callable[[dict[str, Any], ModelInfo], Call]] = {
     "instances": PredictCall,
@@ -41,8 +44,9 @@ class InformationCall(Call):
 class UnparsedCall(Call):
     """A request whose format is not known yet: there are only errors to tell, in OpenAI's shape on OpenAI's paths."""
 
-    def __init__(self, path: str):
-        self._format = OpenAICall if path.strip("/").startswith("v1/") else Call
+    def __init__(self, path: Any):
+        is_openai = isinstance(path, str) and path.strip("/").startswith("v1/")
+        self._format = OpenAICall if is_openai else Call
 
     def render(self, jobs: list) -> Any:
         raise NotImplementedError
@@ -51,18 +55,23 @@ class UnparsedCall(Call):
         return self._format.error_body(error)
 
 
-def parse(entry: dict[str, Any], path: str, model: ModelInfo) -> Call:
+def parse(entry: dict[str, Any], path: Any, model: ModelInfo) -> Call:
     """One request of TorchServe's batch -> a call.
 
     entry: `{"body": …}` or the parts of a form, values as TorchServe decoded them.
     path: what followed the model's version in `/predictions/M/VERSION/…`, or nothing.
     Raises InvalidRequest or NotFound.
     """
+    if path is OPERATOR:
+        return InformationCall(model.describe())
+    if not isinstance(path, str):  # TorchServe keeps a part's headers under the part's name, among the request's
+        raise InvalidRequest("url_path: a part of a form cannot have this name; send the part data")
     path = path.strip("/")
     if path == "health":
         return InformationCall({"status": "ok"})  # whoever can ask is answered by a model that is loaded
     if path == "describe":
-        return InformationCall(model.describe())
+        described = model.describe()
+        return InformationCall({name: described[name] for name in PUBLIC})
     if path == "v1/models" or path.startswith("v1/models/"):
         return InformationCall(models(model, path.removeprefix("v1/models").strip("/") or None))
     if path in GENERATING_PATHS:
@@ -93,6 +102,8 @@ def _by_fields(body: Any, model: ModelInfo) -> Call:
 
 def _body(entry: dict[str, Any]) -> Any:
     """The body as TorchServe decoded it: JSON, text, or bytes."""
+    if entry and not {"body", "data"} & entry.keys():
+        raise InvalidRequest(f"data: the form has no such part; it has {', '.join(map(repr, entry))}")
     body = entry.get("body", entry.get("data"))
     if isinstance(body, bytearray):
         body = bytes(body)

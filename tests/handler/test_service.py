@@ -210,11 +210,11 @@ def test_gauges_tell_what_runs_and_what_waits(make_handler):
 
 def test_describe(make_handler, continuous):
     frontend = make_handler(continuous)
-    status, described = frontend.answer(frontend.send({}, url_path="describe"))
-    assert status == 200 and described["dtype"] == "float32" and described["max_sequence_length"] == 2048
-    assert described["engine"] == {"running": 0, "waiting": 0}
+    status, public = frontend.answer(frontend.send({}, url_path="describe"))
+    assert (status, public) == (200, {"max_sequence_length": 2048, "engine": {"running": 0, "waiting": 0}})
     managed = frontend.send({}, describe="True")  # as the management API asks in plain mode
-    assert frontend.answer(managed) == (200, described)
+    status, described = frontend.answer(managed)
+    assert status == 200 and described["dtype"] == "float32" and public.items() <= described.items()
 
 
 def test_a_describe_header_of_a_client_changes_nothing(make_handler, continuous):

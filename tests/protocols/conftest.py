@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from handler.engine import Engine, EngineConfig
 from handler.loading import load_model
 from handler.protocols.base import ModelInfo
 from handler.protocols.open_request import OpenRequest
 from handler.settings import Settings
+
+torch.set_num_threads(1)  # tiny matrices: a second thread only waits
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -36,7 +39,7 @@ def served(loaded):
         max_sequence_length=2048,
         return_full_text=True,
         created=1,
-        describe=lambda: {"dtype": "float32"},
+        describe=lambda: {"dtype": "float32", "max_sequence_length": 2048, "engine": {"running": 0, "waiting": 0}},
     )
 
 
@@ -55,6 +58,7 @@ def send(engine, served):
     def send(body, path="", entry=None):
         request = OpenRequest(entry if entry is not None else {"body": body}, path, served, engine)
         while not request.finished:
+            request.poll(5)
             engine.step()
         reply = request.reply(watch=True)
         json.dumps(reply.body)  # TorchServe does this
@@ -71,6 +75,7 @@ def stream(engine, served):
         request = OpenRequest({"body": {**body, "stream": True}}, path, served, engine)
         parts = []
         while not request.finished:
+            request.poll(5)
             engine.step()
             if not request.finished and (reply := request.reply(watch=True)):
                 assert reply.more is True

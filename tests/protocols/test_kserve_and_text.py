@@ -1,5 +1,7 @@
 import pytest
 
+from handler.engine import Request
+
 PROMPT = "My dog is cute"
 
 
@@ -48,6 +50,11 @@ def test_several_sequences_an_instance(send):
         ({"instances": [PROMPT], "parameters": {"temprature": 1}}, "temprature"),
         ({"instances": [PROMPT], "parameters": {"num_beams": 4}}, "num_beams"),
         ({"instances": [PROMPT], "parameters": {"max_new_tokens": "many"}}, "max_new_tokens"),
+        ({"instances": [PROMPT], "parameters": {"return_full_text": "false"}}, "return_full_text"),
+        ({"instances": [PROMPT], "parameters": {"return_full_text": 0}}, "return_full_text"),
+        (infer([PROMPT], parameters={"return_full_text": "false"}), "return_full_text"),
+        (infer([PROMPT], [10**400]), "shape"),
+        (infer([PROMPT], [1] * 10_000), "shape"),
         ({"data": 3}, "data"),
         ({"text": PROMPT}, "instances"),
         (infer([PROMPT], [2]), "shape"),
@@ -111,7 +118,9 @@ def test_a_request_with_one_bad_prompt_leaves_nothing_behind(send, engine):
 
 
 def test_a_full_queue(send, engine):
-    status, answer, headers = send({"instances": [PROMPT] * 9})
+    for _ in range(8):
+        engine.submit(Request("a", {"max_new_tokens": 100}))
+    status, answer, headers = send({"instances": [PROMPT]})
     assert status == 429 and headers == {"Retry-After": "1"} and answer["error"]["type"] == "queue_full"
 
 
@@ -122,7 +131,8 @@ def test_a_deadline(send):
 
 def test_information(send):
     assert send(None, "health")[:2] == (200, {"status": "ok"})
-    assert send(None, "describe")[:2] == (200, {"dtype": "float32"})
+    public = {"max_sequence_length": 2048, "engine": {"running": 0, "waiting": 0}}
+    assert send(None, "describe")[:2] == (200, public)
     status, answer, _ = send({"prompt": PROMPT}, "v2/completions")
     assert status == 404 and "v1/completions" in answer["error"]["message"]
 

@@ -43,7 +43,7 @@ def test_others_step_on_while_a_large_request_is_parsed(engine, served, parsing)
     assert not large.finished and large.reply(watch=True) is None and not engine.has_work
     parsing.set()
     assert finish(engine, large).status == 200
-    assert [thread is threading.main_thread() for thread in parsing.threads] == [False, True]
+    assert sorted(thread is threading.main_thread() for thread in parsing.threads) == [False, True]
 
 
 def test_the_answer_is_that_of_a_small_request(engine, served, monkeypatch):

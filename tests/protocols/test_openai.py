@@ -143,7 +143,8 @@ def test_a_chat_stream(send, stream, chat):
         (COMPLETIONS, {"prompt": PROMPT, "temperature": -1}, 400, "temperature"),
         (COMPLETIONS, {"prompt": PROMPT, "stream_options": {"include_usage": True}}, 400, None),
         (COMPLETIONS, {"prompt": "x" * 150}, 413, None),
-        (CHAT, HELLO | {"tools": [{"type": "function"}]}, 400, "tools"),
+        (CHAT, HELLO | {"tools": [{"type": "function"}]}, 400, "tools.0.function"),
+        (CHAT, HELLO | {"functions": [{"name": "f"}]}, 400, "functions"),
         (CHAT, HELLO | {"response_format": {"type": "json_object"}}, 400, "response_format.type"),
         (CHAT, HELLO | {"top_logprobs": 2}, 400, None),
         (CHAT, {"messages": []}, 400, "messages"),
@@ -186,3 +187,130 @@ def test_models(send):
     assert status == 200 and [model["id"] for model in answer["data"]] == ["bloom"]
     assert send(None, "v1/models/bloom")[1]["max_model_len"] == 2048
     assert send(None, "v1/models/other")[0] == 404
+
+
+def test_openais_own_loop(send, chat):
+    """Its client sends an answer's message back with every field that it has."""
+    from openai.types.chat import ChatCompletion
+
+    answer = ChatCompletion.model_validate(send({**HELLO, "max_tokens": 3}, CHAT)[1])
+    message = answer.choices[0].message.model_dump()
+    assert message["refusal"] is None and message["tool_calls"] is None
+    messages = [*HELLO["messages"], message | {"annotations": [], "tool_calls": []}, *HELLO["messages"]]
+    assert send({"messages": messages, "max_tokens": 3}, CHAT)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("refusal", "no"),
+        ("annotations", [{"type": "url_citation"}]),
+        ("audio", {"id": "1"}),
+        ("function_call", {"name": "f", "arguments": "{}"}),
+        ("reasoning", "because"),
+    ],
+)
+def test_what_no_template_can_use_is_refused_by_name(send, chat, field, value):
+    body = {"messages": [*HELLO["messages"], {"role": "assistant", "content": "a", field: value}]}
+    status, answer, _ = send(body, CHAT)
+    assert (status, answer["error"]["param"]) == (400, f"messages.1.{field}")
+
+
+def test_a_null_is_nothing_anywhere(send, stream, chat):
+    assert send({"instances": [{"data": PROMPT}], "parameters": None})[0] == 200
+    assert send({"instances": [PROMPT], "parameters": {"return_full_text": None, "seed": None}})[1] == {
+        "predictions": [PROMPT + texts(send({"prompt": PROMPT})[1])[0]]
+    }
+    options = {"include_usage": None}
+    assert stream({"prompt": PROMPT, "stream_options": options}, COMPLETIONS)
+    part = {"type": "text", "text": "a", "image_url": None}
+    assert send({"messages": [{"role": "user", "content": [part], "name": None}]}, CHAT)[0] == 200
+
+
+@pytest.mark.parametrize("min_tokens", [0, 40])
+def test_a_chat_ends_with_the_tokenizers_eos_token_too(send, chat, loaded, monkeypatch, min_tokens):
+    """generation_config.json may name another one; completions end with that alone, as `generate` does."""
+    chat = {**HELLO, "max_tokens": 60, "logprobs": True, "min_tokens": min_tokens}
+    whole = send(chat, CHAT)[1]
+    tokens = [entry["token"] for entry in whole["choices"][0]["logprobs"]["content"]]
+    assert len(tokens) == 60
+    ids = loaded.tokenizer("<user>hello<assistant>").input_ids
+    with torch.inference_mode():
+        made = loaded.model.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)[0, len(ids) :].tolist()
+    ends = loaded.tokenizer.convert_ids_to_tokens(made[5])
+    monkeypatch.setattr(
+        loaded.tokenizer, "_special_tokens_map", loaded.tokenizer._special_tokens_map | {"eos_token": ends}
+    )
+    assert loaded.tokenizer.eos_token_id == made[5]
+    (choice,) = send(chat, CHAT)[1]["choices"]
+    assert choice["finish_reason"] == ("length" if min_tokens and made[5] not in made[40:] else "stop")
+    assert len(choice["logprobs"]["content"]) >= max(made.index(made[5]) + 1, min_tokens)
+    assert min_tokens or len(choice["logprobs"]["content"]) == made.index(made[5]) + 1
+    (other,) = send({"prompt": ids, "max_tokens": 60, "min_tokens": min_tokens}, COMPLETIONS)[1]["choices"]
+    assert other["finish_reason"] == "length"
+    (ignoring,) = send({**chat, "ignore_eos": True}, CHAT)[1]["choices"]
+    assert len(ignoring["logprobs"]["content"]) == 60
+
+
+def test_min_tokens_hold_back_stop_strings(send, loaded):
+    """As in vLLM: a stop string counts that is complete after more tokens than these."""
+    letters = {str(loaded.tokenizer(letter).input_ids[0]): 100 for letter in "xyz"}
+    body = {"prompt": PROMPT, "max_tokens": 20, "logit_bias": letters, "temperature": 6.0, "seed": 1}
+    (whole,) = texts(send(body, COMPLETIONS)[1])
+    assert len(whole) == 20 and set(whole) == set("xyz")
+    for stop in {whole[-1], whole[-2:]}:
+        for min_tokens in range(20):
+            (choice,) = send({**body, "stop": stop, "min_tokens": min_tokens}, COMPLETIONS)[1]["choices"]
+            ends = [end for end in range(min_tokens + 1, 21) if whole[:end].endswith(stop)]
+            assert (choice["text"], choice["finish_reason"]) == (whole[: ends[0] - len(stop)], "stop")
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1])
+def test_any_seed_of_64_bits(send, seed):
+    body = {"prompt": PROMPT, "n": 3, "temperature": 1.5, "seed": seed}
+    first = texts(send(body, COMPLETIONS)[1])
+    assert len(set(first)) == 3 and texts(send(body, COMPLETIONS)[1]) == first
+    assert texts(send({**body, "seed": 5}, COMPLETIONS)[1]) != first
+    parameters = {"seed": seed, "do_sample": True, "top_k": 0, "return_full_text": False, "temperature": 1.5}
+    assert send({"instances": [PROMPT], "parameters": parameters})[1]["predictions"] == first[:1]
+
+
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**63, 1.0, "1", True])
+def test_no_other_seed(send, seed):
+    status, answer, _ = send({"prompt": PROMPT, "seed": seed}, COMPLETIONS)
+    assert (status, answer["error"]["param"]) == (400, "seed")
+
+
+@pytest.mark.parametrize("count, n", [(9, 1), (5, 2), (3, 3)])
+def test_what_can_never_wait_together_is_no_full_queue(send, engine, count, n):
+    """The queue has eight places: 429 would send the client round for ever."""
+    body = {"prompt": [PROMPT] * count, "n": n, "temperature": 1.0}
+    status, answer, _ = send(body, COMPLETIONS)
+    assert status == 400 and "8" in answer["error"]["message"] and not engine.has_work
+    parameters = {"num_return_sequences": n, "do_sample": True}
+    assert send({"instances": [PROMPT] * count, "parameters": parameters})[0] == 400
+    assert send({"prompt": [PROMPT] * 4, "n": 2, "temperature": 1.0}, COMPLETIONS)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "body, param",
+    [
+        ({"n": "2"}, "n"),
+        ({"n": True}, "n"),
+        ({"max_tokens": 4.0}, "max_tokens"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"stream": "false"}, "stream"),
+        ({"echo": 1}, "echo"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"stop": ["a", 1]}, "stop.1"),
+        ({"stop": 1}, "stop"),
+        ({"logit_bias": {"a": 1}}, "logit_bias.a"),
+        ({"logit_bias": {"1": "a"}}, "logit_bias.1"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+    ],
+)
+def test_no_value_is_made_fit(send, body, param):
+    status, answer, _ = send({"prompt": PROMPT, **body}, COMPLETIONS)
+    assert (status, answer["error"]["param"]) == (400, param)

@@ -3,34 +3,33 @@
 import json
 import time
 import uuid
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
-from handler.engine import EngineError, InvalidRequest, Job, Sequence
+from handler.engine import EngineError, InvalidRequest, Job, PromptTooLong, Request, Sequence
+from handler.engine.sampler import TokenLogprob
 from handler.protocols.base import Call, ModelInfo, failure, validated
-from handler.protocols.errors import NotFound, ProtocolError, status_and_type
-from handler.protocols.openai.schemas import Chat, Completion, Generation, without_nulls
+from handler.protocols.errors import NotFound, ProtocolError, message, status_and_type
+from handler.protocols.openai.schemas import Chat, Completion, Generation
+from handler.protocols.openai.tools import certain_content, split_calls
+from handler.protocols.token_text import Piece, pieces
 
 # OpenAI's finish reasons. The others end a request without an answer of its own.
 FINISH_REASONS = {"stop": "stop", "length": "length"}
+LEAST_LOGPROB = -9999.0  # OpenAI's for what cannot be; JSON has no infinity
 
 
 @dataclass
 class Cursor:
     """How much of one sequence its client has been sent.
 
-    text: characters of `Sequence.text`.
+    text: characters of what is shown of `Sequence.text`.
     logprobs: entries of `Sequence.logprobs`.
-    text_offset: characters of the tokens in those entries, and of the prompt's where they are echoed.
     started, finished: whether its first part and its finish_reason are sent.
     """
 
     text: int = 0
     logprobs: int = 0
-    text_offset: int = 0
     started: bool = False
     finished: bool = False
 
@@ -78,25 +77,28 @@ class OpenAICall(Call):
         field, colon, _ = str(error).partition(": ")
         param = field if colon and field.replace(".", "").replace("_", "").isalnum() else None
         status, kind = status_and_type(error)
-        return {"error": {"message": str(error), "type": kind, "param": param, "code": status}}
+        return {"error": {"message": message(error), "type": kind, "param": param, "code": status}}
 
     def _choice(self, sequence: Sequence) -> dict[str, Any]:
         """A whole choice of an answer, but for its index and finish_reason."""
         raise NotImplementedError
 
     def _delta(self, sequence: Sequence, text: str, cursor: Cursor) -> dict[str, Any]:
-        """A choice of a chunk: `text` is new, `cursor` says what was sent before. Moves `cursor.text_offset`."""
+        """A choice of a chunk: `text` is new, `cursor` says what was sent before. Moves `cursor.logprobs`."""
         raise NotImplementedError
+
+    def _shown(self, sequence: Sequence) -> str:
+        """What of a sequence's text its client may see."""
+        return sequence.text
 
     def _chunks(self, index: int, sequence: Sequence) -> list[dict[str, Any]]:
         """The chunk of what is new of one choice, if anything is."""
         cursor = self._cursors.setdefault(index, Cursor())
-        text = sequence.text[cursor.text :]
+        text = self._shown(sequence)[cursor.text :]
         if cursor.finished or not (text or sequence.finished):
             return []
         delta = self._delta(sequence, text, cursor)
         cursor.text += len(text)
-        cursor.logprobs = len(sequence.logprobs)
         cursor.started, cursor.finished = True, sequence.finished
         return [self._chunk([{"index": index, **delta, "finish_reason": self._finish_reason(sequence)}])]
 
@@ -114,8 +116,15 @@ class OpenAICall(Call):
         completion = sum(len(sequence.token_ids) for sequence in _sequences(jobs))
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def _token_text(self, token_id: int) -> str:
-        return str(self._model.tokenizer.decode([token_id]))
+    def _new_logprobs(self, sequence: Sequence, cursor: Cursor) -> list[tuple[Piece, TokenLogprob]]:
+        """What was not reported yet of the tokens whose text is out."""
+        start, ends = cursor.logprobs, [0, *sequence.text_stream.ends]
+        end = len(sequence.logprobs)
+        if not sequence.finished:
+            out = len(sequence.text)
+            end = next((i for i in range(start, end) if ends[i] >= out or ends[i + 1] > out), end)
+        cursor.logprobs = end
+        return list(zip(pieces(sequence.text_stream)[start:end], sequence.logprobs[start:end], strict=True))
 
 
 class CompletionCall(OpenAICall):
@@ -124,17 +133,18 @@ class CompletionCall(OpenAICall):
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, body: dict[str, Any], model: ModelInfo):
-        completion = validated(Completion, without_nulls(body))
+        completion = validated(Completion, body)
         super().__init__(completion, model)
         self._echo = bool(completion.echo)
         # The engine generates at least one token; with max_tokens 0 it is left out of the answer.
         self._prompt_only = completion.max_tokens == 0
         if self._prompt_only:
             completion = completion.model_copy(update={"max_tokens": 1})
-        logprobs = completion.logprobs
-        self.requests = [
-            completion.request(prompt, logprobs, self._echo and logprobs is not None) for prompt in completion.prompts()
-        ]
+        self._completion, self.prompts = completion, completion.prompt
+
+    def request(self, prompt: str | list[int]) -> Request:
+        logprobs = self._completion.logprobs
+        return self._completion.request(prompt, logprobs, self._echo and logprobs is not None)
 
     def _choice(self, sequence: Sequence) -> dict[str, Any]:
         return self._delta(sequence, sequence.text, Cursor())
@@ -157,65 +167,127 @@ class CompletionCall(OpenAICall):
 
     def _logprobs(self, sequence: Sequence, cursor: Cursor) -> dict[str, Any]:
         """OpenAI's legacy form: parallel lists over tokens. The first prompt token has no probability."""
-        job = sequence.job
-        new = [] if self._prompt_only else sequence.logprobs[cursor.logprobs :]
-        echo = self._echo and not cursor.started
-        entries: list[Any] = [*(job.prompt_logprobs if echo else []), *new]
-        token_ids = [*(job.prompt_ids if echo else []), *(token_id for token_id, *_ in new)]
-        tokens = [self._token_text(token_id) for token_id in token_ids]
-        *offsets, cursor.text_offset = accumulate(map(len, tokens), initial=cursor.text_offset)
-        tops = [entry and {self._token_text(token_id): logprob for token_id, logprob in entry[2]} for entry in entries]
+        job, tokens, entries = sequence.job, self._model.token_text, list[tuple[Piece, int, TokenLogprob | None]]()
+        if self._echo and not cursor.started:
+            entries += zip(tokens.of_prompt(job.prompt_ids), job.prompt_ids, job.prompt_logprobs, strict=True)
+        if not self._prompt_only:
+            start = len(self._model.prompt_text(job)) if self._echo else 0
+            new = self._new_logprobs(sequence, cursor)
+            entries += [(Piece(piece.text, start + piece.end), entry[0], entry) for piece, entry in new]
+        shown = [tokens.shown(token_id, piece) for piece, token_id, _ in entries]
+        tops = [
+            entry and {tokens.own(other)[0]: _finite(logprob) for other, logprob in entry[2]} for *_, entry in entries
+        ]
         return {
-            "tokens": tokens,
-            "token_logprobs": [entry and entry[1] for entry in entries],
+            "tokens": [text for text, _ in shown],
+            "token_logprobs": [entry and _finite(entry[1]) for *_, entry in entries],
             "top_logprobs": tops if job.params.logprobs else None,
-            "text_offset": offsets,
+            "text_offset": [
+                piece.end - len(piece.text if data else text)
+                for (piece, *_), (text, data) in zip(entries, shown, strict=True)
+            ],
         }
 
 
 class ChatCall(OpenAICall):
-    """`v1/chat/completions`: messages, through the tokenizer's chat template."""
+    """`v1/chat/completions`: messages, through the tokenizer's chat template, which writes special tokens too."""
+
+    add_special_tokens = False
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, body: dict[str, Any], model: ModelInfo):
-        chat = validated(Chat, without_nulls(body))
+        _check_message_count(body.get("messages"), model)
+        chat = validated(Chat, body)
         super().__init__(chat, model)
-        logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
-        request = chat.request(self._prompt(chat), logprobs)
-        self.requests = [replace(request, add_special_tokens=False)]
+        self._chat = chat
+        self._tools = {tool.function.name for tool in chat.offered_tools()}
+        self._split: dict[int, tuple[str, list[dict[str, Any]]]] = {}  # content and calls, by the index of the choice
+        self.prompts = [_prompt(chat, model)]
 
-    def _prompt(self, chat: Chat) -> str:
-        tokenizer = self._model.tokenizer
-        if not tokenizer.chat_template:
-            raise InvalidRequest("messages: this model's tokenizer has no chat template; use completions with a prompt")
-        messages = [message.plain() for message in chat.messages]
-        try:
-            return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from None
+    def request(self, prompt: str | list[int]) -> Request:
+        request = self._chat.request(prompt, (self._chat.top_logprobs or 0) if self._chat.logprobs else None)
+        # Templates end a message with the tokenizer's eos token, whatever generation_config.json says.
+        eos = self._model.tokenizer.eos_token_id
+        request.eos_token_ids = () if eos is None else (eos,)
+        return request
+
+    def _shown(self, sequence: Sequence) -> str:
+        if not self._tools:
+            return sequence.text
+        return self._content_and_calls(sequence)[0] if sequence.finished else certain_content(sequence.text)
+
+    def _content_and_calls(self, sequence: Sequence) -> tuple[str, list[dict[str, Any]]]:
+        """Of a sequence that is finished. Made once, because the calls get their ids here."""
+        if sequence.index not in self._split:
+            content, calls = split_calls(sequence.text, self._tools)
+            self._split[sequence.index] = content, calls if self._chat.parallel_tool_calls else calls[:1]
+        return self._split[sequence.index]
+
+    def _finish_reason(self, sequence: Sequence) -> str | None:
+        reason = super()._finish_reason(sequence)
+        return "tool_calls" if reason == "stop" and self._content_and_calls(sequence)[1] else reason
 
     def _choice(self, sequence: Sequence) -> dict[str, Any]:
-        message = {"role": "assistant", "content": sequence.text, "refusal": None}
+        content, calls = self._content_and_calls(sequence)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
         return {"message": message, "logprobs": self._logprobs(sequence, Cursor())}
 
     def _delta(self, sequence: Sequence, text: str, cursor: Cursor) -> dict[str, Any]:
-        role = {} if cursor.started else {"role": "assistant"}
-        content = {"content": text} if text or role else {}
-        return {"delta": role | content, "logprobs": self._logprobs(sequence, cursor)}
+        delta: dict[str, Any] = {} if cursor.started else {"role": "assistant"}
+        if text or delta:
+            delta["content"] = text
+        if sequence.finished and (calls := self._content_and_calls(sequence)[1]):
+            delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
+        return {"delta": delta, "logprobs": self._logprobs(sequence, cursor)}
 
     def _logprobs(self, sequence: Sequence, cursor: Cursor) -> dict[str, Any] | None:
         if sequence.job.params.logprobs is None:
             return None
+        tokens = self._model.token_text
         content = [
-            self._token_logprob(token_id, logprob) | {"top_logprobs": [self._token_logprob(*other) for other in top]}
-            for token_id, logprob, top in sequence.logprobs[cursor.logprobs :]
+            _token_logprob(*tokens.shown(token_id, piece), logprob)
+            | {"top_logprobs": [_token_logprob(*tokens.own(other), value) for other, value in top]}
+            for piece, (token_id, logprob, top) in self._new_logprobs(sequence, cursor)
         ]
         return {"content": content, "refusal": None}
 
-    def _token_logprob(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._token_text(token_id)
-        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+def _check_message_count(messages: Any, model: ModelInfo) -> None:
+    """Raises PromptTooLong for more messages than the model takes tokens, before any time is spent on them."""
+    if isinstance(messages, list) and len(messages) > model.max_sequence_length:
+        raise PromptTooLong(f"messages: there are {len(messages)}, at most {model.max_sequence_length} tokens fit")
+
+
+def _prompt(chat: Chat, model: ModelInfo) -> str:
+    """The conversation as the model's chat template writes it. Raises InvalidRequest."""
+    tokenizer = model.tokenizer
+    if not tokenizer.chat_template:
+        raise InvalidRequest("messages: this model's tokenizer has no chat template; use completions with a prompt")
+    tools: list[Any] | None = [tool.for_template() for tool in chat.offered_tools()] or None
+    template = tokenizer.get_chat_template(None, tools)
+    if tools and "tools" not in template:
+        raise InvalidRequest("tools: this model's chat template has no place for them; leave them out")
+    if any(message.tool_calls for message in chat.messages) and "tool_calls" not in template:
+        raise InvalidRequest("messages: this model's chat template has no place for tool_calls; leave them out")
+    messages = [message.for_template() for message in chat.messages]
+    try:
+        text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+        text.encode()
+        return str(text)
+    except Exception as error:  # the template is the model's own program; half a surrogate pair is no text
+        raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from None
+
+
+def _token_logprob(text: str, data: bytes | None, logprob: float) -> dict[str, Any]:
+    known = data if data else None if "\ufffd" in text else text.encode()
+    return {"token": text, "logprob": _finite(logprob), "bytes": None if known is None else list(known)}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
 
 
 def models(model: ModelInfo, name: str | None = None) -> dict[str, Any]:

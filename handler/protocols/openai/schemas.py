@@ -1,11 +1,15 @@
 """The bodies of OpenAI's requests, and what they ask of the engine."""
 
-from typing import Annotated, Any, Literal, cast
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, Tag, model_validator
 
-from handler.engine import InvalidRequest, Request
-from handler.protocols.base import Strict
+from handler.engine import Request
+from handler.protocols.base import Strict, text_or
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Number = Annotated[float, Field(gt=-(2**63), lt=2**63)]
 
 
 class StreamOptions(Strict):
@@ -14,27 +18,32 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
+Text = Annotated[str, Tag("text")]
+StopStrings = Annotated[list[str], Field(fail_fast=True, max_length=16), Tag("other")]
+
+
 class Generation(Strict):
     """The fields that both have. Those of the last group change nothing in an answer and are taken as they come."""
 
     model: str | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[Number, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    seed: int | None = None
+    stop: Annotated[Text | StopStrings, text_or(list)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    # JSON's names are text, so the ids are.
+    logit_bias: dict[Annotated[int, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Count | None = None
     # vLLM's
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Count | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**63)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
     # without influence
     user: Any = None
     metadata: Any = None
@@ -47,6 +56,8 @@ class Generation(Strict):
     def _check(self) -> "Generation":
         if self.stream_options and not self.stream:
             raise ValueError("stream_options is only for stream: true")
+        if self.max_tokens and self.max_tokens < (self.min_tokens or 0):
+            raise ValueError("min_tokens is more than max_tokens")
         return self
 
     def parameters(self) -> dict[str, Any]:
@@ -81,8 +92,20 @@ class Generation(Strict):
         )
 
 
+def _are_token_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(type(token_id) is int for token_id in prompt)
+
+
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    """The prompts one by one. A list of numbers is one prompt of token ids."""
+    prompts = prompt if isinstance(prompt, list) and not _are_token_ids(prompt) else [prompt]
+    if not prompts or not all(isinstance(one, str) or _are_token_ids(one) for one in prompts):
+        raise ValueError("send a string, token ids, or a list of these, and nothing empty but a string")
+    return prompts
+
+
 class Completion(Generation):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
@@ -95,28 +118,85 @@ class Completion(Generation):
             raise ValueError("max_tokens must be at least 1, or 0 with echo")
         return self
 
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts one by one. A list of numbers is one prompt of token ids."""
-        if not self.prompt and self.prompt != "":
-            raise InvalidRequest("prompt: the list is empty; send a string, strings, or token ids")
-        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return cast(list[str | list[int]], self.prompt if several else [self.prompt])
-
 
 class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
+TextParts = Annotated[list[TextPart], Field(fail_fast=True, max_length=1024), Tag("other")]
+
+
+def _arguments(text: str) -> str:
+    """Raises ValueError unless it is a JSON object: templates write it out as one."""
+    try:
+        is_object = isinstance(json.loads(text), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        raise ValueError("send a JSON object, as text")
+    return text
+
+
+class CalledFunction(Strict):
+    name: str
+    arguments: Annotated[str, AfterValidator(_arguments)]
+
+
+class ToolCall(Strict):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def for_template(self) -> dict[str, Any]:
+        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
+        return {"type": self.type, "function": function} | ({"id": self.id} if self.id else {})
+
+
+def _empty(value: Any) -> None:
+    if value:
+        raise ValueError("this field is only accepted when it is empty, as OpenAI's client sends it back")
+
+
+# Fields of an answer that come back in the next request: nothing here makes them, and no template can use them.
+Unused = Annotated[Any, AfterValidator(_empty)]
+
+
 class Message(Strict):
     role: str
-    content: str | list[TextPart] | None = None
+    content: Annotated[Text | TextParts, text_or(list)] | None = None
     name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=128)] = []
+    tool_call_id: str | None = None
+    refusal: Unused = None
+    annotations: Unused = None
+    audio: Unused = None
+    function_call: Unused = None
 
-    def plain(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """The message with its parts joined, as chat templates expect it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
-        return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
+        message = {
+            "name": self.name,
+            "tool_calls": [call.for_template() for call in self.tool_calls],
+            "tool_call_id": self.tool_call_id,
+        }
+        return {"role": self.role, "content": text} | {name: value for name, value in message.items() if value}
+
+
+class Function(Strict):
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] = {}
+    strict: Any = None  # without influence
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"function": {"strict"}}, exclude_none=True)
 
 
 class ResponseFormat(Strict):
@@ -124,14 +204,14 @@ class ResponseFormat(Strict):
 
 
 class Chat(Generation):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    # without influence when there are no tools
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Any = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=128)] = []
+    tool_choice: Literal["none", "auto"] = "auto"
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _check_chat(self) -> "Chat":
@@ -139,6 +219,8 @@ class Chat(Generation):
             raise ValueError("top_logprobs needs logprobs: true")
         if self.max_completion_tokens and self.max_tokens not in (None, self.max_completion_tokens):
             raise ValueError("max_tokens and max_completion_tokens differ; send one")
+        if (self.max_completion_tokens or self.max_tokens or 2**63) < (self.min_tokens or 0):
+            raise ValueError("min_tokens is more than max_completion_tokens")
         if self.max_tokens == 0:
             raise ValueError("max_tokens must be at least 1")
         return self
@@ -147,7 +229,6 @@ class Chat(Generation):
         own = {"max_new_tokens": self.max_completion_tokens} if self.max_completion_tokens else {}
         return super().parameters() | own
 
-
-def without_nulls(body: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's null is the same as leaving a field out, also one that is not supported."""
-    return {name: value for name, value in body.items() if value is not None}
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model may call."""
+        return self.tools if self.tool_choice == "auto" else []

@@ -229,5 +229,6 @@ def test_describe(plain, continuous):
     assert described["device_map"] == {"": "cpu"} and described["dtype"] == "float32"
     assert described["memory_footprint"] == described["tiers"]["cpu"]["bytes"] > 200_000
     assert described["versions"]["transformers"].startswith("5.")
-    # The way around TorchServe's endless loop over a describe request in continuous mode.
-    assert describe(continuous.url) == described
+    # What anybody may read, and `drain` does; also in continuous mode, where TorchServe asks for the above for ever.
+    public = describe(continuous.url)
+    assert public.keys() == {"max_sequence_length", "engine"} and public.items() <= described.items()

@@ -73,36 +73,43 @@ def test_nothing_is_copied_that_dockerignore_holds_back(instructions):
     assert copied == allowed
 
 
+def copy(argument, app):
+    """Do what a COPY says."""
+    *sources, target = argument.split()
+    for source in sources:
+        if (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, app / target)
+        else:
+            shutil.copy(ROOT / source, app / target)
+
+
 @pytest.fixture
 def image(instructions, tmp_path):
     """What the image has: its environment without the packages of the tests and of the other commands, and its folder.
 
     The environment takes a minute to make; it is kept as long as nothing that decides what is in it has changed.
     """
-    app = tmp_path / "app"
-    app.mkdir()
-    for argument in arguments(instructions, "COPY"):
-        *sources, target = argument.split()
-        for source in sources:
-            if (ROOT / source).is_dir():
-                shutil.copytree(ROOT / source, app / target)
-            else:
-                shutil.copy(ROOT / source, app / target)
     steps = [step for step in arguments(instructions, "RUN") if not step.startswith("useradd")]
-    decides = [sys.version, *steps, *((app / name).read_text() for name in DECIDES)]
+    decides = [sys.version, *steps, *((ROOT / name).read_text() for name in DECIDES)]
     python = KEPT / hashlib.sha256("\0".join(decides).encode()).hexdigest()[:16]
     variables = {**os.environ, "PATH": f"{python}/bin:/usr/bin:/bin", "TORCH_INDEX_URL": ""}
     variables.pop("JAVA_HOME", None)
+    app = tmp_path / "app"
+    app.mkdir()
     KEPT.mkdir(parents=True, exist_ok=True)
     with FileLock(KEPT / "lock"):
-        if not (python / "complete").exists():
+        complete = (python / "complete").exists()
+        if not complete:
             for other in KEPT.glob("*/"):  # gigabytes each; or this one, broken off
                 shutil.rmtree(other)
             venv.create(python, with_pip=True, symlinks=True)
-            for step in steps:
-                done = subprocess.run(step, shell=True, cwd=app, env=variables, capture_output=True, text=True)
+        for instruction, argument in instructions:
+            if instruction == "COPY":
+                copy(argument, app)
+            elif argument in steps and not complete:
+                done = subprocess.run(argument, shell=True, cwd=app, env=variables, capture_output=True, text=True)
                 assert done.returncode == 0, done.stdout + done.stderr
-            (python / "complete").touch()
+        (python / "complete").touch()
     name, *rest = json.loads(arguments(instructions, "ENTRYPOINT")[0])
     return {"entry": [python / "bin" / name, *rest], "environment": variables, "cwd": app}
 

@@ -274,9 +274,9 @@ def _prompt(chat: Chat, model: ModelInfo) -> str:
         raise InvalidRequest("messages: this model's chat template has no place for tool_calls; leave them out")
     messages = [message.for_template() for message in chat.messages]
     try:
-        text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+        text = str(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False))
         text.encode()
-        return str(text)
+        return text
     except Exception as error:  # the template is the model's own program; half a surrogate pair is no text
         raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from None
 

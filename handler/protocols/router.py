@@ -15,8 +15,8 @@ from handler.protocols.plain_text import TextCall
 GENERATING_PATHS = {"v1/completions": CompletionCall, "v1/chat/completions": ChatCall}
 OPERATOR = object()  # in place of a path, which no client can send: the whole description
 PATHS = (*GENERATING_PATHS, "v1/models", "health", "describe")
-# What of the model's description anybody may read. Devices, sizes and versions are the management API's.
-PUBLIC = ("max_sequence_length", "engine")
+# What of the model's description is for operators alone, on the management port.
+PRIVATE = ("versions", "device_map")
 # On a path without a protocol of its own the fields tell which one is meant.
 FIELDS: dict[str, Callable[[dict[str, Any], ModelInfo], Call]] = {
     "instances": PredictCall,
@@ -25,8 +25,8 @@ FIELDS: dict[str, Callable[[dict[str, Any], ModelInfo], Call]] = {
     "prompt": CompletionCall,
 }
 
-NO_BODY = (
-    "the body is empty; `curl -d` sends a form, which TorchServe drops: "
+NO_FORM = (
+    "`curl -d` sends a form, which TorchServe drops: "
     "add -H 'Content-Type: application/json', or send text with -H 'Content-Type: text/plain'"
 )
 
@@ -70,8 +70,7 @@ def parse(entry: dict[str, Any], path: Any, model: ModelInfo) -> Call:
     if path == "health":
         return InformationCall({"status": "ok"})  # whoever can ask is answered by a model that is loaded
     if path == "describe":
-        described = model.describe()
-        return InformationCall({name: described[name] for name in PUBLIC})
+        return InformationCall({name: value for name, value in model.describe().items() if name not in PRIVATE})
     if path == "v1/models" or path.startswith("v1/models/"):
         return InformationCall(models(model, path.removeprefix("v1/models").strip("/") or None))
     if path in GENERATING_PATHS:
@@ -103,12 +102,13 @@ def _by_fields(body: Any, model: ModelInfo) -> Call:
 def _body(entry: dict[str, Any]) -> Any:
     """The body as TorchServe decoded it: JSON, text, or bytes."""
     if entry and not {"body", "data"} & entry.keys():
-        raise InvalidRequest(f"data: the form has no such part; it has {', '.join(map(repr, entry))}")
+        parts = ", ".join(map(repr, entry))
+        raise InvalidRequest(f"data: the form has no such part; it has {parts}; {NO_FORM}")
     body = entry.get("body", entry.get("data"))
     if isinstance(body, bytearray):
         body = bytes(body)
     if body in (None, b"", ""):
-        raise InvalidRequest(NO_BODY)
+        raise InvalidRequest(f"the body is empty; {NO_FORM}")
     return body
 
 

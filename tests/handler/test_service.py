@@ -211,7 +211,8 @@ def test_gauges_tell_what_runs_and_what_waits(make_handler):
 def test_describe(make_handler, continuous):
     frontend = make_handler(continuous)
     status, public = frontend.answer(frontend.send({}, url_path="describe"))
-    assert (status, public) == (200, {"max_sequence_length": 2048, "engine": {"running": 0, "waiting": 0}})
+    assert status == 200 and not {"versions", "device_map"} & public.keys()
+    assert public["max_sequence_length"] == 2048 and public["engine"] == {"running": 0, "waiting": 0}
     managed = frontend.send({}, describe="True")  # as the management API asks in plain mode
     status, described = frontend.answer(managed)
     assert status == 200 and described["dtype"] == "float32" and public.items() <= described.items()

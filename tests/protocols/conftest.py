@@ -39,7 +39,7 @@ def served(loaded):
         max_sequence_length=2048,
         return_full_text=True,
         created=1,
-        describe=lambda: {"dtype": "float32", "max_sequence_length": 2048, "engine": {"running": 0, "waiting": 0}},
+        describe=lambda: {"dtype": "float32", "versions": {"torch": "2.13.0"}, "device_map": {"": "cpu"}},
     )
 
 

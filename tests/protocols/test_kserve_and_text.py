@@ -131,8 +131,7 @@ def test_a_deadline(send):
 
 def test_information(send):
     assert send(None, "health")[:2] == (200, {"status": "ok"})
-    public = {"max_sequence_length": 2048, "engine": {"running": 0, "waiting": 0}}
-    assert send(None, "describe")[:2] == (200, public)
+    assert send(None, "describe")[:2] == (200, {"dtype": "float32"})
     status, answer, _ = send({"prompt": PROMPT}, "v2/completions")
     assert status == 404 and "v1/completions" in answer["error"]["message"]
 

@@ -103,8 +103,8 @@ deploy: $(READY) ## the same, applied with kubectl
 test: $(READY) $(READY_KSERVE) ## every test, the real TorchServe among them
 	$(PYTEST)
 
-test-fast: $(READY) $(READY_KSERVE) ## the tests that start neither TorchServe nor a cloud store's stand-in
-	$(PYTEST) -m "not e2e and not cloud"
+test-fast: $(READY) $(READY_KSERVE) ## the tests that start no server and do not search long
+	$(PYTEST) -m "not e2e and not cloud and not slow"
 
 lint: $(READY) ## ruff and mypy
 	.venv/bin/ruff check .

@@ -17,6 +17,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "cloud_server" in item.fixturenames:
             item.add_marker("cloud")
+        if item.path.name in ("test_equality.py", "test_architectures.py"):
+            item.add_marker("slow")
     items.sort(key=lambda item: not {"e2e", "cloud"} & set(item.keywords))
 
 

@@ -1,6 +1,7 @@
 """KServe's own model server in front of TorchServe, with the environment that KServe gives the container."""
 
 import contextlib
+import re
 import socket
 import subprocess
 import time
@@ -100,7 +101,9 @@ def test_errors_keep_their_status_and_body(kserve, text, parameters, status, sai
     protocol, server, url = kserve
     straight, through = (ask(protocol, at, text, **parameters) for at in (server.url, url))
     assert straight.status_code == status and said in straight.text
-    assert (through.status_code, through.content) == (status, straight.content)
+    # How far a request came before max_time was over is the machine's affair, not the front's.
+    body, expected = (re.sub(rb"after \d+ tokens", b"after N tokens", answer.content) for answer in (through, straight))
+    assert (through.status_code, body) == (status, expected)
     assert through.headers["content-type"] == straight.headers["content-type"]
     assert ask(protocol, url, PROMPTS[0]).ok
 

@@ -58,7 +58,8 @@ def gpt_neo_sees(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> Iter
     own is a window of columns. The model is to be called with the mask for full attention."""
 
     def mask(module, args, kwargs):
-        return args, kwargs | {"attention_mask": masks["sliding_attention"]}
+        device = kwargs["attention_mask"].device  # the layer's
+        return args, kwargs | {"attention_mask": masks["sliding_attention"].to(device)}
 
     columns = masks["full_attention"].shape[-1]
     with ExitStack() as undo:

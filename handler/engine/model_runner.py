@@ -60,9 +60,9 @@ class ModelRunner:
             during.enter_context(self._head_sees_only(keep))
             during.enter_context(self._products())
             inputs["attention_mask"] = self._attention_mask(length, count, context, during)
-            if self._longrope_border is not None:
-                is_long = torch.tensor([sequence.length > self._longrope_border for sequence in sequences])
-                during.enter_context(longrope_by_row(self._model, is_long, self._longrope_border))
+            border = self._longrope_border
+            if border is not None and any(is_long := [sequence.length > border for sequence in sequences]):
+                during.enter_context(longrope_by_row(self._model, torch.tensor(is_long), border))
             return self._model(**inputs).logits
 
     def _attention_mask(

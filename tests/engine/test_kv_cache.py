@@ -185,6 +185,21 @@ def test_sequences_grow_far_beyond_a_sliding_window(layers, offload, tokenizer):
     assert [job.sequences[0].token_ids for job in jobs] == alone
 
 
+def test_padding_attends_to_something(tokenizer):
+    """Softmax over nothing is no number in some kernels, and 0 x NaN is NaN wherever a weight is 0."""
+    model = AutoModelForCausalLM.from_config(WINDOWS["sliding"]).eval()
+    engine = Engine(model, tokenizer, EngineConfig(prefill_chunk=20))
+    masks = []
+    model.register_forward_pre_hook(
+        lambda module, args, inputs: masks.append(inputs["attention_mask"]), with_kwargs=True
+    )
+    for length in (30, 2):  # in one forward: 28 columns of padding behind 2 tokens, and a window of 8
+        engine.submit(Request(prompt_ids(0, length), {"max_new_tokens": 1}))
+    engine.step()
+    assert [mask.shape for mask in masks] == [(2, 1, 30, 30)]
+    assert masks[0].any(dim=-1).all()
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -20,10 +20,10 @@ from .errors import (
     QueueTimeout,
     UnsupportedModel,
 )
-from .request import Request
+from .request import Grammar, Request
 from .sequence import Job, Sequence
 
-__all__ = ["Engine", "EngineConfig", "Job", "Request", "Sequence"]
+__all__ = ["Engine", "EngineConfig", "Grammar", "Job", "Request", "Sequence"]
 __all__ += [
     "EngineError",
     "InvalidRequest",

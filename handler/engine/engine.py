@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 import time
+from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .architecture import Architecture
 from .capacity import Capacity
 from .detokenizer import Detokenizer
 from .errors import EngineError, InvalidRequest, ModelError, OutOfMemory, QueueTimeout
+from .grammar import Compilation, GrammarCompiler
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
 from .prompt import encode
@@ -27,6 +29,7 @@ from .sequence import FinishReason, Job, Sequence
 
 logger = logging.getLogger(__name__)
 
+_COMPILE_WAIT = 0.01  # seconds that a step with nothing to run waits for a grammar
 _PROMPT_LOGPROB_ROWS = 32  # prompt positions whose float32 scores are held at once
 
 
@@ -56,6 +59,8 @@ class Engine:
         self._runner = ModelRunner(model, architecture, self._cache)
         self._scheduler = Scheduler(self._cache, config, self.capacity, mixed_batch=self._runner.streams_weights)
         self.max_queue = config.max_queue
+        self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
+        self._compiling: list[tuple[Job, Compilation]] = []  # they wait for their grammar, and then for a row
         self._jobs: dict[str, Job] = {}  # those that are not finished
         self._order = itertools.count()
 
@@ -93,8 +98,12 @@ class Engine:
         params = resolve(request, len(prompt_ids), self._defaults, self._vocab_size, self._max_length)
         self._scheduler.check_queue_room(params.n)
         job = Job(request, params, prompt_ids)
-        job.sequences = self._make_sequences(job)
-        self._scheduler.add(job.sequences)
+        compilation = self._grammars.compile(params.grammar) if params.grammar else None
+        job.sequences = self._make_sequences(job, compilation)
+        if compilation:
+            self._compiling.append((job, compilation))
+        else:
+            self._scheduler.add(job.sequences)
         job.waiting_since = time.monotonic()
         if params.max_time is not None:
             job.deadline = job.waiting_since + params.max_time
@@ -109,6 +118,7 @@ class Engine:
         """
         jobs = {job.id: (job, _text_length(job)) for job in self._jobs.values()}
         self._end_expired()
+        self._queue_compiled()
         results = [(batch, self._run(batch)) for batch in self._scheduler.schedule()]
         for batch, result in results:
             try:
@@ -133,9 +143,14 @@ class Engine:
         """Most tokens of prompt and continuation that the model, the settings and the cache have room for."""
         return min(self.capacity.max_sequence_length, self._cache.capacity_tokens)
 
-    def _make_sequences(self, job: Job) -> list[Sequence]:
+    def _make_sequences(self, job: Job, compilation: Compilation | None) -> list[Sequence]:
         samplers, eos_token_ids = make_samplers(
-            self._processor_source, job.prompt_ids, job.params, self._runner.device, self._vocab_size
+            self._processor_source,
+            job.prompt_ids,
+            job.params,
+            self._runner.device,
+            self._vocab_size,
+            compilation,
         )
         return [
             Sequence(
@@ -149,7 +164,26 @@ class Engine:
             for index, sampler in enumerate(samplers)
         ]
 
-    # step: run the scheduler's batches, then give each sequence what came of it
+    # step: queue whose grammar is ready, run the scheduler's batches, then give each sequence what came of it
+
+    def _queue_compiled(self) -> None:
+        """Let jobs wait for a row whose grammar is compiled by now, and end those whose grammar is refused."""
+        if not self._compiling:
+            return
+        # With nothing else to do, wait a little: whoever steps on and on would take the time to compile in.
+        patience = 0 if self.num_running or self.num_waiting else _COMPILE_WAIT
+        wait([compilation.future for _, compilation in self._compiling], patience, FIRST_COMPLETED)
+        ready = [entry for entry in self._compiling if entry[0].finished or entry[1].future.done()]
+        self._compiling = [entry for entry in self._compiling if entry not in ready]
+        for job, compilation in ready:
+            if job.finished:  # cancelled, or too late
+                compilation.future.cancel()
+                continue
+            try:
+                compilation.future.result()
+                self._scheduler.add(job.sequences)
+            except Exception as error:
+                self._fail(job, error)
 
     def _run(self, batch: Batch) -> torch.Tensor | EngineError:
         """Logits [sum(batch.logits_to_keep), vocab], or what went wrong for all of the batch."""
@@ -177,7 +211,7 @@ class Engine:
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Sample from logits [sequences, vocab] and append to each sequence its token."""
         samplers = [sequence.sampler for sequence in sequences]
-        token_ids = [sequence.all_token_ids if sequence.sampler.processors else [] for sequence in sequences]
+        token_ids = [sequence.all_token_ids if sequence.sampler.needs_tokens else [] for sequence in sequences]
         tokens = sample(logits, samplers, token_ids)
         _report_logprobs(sequences, tokens, logits)
         for sequence, token in zip(sequences, tokens, strict=True):

@@ -2,7 +2,21 @@
 
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What a continuation must be, from its first character to its last.
+
+    kind: "json_object" for any JSON object, or what `text` is: a JSON schema, a regular expression, or a JSON list of
+        the strings to choose from.
+    field: what the caller calls it; errors begin with this name.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "choice"]
+    text: str = ""
+    field: str = "grammar"
 
 
 @dataclass
@@ -19,6 +33,7 @@ class Request:
     prompt_logprobs: also report the prompt's tokens, in `Job.prompt_logprobs`.
     eos_token_ids: tokens that end a continuation besides the model's own.
     ignore_eos: go on to the length limit whatever the model says.
+    grammar: what each continuation must be. One that ends with "stop" is whole, one that ends with "length" may not be.
     logit_bias, presence_penalty, frequency_penalty: as OpenAI defines them, over generated tokens.
     group: the same for prompts that came together; rows are shared fairly among groups. By default its own id.
     """
@@ -32,6 +47,7 @@ class Request:
     prompt_logprobs: bool = False
     eos_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
     logit_bias: dict[int, float] | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0

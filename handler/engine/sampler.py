@@ -15,6 +15,7 @@ from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor
 from transformers.generation import logits_process as library
 
 from .errors import EngineError, InvalidRequest, ModelError
+from .grammar import Compilation, GrammarState, keep
 from .sampling_params import SamplingParams
 
 TokenLogprob = tuple[int, float, list[tuple[int, float]]]  # token, its log-probability, the most likely ones
@@ -42,11 +43,18 @@ class Sampler:
     processors: run on [1, vocab] float32 scores with the row's tokens.
     warpers: run on scores alone.
     generator: the sequence's own randomness, or None when decoding is greedy.
+    grammar: what the continuation must be, or None.
     """
 
     processors: list[LogitsProcessor] = field(default_factory=list)
     warpers: list[Any] = field(default_factory=list)
     generator: torch.Generator | None = None
+    grammar: GrammarState | None = None
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether it looks at what was generated before."""
+        return bool(self.processors or self.grammar)
 
     @cached_property
     def group(self) -> str:
@@ -55,11 +63,17 @@ class Sampler:
 
 
 def make_samplers(
-    model: Any, prompt_ids: list[int], params: SamplingParams, device: torch.device, vocab_size: int
+    model: Any,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    device: torch.device,
+    vocab_size: int,
+    compilation: Compilation | None,
 ) -> tuple[list[Sampler], frozenset[int]]:
     """A sampler for each of the `n` continuations of a prompt, and the tokens that end one.
 
-    model: its generation config names the special tokens. device: where the logits will be.
+    model: its generation config names the special tokens. device: where the logits will be. compilation: of the
+    request's grammar.
     Raises InvalidRequest for values that the library refuses.
     """
     generation = dict(params.generation)
@@ -72,6 +86,9 @@ def make_samplers(
         processors = [OpenAIPenalties(params, len(prompt_ids)), *processors]
     generators = [_generator(params.seed, index, device) if params.do_sample else None for index in range(params.n)]
     samplers = [Sampler(*_split(processors), generator) for generator in generators]
+    if compilation:
+        for sampler in samplers:
+            sampler.grammar = GrammarState(compilation, len(prompt_ids), eos_token_ids)
     return samplers, frozenset() if params.ignore_eos else eos_token_ids
 
 
@@ -132,12 +149,10 @@ class OpenAIPenalties(LogitsProcessor):
         return scores
 
 
-def sample(
-    logits: torch.Tensor, samplers: Sequence[Sampler], token_ids: Sequence[Sequence[int]]
-) -> list[int | Exception]:
+def sample(logits: torch.Tensor, samplers: Sequence[Sampler], token_ids: Sequence[list[int]]) -> list[int | Exception]:
     """Choose a token for each row of logits [rows, vocab], or tell what went wrong in that row.
 
-    token_ids: prompt and continuation of each row; only read where its sampler has processors.
+    token_ids: prompt and continuation of each row; only read where its sampler needs them.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for row, sampler in enumerate(samplers):
@@ -160,9 +175,7 @@ def logprobs(logits: torch.Tensor, chosen: list[int], top: int) -> list[TokenLog
     return list(zip(chosen, picked, tops, strict=True))
 
 
-def _sample_group(
-    logits: torch.Tensor, samplers: list[Sampler], token_ids: list[Sequence[int]]
-) -> list[int | Exception]:
+def _sample_group(logits: torch.Tensor, samplers: list[Sampler], token_ids: list[list[int]]) -> list[int | Exception]:
     """Rows whose samplers have the same warpers, and are all greedy or all not."""
     scores, failed = _processed(logits, samplers, token_ids)
     try:
@@ -185,18 +198,25 @@ def _broken(logits: torch.Tensor) -> EngineError:
 
 
 def _processed(
-    logits: torch.Tensor, samplers: list[Sampler], token_ids: list[Sequence[int]]
+    logits: torch.Tensor, samplers: list[Sampler], token_ids: list[list[int]]
 ) -> tuple[torch.Tensor, dict[int, Exception]]:
-    """Scores [rows, vocab] after the row-wise processors, in float32 as in `generate`."""
+    """Scores [rows, vocab] after the row-wise processors, in float32 as in `generate`, and what the grammars leave."""
     failed: dict[int, Exception] = {}
-    if not any(sampler.processors for sampler in samplers):
+    if not any(sampler.needs_tokens for sampler in samplers):
         return logits, failed
     scores = logits.to(torch.float32, copy=True)
     for i, sampler in enumerate(samplers):
         try:
-            ids = torch.tensor([token_ids[i]], device=scores.device)
-            for processor in sampler.processors:
-                scores[i : i + 1] = processor(ids, scores[i : i + 1])
+            if sampler.processors:
+                ids = torch.tensor([token_ids[i]], device=scores.device)
+                for processor in sampler.processors:
+                    scores[i : i + 1] = processor(ids, scores[i : i + 1])
+            if sampler.grammar:
+                allowed = sampler.grammar.next_tokens(token_ids[i])
+                keep(scores[i], allowed)
+                # The grammar wins over processors that leave nothing of it, as min_new_tokens does where it must end.
+                if sampler.processors and scores[i].max() == -torch.inf:
+                    keep(scores[i].copy_(logits[i]), allowed)
         except ArithmeticError as error:  # a number that the request gave has become too large
             failed[i] = InvalidRequest(f"the parameters cannot be honoured after {len(token_ids[i])} tokens: {error}")
         except Exception as error:  # whatever a processor raises concerns this row alone

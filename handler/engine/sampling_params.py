@@ -11,7 +11,8 @@ from typing import Any
 from transformers import GenerationConfig
 
 from .errors import InvalidRequest, PromptTooLong
-from .request import Request
+from .grammar import check_grammar
+from .request import Grammar, Request
 
 _FRACTIONS = ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _SAMPLING = ("temperature", "top_k", *_FRACTIONS)
@@ -63,6 +64,7 @@ class SamplingParams:
     eos_token_ids: tuple[int, ...]
     max_time: float | None
     ignore_eos: bool
+    grammar: Grammar | None
     logprobs: int | None
     prompt_logprobs: bool
     logit_bias: Mapping[int, float]
@@ -101,6 +103,7 @@ def resolve(
         eos_token_ids=request.eos_token_ids,
         max_time=params.get("max_time"),
         ignore_eos=request.ignore_eos,
+        grammar=request.grammar,
         logprobs=request.logprobs,
         prompt_logprobs=request.prompt_logprobs,
         logit_bias=dict(request.logit_bias or {}),
@@ -169,6 +172,14 @@ def _check_fields(request: Request, vocab_size: int) -> None:
     bias = request.logit_bias or {}
     is_valid = all(type(i) is int and 0 <= i < vocab_size and isinstance(b, int | float) for i, b in bias.items())
     _require("logit_bias", bias, f"numbers for token ids below {vocab_size}", is_valid)
+    if request.grammar:
+        check_grammar(request.grammar)
+        _require(
+            "ignore_eos",
+            request.ignore_eos,
+            f"false, as {request.grammar.field} says where to end",
+            not request.ignore_eos,
+        )
 
 
 def _check_token_ids(params: Mapping[str, Any], vocab_size: int) -> None:

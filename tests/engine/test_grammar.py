@@ -1,0 +1,330 @@
+"""An answer that ends by itself is what its grammar says, and a grammar hurts nobody but its own request."""
+
+import functools
+import json
+import re
+import threading
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import handler.engine.grammar
+from handler.engine import Engine, EngineConfig, Grammar, InvalidRequest, QueueFull, Request
+from handler.engine.grammar import GrammarCompiler, GrammarState
+
+from .conftest import CONTEXT, VOCAB, make_model, make_tokenizer
+from .test_detokenizer import make_sentencepiece
+
+TOKENIZERS = {
+    "bytes": make_tokenizer,
+    "sentencepiece": make_sentencepiece,
+}  # the second has fewer tokens than the model
+PROMPT = "The dog ran home."
+DIGITS = Grammar("regex", "[0-9]{3,6}")
+# It takes minutes to find out that no string has all of these.
+ENDLESS = Grammar(
+    "json_schema", json.dumps({"allOf": [{"pattern": f".*{c}{c}.*"} for c in "abcdefghijklmnopqrstuvwxyz"]})
+)
+
+
+@functools.cache
+def make_engine(kind="llama", tokenizer="bytes"):
+    return Engine(make_model(kind), TOKENIZERS[tokenizer](), EngineConfig(generation={"max_new_tokens": 40}))
+
+
+def submit(engine, grammar, parameters=None, **fields):
+    ends = {"eos_token_id": engine._tokenizer.eos_token_id}
+    return engine.submit(Request(PROMPT, ends | (parameters or {}), grammar=grammar, **fields))
+
+
+def finish(engine, *jobs):
+    while not all(job.finished for job in jobs):
+        engine.step()
+    return jobs[0]
+
+
+def run(engine, grammar, parameters=None, **fields):
+    job = finish(engine, submit(engine, grammar, parameters, **fields))
+    assert job.error is None
+    return job
+
+
+def refusal(engine, grammar, **fields):
+    """The message of a job that is refused, at once or once it is compiled."""
+    try:
+        job = finish(engine, submit(engine, grammar, **fields))
+    except InvalidRequest as error:
+        return str(error)
+    assert isinstance(job.error, InvalidRequest) and not job.sequences[0].token_ids
+    return str(job.error)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """No grammar is compiled before this is set."""
+    go, try_ = threading.Event(), handler.engine.grammar._try
+    monkeypatch.setattr(handler.engine.grammar, "_try", lambda definition: go.wait() and try_(definition))
+    yield go
+    go.set()
+
+
+# what an answer is
+
+scalars = st.one_of(
+    st.builds(
+        lambda low, more: {"type": "string", "minLength": low, "maxLength": low + more},
+        st.integers(0, 2),
+        st.integers(0, 3),
+    ),
+    st.builds(
+        lambda low, more: {"type": "integer", "minimum": low, "maximum": low + more},
+        st.integers(-1200, 1200),
+        st.integers(0, 5000),
+    ),
+    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"enum": ['ä\n"', 1.5, None, [1, {}]]}, {"const": "日本"}]),
+)
+
+
+def containers(schemas):
+    arrays = st.builds(
+        lambda items, low, more: {"type": "array", "items": items, "minItems": low, "maxItems": low + more},
+        schemas,
+        st.integers(0, 1),
+        st.integers(0, 2),
+    )
+    objects = st.builds(
+        lambda properties, optional: {
+            "type": "object",
+            "properties": properties,
+            "required": [name for name in properties if name not in optional],
+            "additionalProperties": False,
+        },
+        st.dictionaries(st.sampled_from(["a", "bc", "é", 'q"\\']), schemas, max_size=3),
+        st.sets(st.sampled_from(["a", "é"])),
+    )
+    return arrays | objects | st.builds(lambda one, other: {"anyOf": [one, other]}, schemas, schemas)
+
+
+def is_valid(value, schema):
+    """As far as the schemas here go. Only true and false are booleans, not 0 and 1."""
+    if "anyOf" in schema:
+        return any(is_valid(value, each) for each in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return json.dumps(value) in map(json.dumps, schema.get("enum", [schema.get("const")]))
+    python = {"string": str, "integer": int, "boolean": bool, "null": type(None), "array": list, "object": dict}
+    if type(value) is not python[schema["type"]]:
+        return False
+    if schema["type"] == "string":
+        return schema["minLength"] <= len(value) <= schema["maxLength"]
+    if schema["type"] == "integer":
+        return schema["minimum"] <= value <= schema["maximum"]
+    if schema["type"] == "array":
+        fits = schema["minItems"] <= len(value) <= schema["maxItems"]
+        return fits and all(is_valid(item, schema["items"]) for item in value)
+    if schema["type"] == "object":
+        fits = set(schema["required"]) <= value.keys() <= schema["properties"].keys()
+        return fits and all(is_valid(item, schema["properties"][name]) for name, item in value.items())
+    return True
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    schema=st.recursive(scalars, containers, max_leaves=4),
+    sampling=st.sampled_from([{}, {"temperature": 1.0}, {"temperature": 2.0, "top_p": 0.9}, {"top_k": 3}]),
+    seed=st.integers(0, 9),
+)
+def test_json_of_a_schema(name, schema, sampling, seed):
+    engine = make_engine(tokenizer=name)
+    blanks = engine._tokenizer(" \n\t\r", add_special_tokens=False).input_ids  # or an answer is nothing else
+    bias = dict.fromkeys([*blanks, *(i for i in range(VOCAB) if engine._tokenizer.decode([i]).isspace())], -100.0)
+    limits = {"max_new_tokens": CONTEXT - 40}
+    job = run(engine, Grammar("json_schema", json.dumps(schema)), limits | sampling, seed=seed, logit_bias=bias)
+    assert job.sequences[0].finish_reason == "stop"
+    assert is_valid(json.loads(job.sequences[0].text), schema)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.5}, {"typical_p": 0.5}, {"top_h": 0.5}, {"min_p": 0.2}], ids=str
+)
+@pytest.mark.parametrize(
+    "grammar, pattern",
+    [
+        (DIGITS, "[0-9]{3,6}"),
+        (Grammar("regex", "(naïve|日本語){1,2}🙂 ?x"), "(naïve|日本語){1,2}🙂 ?x"),
+        (Grammar("choice", json.dumps(["yes", "yes, but", 'né\n"🙂'])), 'yes|yes, but|né\n"🙂'),
+    ],
+    ids=["digits", "characters of several tokens", "choice"],
+)
+def test_an_expression_or_a_choice(name, sampling, grammar, pattern):
+    for sequence in run(make_engine("bloom", name), grammar, sampling | {"num_return_sequences": 3}, seed=3).sequences:
+        assert sequence.finish_reason == "stop" and re.fullmatch(pattern, sequence.text), sequence.text
+
+
+def test_a_json_object_that_is_cut_off_says_so():
+    job = run(make_engine(), Grammar("json_object"), {"max_new_tokens": 3})
+    assert job.sequences[0].finish_reason == "length" and job.sequences[0].text[0] == "{"
+
+
+def test_choices_of_one_request_go_their_own_ways():
+    texts = [s.text for s in run(make_engine(), DIGITS, {"temperature": 2.0}, n=8, seed=1).sequences]
+    assert all(re.fullmatch("[0-9]{3,6}", text) for text in texts) and len(set(texts)) > 2
+
+
+def test_the_same_seed_gives_the_same_answer_alone_and_in_a_crowd():
+    engine, crowded = make_engine(), Engine(make_model("llama"), make_tokenizer(), EngineConfig(max_batch_size=5))
+    schema = Grammar("json_schema", json.dumps({"type": "array", "items": {"type": "string"}, "maxItems": 3}))
+    asked = [(grammar, seed) for grammar in (DIGITS, schema, None) for seed in range(4)]
+    sampling = {"temperature": 1.2, "max_new_tokens": 30}
+    alone = [run(engine, grammar, sampling, seed=seed).sequences[0].token_ids for grammar, seed in asked]
+    jobs = [submit(crowded, grammar, sampling, seed=seed) for grammar, seed in asked]
+    finish(crowded, *jobs)
+    assert [job.sequences[0].token_ids for job in jobs] == alone
+
+
+# with other parameters
+
+
+def test_eos_comes_where_the_grammar_must_end_whatever_min_new_tokens_says():
+    job = run(make_engine(tokenizer="sentencepiece"), Grammar("regex", "[0-9]{4}"), {"min_new_tokens": 20})
+    assert re.fullmatch("[0-9]{4}", job.sequences[0].text) and job.sequences[0].finish_reason == "stop"
+
+
+def test_min_new_tokens_holds_where_the_grammar_may_go_on():
+    for new in (1, 9):
+        job = run(make_engine(), Grammar("regex", "[0-9]{1,9}"), {"min_new_tokens": new}, seed=2)
+        assert len(job.sequences[0].token_ids) > new
+
+
+def test_the_grammar_wins_over_what_forbids_all_it_allows():
+    tokens = make_tokenizer()("0123456789").input_ids
+    job = run(make_engine(), DIGITS, {"suppress_tokens": tokens, "forced_eos_token_id": 0, "max_new_tokens": 2})
+    assert re.fullmatch("[0-9]{2,}", job.sequences[0].text)
+
+
+def test_a_stop_string_ends_it():
+    job = run(make_engine(), Grammar("regex", "abc0[a-z]{9}"), stop="c0")
+    assert (job.sequences[0].text, job.sequences[0].finish_reason) == ("ab", "stop")
+
+
+def test_log_probabilities_are_those_of_the_raw_logits():
+    free, bound = (run(make_engine(), grammar, logprobs=5).sequences[0].logprobs[0] for grammar in (None, DIGITS))
+    assert free[2] == bound[2] and bound[0] != free[0] and bound[1] < free[1]
+
+
+def test_ignore_eos_is_refused():
+    assert "ignore_eos" in refusal(make_engine(), DIGITS, ignore_eos=True)
+
+
+# where a sequence is in its grammar
+
+
+def test_the_state_depends_on_the_tokens_alone():
+    compilation = GrammarCompiler(make_tokenizer(), VOCAB).compile(Grammar("regex", "(ab|cd)*[0-9]"))
+    tokens = [9] * 7 + make_tokenizer()("abcdab").input_ids
+    step_by_step, at_once = GrammarState(compilation, 7, [0]), GrammarState(compilation, 7, [0])
+    for end in range(7, len(tokens) + 1):
+        allowed = step_by_step.next_tokens(tokens[:end])
+    assert (allowed == at_once.next_tokens(tokens)).all() and (allowed == at_once.next_tokens(tokens)).all()
+    assert {make_tokenizer().decode([i]) for i in allowed.nonzero()[0]} >= {"a", "c", "7"}
+
+
+# grammars that are refused
+
+
+@pytest.mark.parametrize(
+    "grammar, why",
+    [
+        (Grammar("regex", "(a", "guided_regex"), "unclosed group"),
+        (Grammar("regex", "(?=a)b", "guided_regex"), "look-around"),
+        (Grammar("regex", r"[^\s\S]", "guided_regex"), "NoExtension"),
+        (Grammar("regex", "a\ud800", "guided_regex"), "surrogates"),
+        (Grammar("regex", "a" * 70_000, "guided_regex"), "70000 bytes"),
+        (Grammar("choice", "[]", "guided_choice"), "0 choices"),
+        (Grammar("choice", json.dumps(["a"] * 1001), "guided_choice"), "1001 choices"),
+        (Grammar("json_schema", "{", "guided_json"), "property name"),
+        (Grammar("json_schema", "[1]", "guided_json"), "is an object"),
+        (Grammar("json_schema", '{"type": "strin"}', "guided_json"), "strin"),
+        (Grammar("json_schema", '{"not": {"type": "string"}}', "guided_json"), "not"),
+        (Grammar("json_schema", '{"x-guidance": {"lenient": true}, "not": {}}', "guided_json"), "not"),
+        (Grammar("json_schema", '{"$ref": "https://example.org/schema"}', "guided_json"), "https://example.org"),
+        (Grammar("json_schema", '{"items":' * 200 + "{}" + "}" * 200, "guided_json"), "recursion"),
+    ],
+    ids=lambda value: value.text[:30] if isinstance(value, Grammar) else "",
+)
+def test_a_bad_grammar_is_refused_by_its_field_and_the_next_request_served(grammar, why):
+    message = refusal(make_engine(), grammar)
+    assert message.startswith(grammar.field + ": ") and why in message and len(message) < 500
+    run(make_engine(), DIGITS)
+
+
+def test_one_that_takes_for_ever_to_compile_is_refused():
+    assert "too long" in refusal(make_engine(), ENDLESS)
+
+
+def test_others_go_on_while_a_grammar_is_compiled(held):
+    engine = make_engine()
+    job, other = submit(engine, DIGITS), submit(engine, None, {"max_new_tokens": 5})
+    finish(engine, other)
+    assert not job.finished and not job.sequences[0].token_ids
+    held.set()
+    assert re.fullmatch("[0-9]{3,6}", finish(engine, job).sequences[0].text)
+
+
+def test_one_that_explodes_later_ends_its_own_request_alone():
+    engine = make_engine()
+    late = submit(engine, Grammar("regex", "x{20}(a{300}){300}"), {"max_new_tokens": 200})
+    other = submit(engine, DIGITS)
+    finish(engine, late, other)
+    assert isinstance(late.error, InvalidRequest) and "for each token" in str(late.error)
+    assert other.error is None and re.fullmatch("[0-9]{3,6}", other.sequences[0].text)
+
+
+def test_a_request_can_go_while_its_grammar_is_compiled(held):
+    engine = make_engine()
+    job, late = submit(engine, DIGITS), submit(engine, DIGITS, {"max_time": 0.001})
+    engine.cancel(job.id)
+    finish(engine, late)
+    assert [j.sequences[0].finish_reason for j in (job, late)] == ["cancel", "time"]
+    held.set()
+    run(engine, DIGITS)
+    assert not engine.has_work and engine.num_running == engine.num_waiting == 0
+
+
+def test_so_many_grammars_wait_to_be_compiled_and_no_more(held):
+    engine = make_engine()
+    jobs = [submit(engine, DIGITS) for _ in range(64)]
+    with pytest.raises(QueueFull):
+        submit(engine, DIGITS)
+    for job in jobs:
+        engine.cancel(job.id)
+    engine.step()
+    held.set()
+    run(engine, DIGITS)
+
+
+def test_a_tokenizer_that_the_library_does_not_know_refuses_grammars_alone():
+    class Tokenizer:
+        """As those are that are written in Python."""
+
+        def __init__(self, inner):
+            self._inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self._inner, name)
+
+        def __len__(self):
+            return len(self._inner)
+
+        def __call__(self, text, **options):
+            return self._inner(text, **options)
+
+    engine = Engine(make_model("llama"), Tokenizer(make_tokenizer()))
+    assert "tokenizer" in refusal(engine, DIGITS)
+    assert run(engine, None).sequences[0].token_ids
+
+
+def test_a_model_without_eos_cannot_end_an_answer():
+    assert "eos" in refusal(make_engine(), DIGITS, parameters={"eos_token_id": []})

@@ -95,9 +95,10 @@ class Strict(BaseModel):
         if not isinstance(body, dict):
             return body
         given = {name: value for name, value in body.items() if value is not None}
+        known = [field.alias or name for name, field in cls.model_fields.items()]
         for name in given:
-            if name not in cls.model_fields:
-                context = {"name": name, "known": ", ".join(cls.model_fields)}
+            if name not in known:
+                context = {"name": name, "known": ", ".join(known)}
                 raise PydanticCustomError("unknown", "this field is not supported; send only {known}", context)
         return given
 

@@ -145,7 +145,7 @@ def test_a_chat_stream(send, stream, chat):
         (COMPLETIONS, {"prompt": "x" * 150}, 413, None),
         (CHAT, HELLO | {"tools": [{"type": "function"}]}, 400, "tools.0.function"),
         (CHAT, HELLO | {"functions": [{"name": "f"}]}, 400, "functions"),
-        (CHAT, HELLO | {"response_format": {"type": "json_object"}}, 400, "response_format.type"),
+        (CHAT, HELLO | {"response_format": {"type": "xml"}}, 400, "response_format.type"),
         (CHAT, HELLO | {"top_logprobs": 2}, 400, None),
         (CHAT, {"messages": []}, 400, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None),

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator, Tag, model_validator
 
-from handler.engine import Request
+from handler.engine import Grammar, Request
 from handler.protocols.base import Strict, text_or
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -20,6 +20,33 @@ class StreamOptions(Strict):
 
 Text = Annotated[str, Tag("text")]
 StopStrings = Annotated[list[str], Field(fail_fast=True, max_length=16), Tag("other")]
+
+
+class JSONSchema(Strict):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # the schema is always kept
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != bool(self.json_schema):
+            raise ValueError('send json_schema with type "json_schema", and with no other')
+        return self
+
+
+class StructuredOutputs(Strict):
+    """vLLM's newer form of its guided_ fields."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    json_object: bool | None = None
 
 
 class Generation(Strict):
@@ -38,7 +65,12 @@ class Generation(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
+    response_format: ResponseFormat | None = None
     # vLLM's
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    structured_outputs: StructuredOutputs | None = None
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -58,7 +90,31 @@ class Generation(Strict):
             raise ValueError("stream_options is only for stream: true")
         if self.max_tokens and self.max_tokens < (self.min_tokens or 0):
             raise ValueError("min_tokens is more than max_tokens")
+        if len(grammars := self._grammars()) > 1:
+            raise ValueError(f"{' and '.join(grammar.field for grammar in grammars)} exclude each other; send one")
         return self
+
+    def _grammars(self) -> list[Grammar]:
+        """What the answer must be, for each field that says it."""
+        form, outputs = self.response_format, self.structured_outputs or StructuredOutputs()
+        schema = form.json_schema.schema_ if form and form.json_schema else None
+        is_object = form is not None and form.type == "json_object"
+        fields: list[tuple[Literal["json_object", "json_schema", "regex", "choice"], Any, str]] = [
+            ("json_schema", schema, "response_format"),
+            ("json_object", is_object or None, "response_format"),
+            ("json_schema", self.guided_json, "guided_json"),
+            ("regex", self.guided_regex, "guided_regex"),
+            ("choice", self.guided_choice, "guided_choice"),
+            ("json_schema", outputs.json_, "structured_outputs"),
+            ("json_object", outputs.json_object or None, "structured_outputs"),
+            ("regex", outputs.regex, "structured_outputs"),
+            ("choice", outputs.choice, "structured_outputs"),
+        ]
+        return [
+            Grammar(kind, value if isinstance(value, str) else _as_json(value, field), field)
+            for kind, value, field in fields
+            if value is not None
+        ]
 
     def parameters(self) -> dict[str, Any]:
         """Those that are specified, under the names of transformers' GenerationConfig."""
@@ -86,10 +142,18 @@ class Generation(Strict):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             ignore_eos=bool(self.ignore_eos),
+            grammar=next(iter(self._grammars()), None),
             logit_bias=self.logit_bias,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
         )
+
+
+def _as_json(value: Any, field: str) -> str:
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        raise ValueError(f"{field} is nested too deeply") from None
 
 
 def _are_token_ids(prompt: Any) -> bool:
@@ -199,16 +263,11 @@ class Tool(Strict):
         return self.model_dump(exclude={"function": {"strict"}}, exclude_none=True)
 
 
-class ResponseFormat(Strict):
-    type: Literal["text"]
-
-
 class Chat(Generation):
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=128)] = []
     tool_choice: Literal["none", "auto"] = "auto"
     parallel_tool_calls: bool = True

@@ -16,7 +16,7 @@ from .architecture import Architecture
 from .capacity import Capacity
 from .detokenizer import Detokenizer
 from .errors import EngineError, InvalidRequest, ModelError, OutOfMemory, QueueTimeout
-from .grammar import Compilation, GrammarCompiler
+from .grammar import GrammarCompiler
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
 from .prompt import encode
@@ -60,7 +60,6 @@ class Engine:
         self._scheduler = Scheduler(self._cache, config, self.capacity, mixed_batch=self._runner.streams_weights)
         self.max_queue = config.max_queue
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
-        self._compiling: list[tuple[Job, Compilation]] = []  # they wait for their grammar, and then for a row
         self._jobs: dict[str, Job] = {}  # those that are not finished
         self._order = itertools.count()
 
@@ -76,7 +75,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for one."""
+        """Sequences that wait for one, or for their grammar."""
         return len(self._scheduler.waiting)
 
     def encode(self, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
@@ -98,12 +97,10 @@ class Engine:
         params = resolve(request, len(prompt_ids), self._defaults, self._vocab_size, self._max_length)
         self._scheduler.check_queue_room(params.n)
         job = Job(request, params, prompt_ids)
-        compilation = self._grammars.compile(params.grammar) if params.grammar else None
-        job.sequences = self._make_sequences(job, compilation)
-        if compilation:
-            self._compiling.append((job, compilation))
-        else:
-            self._scheduler.add(job.sequences)
+        if params.grammar:
+            job.compilation = self._grammars.compile(params.grammar, job.group)
+        job.sequences = self._make_sequences(job)
+        self._scheduler.add(job.sequences)
         job.waiting_since = time.monotonic()
         if params.max_time is not None:
             job.deadline = job.waiting_since + params.max_time
@@ -118,8 +115,11 @@ class Engine:
         """
         jobs = {job.id: (job, _text_length(job)) for job in self._jobs.values()}
         self._end_expired()
-        self._queue_compiled()
-        results = [(batch, self._run(batch)) for batch in self._scheduler.schedule()]
+        batches = self._scheduler.schedule()
+        if not batches:  # whoever steps on and on would take the time to compile in
+            futures = [job.compilation.future for job in self._jobs.values() if job.compilation]
+            wait(futures, _COMPILE_WAIT, FIRST_COMPLETED)
+        results = [(batch, self._run(batch)) for batch in batches]
         for batch, result in results:
             try:
                 self._postprocess(batch, result)
@@ -143,14 +143,14 @@ class Engine:
         """Most tokens of prompt and continuation that the model, the settings and the cache have room for."""
         return min(self.capacity.max_sequence_length, self._cache.capacity_tokens)
 
-    def _make_sequences(self, job: Job, compilation: Compilation | None) -> list[Sequence]:
+    def _make_sequences(self, job: Job) -> list[Sequence]:
         samplers, eos_token_ids = make_samplers(
             self._processor_source,
             job.prompt_ids,
             job.params,
             self._runner.device,
             self._vocab_size,
-            compilation,
+            job.compilation,
         )
         return [
             Sequence(
@@ -164,26 +164,7 @@ class Engine:
             for index, sampler in enumerate(samplers)
         ]
 
-    # step: queue whose grammar is ready, run the scheduler's batches, then give each sequence what came of it
-
-    def _queue_compiled(self) -> None:
-        """Let jobs wait for a row whose grammar is compiled by now, and end those whose grammar is refused."""
-        if not self._compiling:
-            return
-        # With nothing else to do, wait a little: whoever steps on and on would take the time to compile in.
-        patience = 0 if self.num_running or self.num_waiting else _COMPILE_WAIT
-        wait([compilation.future for _, compilation in self._compiling], patience, FIRST_COMPLETED)
-        ready = [entry for entry in self._compiling if entry[0].finished or entry[1].future.done()]
-        self._compiling = [entry for entry in self._compiling if entry not in ready]
-        for job, compilation in ready:
-            if job.finished:  # cancelled, or too late
-                compilation.future.cancel()
-                continue
-            try:
-                compilation.future.result()
-                self._scheduler.add(job.sequences)
-            except Exception as error:
-                self._fail(job, error)
+    # step: run the scheduler's batches, then give each sequence what came of it
 
     def _run(self, batch: Batch) -> torch.Tensor | EngineError:
         """Logits [sum(batch.logits_to_keep), vocab], or what went wrong for all of the batch."""
@@ -255,13 +236,16 @@ class Engine:
         self._end(job, "error")
 
     def _end_expired(self) -> None:
-        """End jobs whose deadline is over, and those that have waited too long, nothing of their group having run."""
+        """End jobs whose grammar is refused, whose deadline is over, and that have waited too long, nothing of their
+        group having run."""
         now = time.monotonic()
         served = {sequence.job.group for sequence in self._scheduler.running}
         for job in list(self._jobs.values()):
             if job.group in served:
                 job.waiting_since = now
-            if job.deadline is not None and now >= job.deadline:
+            if job.compilation and (refusal := job.compilation.error):
+                self._fail(job, refusal)
+            elif job.deadline is not None and now >= job.deadline:
                 self._end(job, "time")
             elif now - job.waiting_since >= self._max_wait and not any(s.token_ids for s in job.sequences):
                 waited = f"the request waited {self._max_wait:g} s and nothing of it has run; send it again later"

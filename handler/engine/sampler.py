@@ -15,7 +15,7 @@ from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor
 from transformers.generation import logits_process as library
 
 from .errors import EngineError, InvalidRequest, ModelError
-from .grammar import Compilation, GrammarState, keep
+from .grammar import Compilation, GrammarState, restrict
 from .sampling_params import SamplingParams
 
 TokenLogprob = tuple[int, float, list[tuple[int, float]]]  # token, its log-probability, the most likely ones
@@ -211,17 +211,11 @@ def _processed(
                 ids = torch.tensor([token_ids[i]], device=scores.device)
                 for processor in sampler.processors:
                     scores[i : i + 1] = processor(ids, scores[i : i + 1])
-            if sampler.grammar:
-                allowed = sampler.grammar.next_tokens(token_ids[i])
-                keep(scores[i], allowed)
-                # The grammar wins over processors that leave nothing of it, as min_new_tokens does where it must end.
-                if sampler.processors and scores[i].max() == -torch.inf:
-                    keep(scores[i].copy_(logits[i]), allowed)
         except ArithmeticError as error:  # a number that the request gave has become too large
             failed[i] = InvalidRequest(f"the parameters cannot be honoured after {len(token_ids[i])} tokens: {error}")
         except Exception as error:  # whatever a processor raises concerns this row alone
             failed[i] = error
-    return scores, failed
+    return scores, restrict(scores, logits, [sampler.grammar for sampler in samplers], token_ids) | failed
 
 
 def _greedy(scores: torch.Tensor) -> tuple[list[int], list[bool]]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from .detokenizer import TextStream
 from .errors import EngineError
+from .grammar import Compilation
 from .request import Request
 from .sampler import Sampler, TokenLogprob
 from .sampling_params import SamplingParams
@@ -20,6 +21,7 @@ class Job:
     prompt_logprobs: if asked for, one entry a prompt token; the first is None as nothing predicts it.
     waiting_since: `time.monotonic()` seconds at which it was submitted, or when something of its group ran last.
     deadline: `time.monotonic()` seconds after which it ends with finish_reason "time", or None.
+    compilation: of the request's grammar, if it has one.
     """
 
     request: Request
@@ -27,6 +29,7 @@ class Job:
     prompt_ids: list[int]
     waiting_since: float = 0.0
     deadline: float | None = None
+    compilation: Compilation | None = None
     sequences: list["Sequence"] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     error: EngineError | None = None
@@ -79,6 +82,11 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def can_run(self) -> bool:
+        """Whether it may have a row: not before its grammar is compiled."""
+        return self.job.compilation is None or self.job.compilation.future.done()
 
     @property
     def all_token_ids(self) -> list[int]:

@@ -4,17 +4,23 @@ import functools
 import json
 import re
 import threading
+from concurrent.futures import wait
 
+import numpy as np
 import pytest
+import tokenizers
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 import handler.engine.grammar
-from handler.engine import Engine, EngineConfig, Grammar, InvalidRequest, QueueFull, Request
-from handler.engine.grammar import GrammarCompiler, GrammarState
+from handler.engine import Engine, EngineConfig, Grammar, InvalidRequest, ModelError, QueueFull, QueueTimeout, Request
+from handler.engine.grammar import GrammarCompiler, GrammarState, restrict
 
 from .conftest import CONTEXT, VOCAB, make_model, make_tokenizer
 from .test_detokenizer import make_sentencepiece
+from .test_fairness import TOKEN_BYTES
 
 TOKENIZERS = {
     "bytes": make_tokenizer,
@@ -63,8 +69,8 @@ def refusal(engine, grammar, **fields):
 @pytest.fixture
 def held(monkeypatch):
     """No grammar is compiled before this is set."""
-    go, try_ = threading.Event(), handler.engine.grammar._try
-    monkeypatch.setattr(handler.engine.grammar, "_try", lambda definition: go.wait() and try_(definition))
+    go, compile_ = threading.Event(), handler.engine.grammar._compile
+    monkeypatch.setattr(handler.engine.grammar, "_compile", lambda *given: go.wait() and compile_(*given))
     yield go
     go.set()
 
@@ -184,6 +190,52 @@ def test_the_same_seed_gives_the_same_answer_alone_and_in_a_crowd():
     assert [job.sequences[0].token_ids for job in jobs] == alone
 
 
+def test_who_is_preempted_goes_on_in_its_grammar():
+    requests = [{"n": 2, "seed": seed} for seed in (0, 10, 20)]
+
+    def answers(config):
+        engine = Engine(make_model("llama"), make_tokenizer(), config)
+        long = Grammar("regex", "([a-z]{3}[0-9]){10,}")
+        jobs = [submit(engine, long, {"temperature": 4.0, "max_new_tokens": 70}, **fields) for fields in requests]
+        finish(engine, *jobs)
+        return [sequence.text for job in jobs for sequence in job.sequences], engine._scheduler.num_preempted
+
+    plenty, none = answers(EngineConfig())
+    little, several = answers(EngineConfig(kv_cache_memory=200 * TOKEN_BYTES))
+    assert (none, several > 1) == (0, True)
+    assert little == plenty and len(set(plenty)) == 6
+    assert all(re.fullmatch("([a-z]{3}[0-9])*[a-z]{0,3}", text) and len(text) > 40 for text in plenty)
+
+
+# which tokens are left
+
+
+def test_tokens_that_may_not_come_have_no_chance_and_other_rows_keep_theirs():
+    tokenizer = make_sentencepiece()
+    vocab = len(tokenizer) + 21  # the model has more rows than the tokenizer has tokens
+    compilation = GrammarCompiler(tokenizer, vocab).compile(DIGITS, "group")
+    logits = torch.randn(5, vocab)
+    scores = logits.clone()
+    scores[1], scores[2] = -torch.inf, 1e30  # no processor has its way
+    logits[3] = scores[3] = scores[4] = -torch.inf
+    states = [GrammarState(compilation, 0, [0]) for _ in range(4)] + [None]
+    failed = restrict(scores, logits, states, [[]] * 5)
+    left = [set((row > -torch.inf).nonzero().flatten().tolist()) for row in scores]
+    assert left[0] == left[1] == left[2] and all(re.fullmatch("[0-9]{1,6}", tokenizer.decode([i])) for i in left[0])
+    assert len(left[0]) >= 10 and scores[1].max() == logits[1, list(left[0])].max()
+    assert failed.keys() == {3} and isinstance(failed[3], ModelError)  # the model itself has no chance for a digit
+    assert not left[4]
+
+
+def test_a_grammar_that_the_tokens_cannot_write_is_refused():
+    tokens = tokenizers.Tokenizer(tokenizers.models.BPE({"<eos>": 0, "a": 1, "b": 2}, []))
+    tokens.pre_tokenizer, tokens.decoder = tokenizers.pre_tokenizers.ByteLevel(), tokenizers.decoders.ByteLevel()
+    engine = Engine(make_model("llama"), PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<eos>"))
+    job = engine.submit(Request([1], grammar=Grammar("choice", '["abc"]')))
+    finish(engine, job)
+    assert isinstance(job.error, InvalidRequest) and "none of this model's tokens" in str(job.error)
+
+
 # with other parameters
 
 
@@ -222,13 +274,14 @@ def test_ignore_eos_is_refused():
 
 
 def test_the_state_depends_on_the_tokens_alone():
-    compilation = GrammarCompiler(make_tokenizer(), VOCAB).compile(Grammar("regex", "(ab|cd)*[0-9]"))
+    compilation = GrammarCompiler(make_tokenizer(), VOCAB).compile(Grammar("regex", "(ab|cd)*[0-9]"), "group")
     tokens = [9] * 7 + make_tokenizer()("abcdab").input_ids
     step_by_step, at_once = GrammarState(compilation, 7, [0]), GrammarState(compilation, 7, [0])
     for end in range(7, len(tokens) + 1):
         allowed = step_by_step.next_tokens(tokens[:end])
     assert (allowed == at_once.next_tokens(tokens)).all() and (allowed == at_once.next_tokens(tokens)).all()
-    assert {make_tokenizer().decode([i]) for i in allowed.nonzero()[0]} >= {"a", "c", "7"}
+    bits = np.unpackbits(allowed, bitorder="little")
+    assert {make_tokenizer().decode([i]) for i in bits.nonzero()[0]} == {"a", "c", *"0123456789"}
 
 
 # grammars that are refused
@@ -239,7 +292,7 @@ def test_the_state_depends_on_the_tokens_alone():
     [
         (Grammar("regex", "(a", "guided_regex"), "unclosed group"),
         (Grammar("regex", "(?=a)b", "guided_regex"), "look-around"),
-        (Grammar("regex", r"[^\s\S]", "guided_regex"), "NoExtension"),
+        (Grammar("regex", r"[^\s\S]", "guided_regex"), "no text"),
         (Grammar("regex", "a\ud800", "guided_regex"), "surrogates"),
         (Grammar("regex", "a" * 70_000, "guided_regex"), "70000 bytes"),
         (Grammar("choice", "[]", "guided_choice"), "0 choices"),
@@ -300,9 +353,49 @@ def test_so_many_grammars_wait_to_be_compiled_and_no_more(held):
         submit(engine, DIGITS)
     for job in jobs:
         engine.cancel(job.id)
-    engine.step()
     held.set()
+    wait([job.compilation.future for job in jobs])
     run(engine, DIGITS)
+
+
+def test_prompts_of_one_request_take_one_place(held):
+    engine = make_engine()
+    jobs = [submit(engine, DIGITS, group="one body") for _ in range(70)]
+    other = submit(engine, DIGITS)
+    assert len({id(job.compilation) for job in jobs}) == 1 and other.compilation is not jobs[0].compilation
+    for job in [*jobs[1:], other]:
+        engine.cancel(job.id)
+    held.set()
+    assert re.fullmatch("[0-9]{3,6}", finish(engine, jobs[0]).sequences[0].text)
+
+
+def test_quick_grammars_do_not_wait_for_slow_ones(monkeypatch):
+    go, try_ = threading.Event(), handler.engine.grammar._try
+
+    def try_slow_ones_for_ever(definition, seconds):
+        if "slow" not in definition:
+            return try_(definition, seconds)
+        return handler.engine.grammar._TOO_LONG if seconds < 1 or go.wait() else ""
+
+    monkeypatch.setattr(handler.engine.grammar, "_try", try_slow_ones_for_ever)
+    engine = make_engine()
+    slow = [submit(engine, Grammar("regex", f"slow{i}")) for i in range(40)]
+    assert run(engine, Grammar("regex", "quick")).sequences[0].text == "quick"
+    assert not any(job.finished for job in slow)
+    go.set()
+    finish(engine, *slow)
+    assert all("too long" in str(job.error) for job in slow)
+
+
+def test_who_waits_for_a_grammar_waits_like_all_others(held):
+    engine = Engine(make_model("llama"), make_tokenizer(), EngineConfig(max_queue=4, max_wait=0.05))
+    jobs = [submit(engine, DIGITS, n=2) for _ in range(2)]
+    assert engine.num_waiting == 4
+    with pytest.raises(QueueFull):
+        submit(engine, None)
+    finish(engine, *jobs)
+    assert all(isinstance(job.error, QueueTimeout) for job in jobs)
+    assert not engine.has_work and engine.num_waiting == 0
 
 
 def test_a_tokenizer_that_the_library_does_not_know_refuses_grammars_alone():

@@ -115,8 +115,9 @@ class Scheduler:
         """Whose turn it is to get a row that is free, or has become so by preemption; None if nobody can have one."""
         held = self._rows_held(self.running)
         heads: dict[str, Sequence] = {}
-        for sequence in filter(lambda waiting: waiting.can_run, self.waiting):
-            heads.setdefault(sequence.job.group, sequence)
+        for sequence in self.waiting:
+            if sequence.can_run:
+                heads.setdefault(sequence.job.group, sequence)
         turns = sorted(heads.values(), key=lambda head: (held[head.job.group], head.order))[:_MAX_PASSED]
         for index, sequence in enumerate(turns):
             victims = self._victims(sequence)

@@ -8,8 +8,12 @@ import pytest
 COMPLETIONS, CHAT = "v1/completions", "v1/chat/completions"
 SCHEMA = {
     "type": "object",
-    "properties": {"ok": {"enum": [None, True]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
-    "required": ["ok", "n"],
+    "properties": {
+        "ok": {"enum": [None, True]},
+        "n": {"type": "integer", "minimum": 0, "maximum": 99},
+        "none": {"const": None, "default": None},
+    },
+    "required": ["ok", "n", "none"],
     "additionalProperties": False,
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
@@ -24,7 +28,8 @@ def compact(loaded):
 
 def is_answer(text):
     answer = json.loads(text)
-    return list(answer) == ["ok", "n"] and answer["ok"] in (None, True) and 0 <= answer["n"] <= 99
+    is_valid = answer["ok"] in (None, True) and 0 <= answer["n"] <= 99 and answer["none"] is None
+    return is_valid and list(answer) == ["ok", "n", "none"]
 
 
 JSON_FIELDS = [
@@ -95,6 +100,13 @@ def test_a_stream(stream, chat, compact):
         ({"guided_regex": "x" * 100_000}, "guided_regex"),
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_choice": [1]}, "guided_choice.0"),
+        ({"guided_choice": ["x"] * 1001}, "guided_choice"),
+        ({"guided_choice": ["\ud800"]}, "guided_choice"),
+        ({"guided_json": 1}, "guided_json"),
+        ({"guided_json": {"maximum": float("inf")}}, "guided_json"),
+        ({"guided_json": '{"type": "number", "maximum": Infinity}'}, "guided_json"),
+        ({"guided_json": '{"a": ' * 20_000}, "guided_json"),
+        ({"structured_outputs": {"json": []}}, "structured_outputs.json"),
         ({"structured_outputs": {"grammar": "x"}}, "structured_outputs.grammar"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, None),
@@ -107,3 +119,13 @@ def test_what_cannot_be_kept_is_a_400_that_names_the_field(send, fields, param, 
     status, answer, _ = send({"prompt": "My dog", "stream": streamed} | fields, COMPLETIONS)
     assert status == 400, answer
     assert answer["error"]["param"] == param
+
+
+def test_tools_and_a_form_of_the_answer_exclude_each_other(send, chat):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = {"messages": [{"role": "user", "content": "Hello"}], "tools": tools, "guided_choice": ["a"]}
+    status, answer, _ = send(body, CHAT)
+    assert status == 400 and "tools and guided_choice" in answer["error"]["message"]
+    assert send(body | {"tool_choice": "none"}, CHAT)[1]["choices"][0]["message"]["content"] == "a"
+    status, answer, _ = send(body | {"tool_choice": "required"}, CHAT)
+    assert status == 400 and answer["error"]["param"] == "tool_choice"

@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Tag, model_validator
 
 from handler.engine import Grammar, Request
 from handler.protocols.base import Strict, text_or
@@ -22,10 +22,26 @@ Text = Annotated[str, Tag("text")]
 StopStrings = Annotated[list[str], Field(fail_fast=True, max_length=16), Tag("other")]
 
 
+def _schema_text(schema: Any) -> str:
+    """Raises ValueError unless it is a JSON schema, or the text of one. Nulls stay: they mean something there."""
+    if isinstance(schema, str):
+        return schema
+    if not isinstance(schema, dict):
+        raise ValueError("send a JSON schema, as an object or as text")
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except RecursionError:
+        raise ValueError("the schema is nested too deeply") from None
+
+
+Schema = Annotated[str, BeforeValidator(_schema_text)]
+Choices = Annotated[list[str], Field(fail_fast=True, max_length=1000)]
+
+
 class JSONSchema(Strict):
     name: str
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: Schema = Field(alias="schema")
     strict: bool | None = None  # the schema is always kept
 
 
@@ -43,9 +59,9 @@ class ResponseFormat(Strict):
 class StructuredOutputs(Strict):
     """vLLM's newer form of its guided_ fields."""
 
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_: Schema | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Choices | None = None
     json_object: bool | None = None
 
 
@@ -67,9 +83,9 @@ class Generation(Strict):
     max_tokens: Count | None = None
     response_format: ResponseFormat | None = None
     # vLLM's
-    guided_json: dict[str, Any] | str | None = None
+    guided_json: Schema | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Choices | None = None
     structured_outputs: StructuredOutputs | None = None
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
@@ -90,31 +106,27 @@ class Generation(Strict):
             raise ValueError("stream_options is only for stream: true")
         if self.max_tokens and self.max_tokens < (self.min_tokens or 0):
             raise ValueError("min_tokens is more than max_tokens")
-        if len(grammars := self._grammars()) > 1:
+        if len(grammars := self.grammars()) > 1:
             raise ValueError(f"{' and '.join(grammar.field for grammar in grammars)} exclude each other; send one")
         return self
 
-    def _grammars(self) -> list[Grammar]:
+    def grammars(self) -> list[Grammar]:
         """What the answer must be, for each field that says it."""
         form, outputs = self.response_format, self.structured_outputs or StructuredOutputs()
         schema = form.json_schema.schema_ if form and form.json_schema else None
         is_object = form is not None and form.type == "json_object"
-        fields: list[tuple[Literal["json_object", "json_schema", "regex", "choice"], Any, str]] = [
+        fields: list[tuple[Literal["json_object", "json_schema", "regex", "choice"], str | None, str]] = [
             ("json_schema", schema, "response_format"),
-            ("json_object", is_object or None, "response_format"),
+            ("json_object", "" if is_object else None, "response_format"),
             ("json_schema", self.guided_json, "guided_json"),
             ("regex", self.guided_regex, "guided_regex"),
-            ("choice", self.guided_choice, "guided_choice"),
+            ("choice", _choices_text(self.guided_choice), "guided_choice"),
             ("json_schema", outputs.json_, "structured_outputs"),
-            ("json_object", outputs.json_object or None, "structured_outputs"),
+            ("json_object", "" if outputs.json_object else None, "structured_outputs"),
             ("regex", outputs.regex, "structured_outputs"),
-            ("choice", outputs.choice, "structured_outputs"),
+            ("choice", _choices_text(outputs.choice), "structured_outputs"),
         ]
-        return [
-            Grammar(kind, value if isinstance(value, str) else _as_json(value, field), field)
-            for kind, value, field in fields
-            if value is not None
-        ]
+        return [Grammar(kind, text, field) for kind, text, field in fields if text is not None]
 
     def parameters(self) -> dict[str, Any]:
         """Those that are specified, under the names of transformers' GenerationConfig."""
@@ -142,18 +154,15 @@ class Generation(Strict):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             ignore_eos=bool(self.ignore_eos),
-            grammar=next(iter(self._grammars()), None),
+            grammar=next(iter(self.grammars()), None),
             logit_bias=self.logit_bias,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
         )
 
 
-def _as_json(value: Any, field: str) -> str:
-    try:
-        return json.dumps(value)
-    except RecursionError:
-        raise ValueError(f"{field} is nested too deeply") from None
+def _choices_text(choices: list[str] | None) -> str | None:
+    return None if choices is None else json.dumps(choices)
 
 
 def _are_token_ids(prompt: Any) -> bool:
@@ -282,6 +291,8 @@ class Chat(Generation):
             raise ValueError("min_tokens is more than max_completion_tokens")
         if self.max_tokens == 0:
             raise ValueError("max_tokens must be at least 1")
+        if self.offered_tools() and (grammars := self.grammars()):
+            raise ValueError(f'tools and {grammars[0].field} exclude each other; send one, or tool_choice "none"')
         return self
 
     def parameters(self) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """OpenAI's own client, unchanged but for its base_url, and curl."""
 
 import asyncio
+import json
 import subprocess
 
 import openai
 import pytest
+from transformers import AutoTokenizer
 
 from tests.e2e.asking import PROMPT, predict
 
@@ -37,6 +39,30 @@ def test_chat_streamed_or_not(client):
     text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
     assert text == whole.choices[0].message.content
     assert parts[-1].usage == whole.usage
+
+
+def test_json_of_a_schema_streamed_or_not(client, bloom):
+    properties = {"ok": {"enum": [None, True]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}}
+    schema = {"type": "object", "properties": properties, "required": ["ok", "n"], "additionalProperties": False}
+    tokenizer = AutoTokenizer.from_pretrained(bloom)
+    blanks = [i for i in range(len(tokenizer)) if tokenizer.decode([i]).isspace()]
+    request = {
+        "model": "bloom",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_completion_tokens": 60,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}},
+        "logit_bias": dict.fromkeys(map(str, blanks), -100),  # this model likes nothing better
+    }
+    whole = client.chat.completions.create(**request)
+    parts = client.chat.completions.create(**request, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
+    answer = json.loads(whole.choices[0].message.content)
+    assert whole.choices[0].finish_reason == "stop" and list(answer) == ["ok", "n"]
+    assert answer["ok"] in (None, True) and answer["n"] in range(100)
+    completion = client.completions.create(model="bloom", prompt=PROMPT, extra_body={"guided_choice": ["red", "blue"]})
+    assert completion.choices[0].text in ("red", "blue")
+    with pytest.raises(openai.BadRequestError, match="guided_regex"):
+        client.completions.create(model="bloom", prompt=PROMPT, extra_body={"guided_regex": "("})
 
 
 def test_models(client):

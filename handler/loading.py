@@ -20,6 +20,7 @@ from handler.settings import Settings
 from handler.weights.files import weight_files
 from handler.weights.fused_gelu import fuse_gelu
 from handler.weights.placement import Placement, device_map, max_memory
+from handler.weights.streaming import StreamedWeights, stream_weights
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     device_map: dict[str, int | str]
     placement: Placement
+    streamed: StreamedWeights | None  # what the disk tier is read through
 
 
 def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedModel:
@@ -63,7 +65,19 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     placement = Placement.of(model, placed)
     for device, tier in placement.tiers.items():
         logger.info("%s holds %d layers, %.2f GB", device, tier.layers, tier.bytes / 1e9)
-    return LoadedModel(model, tokenizer, placed, placement)
+    _own_resident_weights(model)
+    streamed = stream_weights(model, placement.read_ahead_bytes)
+    if streamed is not None:
+        logger.info("what is on disk is read with %s, %.2f GB/s", streamed.reader.way, streamed.rate / 1e9)
+    return LoadedModel(model, tokenizer, placed, placement, streamed)
+
+
+def _own_resident_weights(model: PreTrainedModel) -> None:
+    """Copy what is on the CPU out of the mapped files, tensor by tensor: the kernel may throw pages of files out, and
+    does where memory is short and others are read."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def read_config(folder: Path, settings: Settings) -> PreTrainedConfig:

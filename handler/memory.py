@@ -19,17 +19,16 @@ RESERVE = 0.1  # of what is left, for fragmentation and what nobody foresees
 _LEAST_TOKENS = 128  # of keys and values, for a model that is worth serving
 
 
-def with_kv_cache_limit(settings: Settings, loaded: LoadedModel, copied: int) -> Settings:
+def with_kv_cache_limit(settings: Settings, loaded: LoadedModel) -> Settings:
     """The settings with a limit on keys and values, where they name none and memory is too small for the default.
 
-    copied: bytes of weights on the CPU that were copied while loading; the others are mapped.
     Raises LoadError when there is no room for keys and values beside the weights.
     """
     if settings.kv_cache_memory is not None:
         return settings
     architecture = Architecture.of(loaded.model)
     capacity = Capacity.of(architecture, settings)
-    budget = kv_cache_budget(loaded.placement, capacity.workspace_bytes, copied)
+    budget = kv_cache_budget(loaded.placement, capacity.workspace_bytes)
     if capacity.kv_cache_bytes <= budget:
         return settings
     tokens = budget // architecture.kv_bytes_per_token
@@ -42,40 +41,29 @@ def with_kv_cache_limit(settings: Settings, loaded: LoadedModel, copied: int) ->
     return settings.model_copy(update={"kv_cache_memory": budget})
 
 
-def kv_cache_budget(placement: Placement, workspace_bytes: int, copied: int) -> int:
+def kv_cache_budget(placement: Placement, workspace_bytes: int) -> int:
     """Bytes that the keys and values of all layers together may take, or 0.
 
     workspace_bytes: what a forward needs beside them on each device that computes. The main one also needs room for
         what is streamed through it.
-    copied: as in `with_kv_cache_limit`.
     """
     layers = placement.computed_layers
     shares = []
     for device, count in layers.items():
         taken = workspace_bytes + (placement.streaming_bytes if device == placement.main_device else 0)
-        if device == "cpu":
-            weights = placement.tiers["cpu"].bytes if "cpu" in placement.tiers else 0
-            free = free_host_memory(mapped=max(0, weights - copied))
-        else:
-            free = torch.cuda.mem_get_info(int(device.split()[1]))[0]
+        free = free_host_memory() if device == "cpu" else torch.cuda.mem_get_info(int(device.split()[1]))[0]
         if count:
             usable = max(0, int((free - taken) * (1 - RESERVE)))
             shares.append(usable * sum(layers.values()) // count)
     return min(shares, default=0)
 
 
-def anonymous_memory() -> int:
-    """Bytes of this process that are no pages of a file."""
-    memory = psutil.Process().memory_info()
-    return memory.rss - getattr(memory, "shared", memory.rss)  # only Linux tells them apart
-
-
-def free_host_memory(mapped: int) -> int:
-    """Bytes that this process can still take without pushing out `mapped` bytes of weights, whose pages count as free.
+def free_host_memory() -> int:
+    """Bytes that this process can still take; pages of files count as free.
 
     Those of the machine, or of a control group that it is in, version 1 or 2, whichever has less.
     """
-    return max(0, min(psutil.virtual_memory().available, *_free_in_control_groups()) - mapped)
+    return max(0, min([psutil.virtual_memory().available, *_free_in_control_groups()]))
 
 
 def _free_in_control_groups(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> list[int]:

@@ -19,7 +19,7 @@ from ts.torch_handler.base_handler import BaseHandler
 from handler.checkpoint import open_checkpoint, work_folder
 from handler.engine import Engine
 from handler.loading import load_model
-from handler.memory import anonymous_memory, with_kv_cache_limit
+from handler.memory import with_kv_cache_limit
 from handler.protocols.base import ModelInfo
 from handler.protocols.open_request import OpenRequest, Reply
 from handler.protocols.router import OPERATOR
@@ -39,9 +39,8 @@ class LargeModelHandler(BaseHandler):
         """
         model_dir = Path(context.system_properties["model_dir"])
         self.settings = read_settings(model_dir / "setup_config.json")
-        checkpoint, before = open_checkpoint(model_dir), anonymous_memory()
-        self.loaded = load_model(checkpoint, self.settings, work_folder(model_dir))
-        config = with_kv_cache_limit(self.settings, self.loaded, copied=anonymous_memory() - before)
+        self.loaded = load_model(open_checkpoint(model_dir), self.settings, work_folder(model_dir))
+        config = with_kv_cache_limit(self.settings, self.loaded)
         self.model = self.loaded.model
         self.engine = Engine(self.loaded.model, self.loaded.tokenizer, config)
         self.model_info = ModelInfo(

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from handler.weights.cpu_linear import WideLinear, cpu_lacks
+from handler.weights.placement import align_hooks
 
 from .architecture import Architecture
 from .attention import UNSEEN, gpt_neo_sees, key_positions, longrope_by_row, window_masks
@@ -23,7 +24,7 @@ class ModelRunner:
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, cache: KVCache):
         self.device = _input_device(model)
-        self.streams_weights = any(hook.offload for module in model.modules() for hook in _align_hooks(module))
+        self.streams_weights = any(hook.offload for module in model.modules() for hook in align_hooks(module))
         self._model, self._cache = model, cache
         self._head = model.get_output_embeddings()
         self._takes_position_ids = architecture.takes_position_ids
@@ -98,17 +99,9 @@ class ModelRunner:
             handle.remove()
 
 
-def _align_hooks(module: torch.nn.Module) -> Iterator:
-    """Accelerate's hooks on a module that move or load tensors."""
-    hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", [hook]):
-        if hasattr(one, "offload") and hasattr(one, "execution_device"):
-            yield one
-
-
 def _input_device(model: PreTrainedModel) -> torch.device:
     """Where the model wants its inputs; `model.device` may be "meta" when layers are offloaded."""
-    for hook in _align_hooks(model):
+    for hook in align_hooks(model):
         if hook.execution_device is not None:
             return torch.device(hook.execution_device)
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))

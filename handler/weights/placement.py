@@ -3,13 +3,17 @@
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from handler.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+_READ_AHEAD = 64 << 20  # bytes of weights, at least
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,15 @@ def device_map(settings: Settings, gpus: int) -> str | dict[str, int | str]:
 
 @dataclass(frozen=True)
 class Part:
-    """A decoder layer, or a module outside of them: name, device ("gpu 0", "cpu" or "disk"), bytes of its weights."""
+    """A decoder layer, or a module outside of them: name, device ("gpu 0", "cpu" or "disk"), bytes of its weights.
+
+    looked_up: whether a step reads a few rows of it only, as of an input embedding that is not tied to the output.
+    """
 
     name: str
     device: str
     bytes: int
+    looked_up: bool = False
 
     @property
     def is_layer(self) -> bool:
@@ -59,21 +67,29 @@ class Placement:
     """Where all weights are, and with them what is computed where. The parts are in the model's order.
 
     main_device: where Accelerate computes what lies on "cpu" or "disk": the first GPU of its map, or the CPU.
+    largest_on_disk: bytes of the largest tensor there.
     """
 
     parts: list[Part]
     main_device: str
+    largest_on_disk: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel, device_map: dict[str, int | str]) -> "Placement":
         """By the device map that Accelerate settled on. The model may be on the meta device."""
         sizes: dict[tuple[str, str], int] = defaultdict(int)
+        gpus = [_device_name(device) for device in device_map.values() if isinstance(device, int)]
+        main_device = next(iter(gpus), "cpu")
+        table = _lookup_table(model) if main_device == "cpu" else None  # Accelerate brings a whole one to a GPU
+        largest = 0
         for name, parameter in model.named_parameters():
             module = max((key for key in device_map if f"{name}.".startswith(f"{key}." if key else "")), key=len)
-            part = _decoder_layer(name) or name.rpartition(".")[0]
-            sizes[part, _device_name(device_map[module])] += parameter.numel() * parameter.element_size()
-        gpus = [_device_name(device) for device in device_map.values() if isinstance(device, int)]
-        return cls([Part(name, device, size) for (name, device), size in sizes.items()], next(iter(gpus), "cpu"))
+            part, device = _decoder_layer(name) or name.rpartition(".")[0], _device_name(device_map[module])
+            sizes[part, device] += parameter.nbytes
+            if device == "disk" and part != table:
+                largest = max(largest, parameter.nbytes)
+        parts = [Part(name, device, size, name == table) for (name, device), size in sizes.items()]
+        return cls(parts, main_device, largest)
 
     @property
     def tiers(self) -> dict[str, Tier]:
@@ -94,11 +110,40 @@ class Placement:
 
     @property
     def streaming_bytes(self) -> int:
-        """Room that the main device needs for what is brought there in each step: the largest part of it."""
+        """Room that the main device needs for what is brought there in each step: what is read ahead, on the CPU, or
+        the largest part, on a GPU."""
+        if self.main_device == "cpu":
+            return self.read_ahead_bytes
         return max((part.bytes for part in self.parts if self.is_streamed(part)), default=0)
+
+    @property
+    def read_ahead_bytes(self) -> int:
+        """Memory of the host for weights of the disk tier, in use and read ahead: two tensors, so that one is read
+        while the other computes, or more small ones."""
+        on_disk = sum(part.bytes for part in self.parts if part.device == "disk" and not part.looked_up)
+        return min(on_disk, max(2 * self.largest_on_disk, _READ_AHEAD))
 
     def is_streamed(self, part: Part) -> bool:
         return part.device == "disk" or (part.device == "cpu" and self.main_device != "cpu")
+
+
+def spread(sizes: Mapping[str, int], room: int) -> set[str]:
+    """Of things with these sizes, as many as `room` holds, spread evenly over their order."""
+    total, passed, chosen, filled = sum(sizes.values()), 0, set(), 0
+    for name, size in sizes.items():
+        passed += size
+        if filled + size <= room * passed / total:
+            chosen.add(name)
+            filled += size
+    return chosen
+
+
+def _lookup_table(model: PreTrainedModel) -> str | None:
+    """The name of the input embedding, unless the output is computed with it too."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if outputs is not None and outputs.weight is inputs.weight:
+        return None
+    return next(name for name, module in model.named_modules() if module is inputs)
 
 
 def _device_name(device: int | str) -> str:
@@ -109,3 +154,11 @@ def _decoder_layer(name: str) -> str | None:
     """The decoder layer that a parameter belongs to, such as `transformer.h.3`; None outside of them."""
     match = re.match(r"(.*?\.\d+)\.", name)
     return match[1] if match else None
+
+
+def align_hooks(module: torch.nn.Module) -> Iterator:
+    """Accelerate's hooks on a module that move or load tensors."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        if hasattr(one, "offload") and hasattr(one, "execution_device"):
+            yield one

@@ -21,7 +21,7 @@ from handler.errors import CheckpointError, LoadError
 from handler.loading import read_config
 from handler.settings import Settings
 from handler.weights.files import weight_files
-from handler.weights.placement import Part, Placement, Tier, device_map, max_memory
+from handler.weights.placement import Placement, Tier, device_map, max_memory
 from scripts.console import UserError
 
 from .plan import Bandwidth, Device, Plan
@@ -99,7 +99,7 @@ def _make_plan(
         checkpoint_bytes=archived or weights,
         offload_bytes=0 if in_place else on_disk,
         # Safetensors are read as they are stored, which may be wider than what is computed in.
-        streamed=_streamed(model, placement, stored / weights if stored and in_place else 1.0),
+        streamed=_streamed(placement, stored / weights if stored and in_place else 1.0),
     )
 
 
@@ -159,7 +159,7 @@ def _devices(placement: Placement, capacity: Capacity, gpus: Sequence[int | None
     return devices
 
 
-def _streamed(model: PreTrainedModel, placement: Placement, stored: float) -> dict[str, int]:
+def _streamed(placement: Placement, stored: float) -> dict[str, int]:
     """Bytes that a step reads from disk, over PCIe and from the node's memory.
 
     stored: bytes on disk for each byte in memory, more than 1 when the dtype on disk is wider.
@@ -167,17 +167,10 @@ def _streamed(model: PreTrainedModel, placement: Placement, stored: float) -> di
     main = placement.main_device
     streamed = {"disk": 0, "pcie": 0, "ram": 0}
     for part in placement.parts:
-        if part.device == "disk":
+        if part.device == "disk" and not part.looked_up:
             streamed["disk"] += int(part.bytes * stored)
         if placement.is_streamed(part) and main != "cpu":
             streamed["pcie"] += part.bytes
-        if main == "cpu" and not _is_lookup_table(model, part):
+        if main == "cpu" and not part.looked_up:
             streamed["ram"] += part.bytes
     return streamed
-
-
-def _is_lookup_table(model: PreTrainedModel, part: Part) -> bool:
-    """Whether it is the input embedding, in memory and not tied to the output: a step reads only one row a token."""
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = outputs is not None and outputs.weight is inputs.weight
-    return not tied and part.device != "disk" and model.get_submodule(part.name) is inputs

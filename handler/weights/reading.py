@@ -1,0 +1,182 @@
+"""Ranges of files into memory, as fast as the disk gives them."""
+
+import logging
+import mmap
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from io import FileIO
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 4096  # bytes, which direct reads need of offsets, sizes and addresses
+_PIECE = 4 << 20  # bytes of one read; larger ones gain nothing, smaller ones leave the disk idle between them
+_CALIBRATION = 2.0  # seconds, for all ways together
+_WORTH = 1.1  # how much faster a way has to be than one that is named before it
+
+
+class Way(NamedTuple):
+    """How to read. direct: past the page cache. advised: the kernel is told what is wanted before it is read."""
+
+    direct: bool
+    advised: bool
+    threads: int
+
+    def __str__(self) -> str:
+        kind = "direct" if self.direct else "advised" if self.advised else "buffered"
+        return f"{kind} reads, {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+# Direct reads first: they cost no copy and push nothing out of the page cache.
+WAYS = (
+    Way(True, False, 2),
+    Way(True, False, 1),
+    Way(True, False, 4),
+    Way(False, False, 1),
+    Way(False, False, 2),
+    Way(False, True, 1),
+)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes of a file."""
+
+    path: Path
+    start: int
+    size: int
+
+    @property
+    def aligned_start(self) -> int:
+        return self.start - self.start % ALIGNMENT
+
+    @property
+    def aligned_size(self) -> int:
+        """Size of the whole blocks of the file around the range."""
+        return -(-(self.start + self.size) // ALIGNMENT) * ALIGNMENT - self.aligned_start
+
+    @property
+    def buffer_size(self) -> int:
+        """Room for those blocks wherever a range of this size begins, so that buffers can be used again."""
+        return (-(-self.size // ALIGNMENT) + 1) * ALIGNMENT
+
+
+class Reader:
+    """Reads with a pool of threads. bytes_read: how many so far, whole blocks."""
+
+    def __init__(self, way: Way):
+        self.way = way
+        self.bytes_read = 0
+        self._pool = ThreadPoolExecutor(way.threads, thread_name_prefix="weights")
+        self._files: dict[tuple[Path, bool], FileIO] = {}  # by path, and whether it is open for direct reads
+
+    def start(self, wanted: Range, buffer: memoryview, cached: bool = False) -> list[Future]:
+        """Begin to read the blocks around `wanted` into `buffer`, at least `aligned_size` bytes at an aligned address.
+
+        cached: leave them in the page cache, and look for them there, whatever the way.
+        Each future raises OSError when the file cannot be read, or ends too early.
+        """
+        needed = wanted.start + wanted.size - wanted.aligned_start
+        buffer = buffer[: wanted.aligned_size]
+        if self.way.advised:
+            self._pool.submit(self._advise, wanted.path, wanted.aligned_start, needed)
+        return [
+            self._pool.submit(
+                self._read,
+                wanted.path,
+                wanted.aligned_start + at,
+                buffer[at : at + _PIECE],
+                min(needed - at, _PIECE),
+                cached,
+            )
+            for at in range(0, len(buffer), _PIECE)
+        ]
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._files.clear()
+
+    def _advise(self, path: Path, start: int, size: int) -> None:
+        os.posix_fadvise(self._file(path, direct=False).fileno(), start, size, os.POSIX_FADV_WILLNEED)
+
+    def _read(self, path: Path, start: int, buffer: memoryview, needed: int, cached: bool = False) -> None:
+        """At least the first `needed` bytes of `buffer` from the file's byte `start` on."""
+        done, direct = 0, self.way.direct and not cached
+        try:
+            file = self._file(path, direct)
+            while done < needed:
+                got = os.preadv(file.fileno(), [buffer[done:]], start + done)
+                if done + got < needed:
+                    got -= got % ALIGNMENT  # a direct read can only go on from the start of a block
+                if not got:
+                    raise OSError(f"{path.name} ends too early, or was cut while it was read")
+                done += got
+            if not direct and not cached:
+                os.posix_fadvise(file.fileno(), start, done, os.POSIX_FADV_DONTNEED)
+        except OSError:
+            self._files.pop((path, direct), None)  # the next try opens it anew, which a network's file system may need
+            raise
+        self.bytes_read += done
+
+    def _file(self, path: Path, direct: bool) -> FileIO:
+        file = self._files.get((path, direct))
+        if file is None:
+            flags = os.O_DIRECT if direct else 0
+            file = FileIO(path, opener=lambda name, mode: os.open(name, mode | flags))
+            self._files[path, direct] = file
+        return file
+
+
+def fastest_reader(ranges: Sequence[Range], seconds: float = _CALIBRATION) -> tuple[Reader, float]:
+    """The way to read that is fastest on the disk that holds `ranges`, tried on them for so many seconds in all.
+
+    Also returns the bytes a second that it reached. Ways that the file system refuses are left out.
+    Raises OSError when none can read them.
+    """
+    best: Way | None = None
+    best_rate, problem = 0.0, OSError()
+    pieces = [(r, at) for r in ranges for at in range(0, r.aligned_size, _PIECE)]
+    for path in {r.path for r in ranges}:
+        with path.open("rb") as file:  # the disk is to be measured, not what is in memory of a file just written
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for number, way in enumerate(WAYS):
+        # Each way begins elsewhere, so that none finds in a cache what another has read.
+        first = len(pieces) * number // len(WAYS)
+        try:
+            rate = _rate(way, pieces[first:] + pieces[:first], seconds / len(WAYS))
+        except OSError as error:
+            problem = error
+            continue
+        logger.debug("%s: %.2f GB/s", way, rate / 1e9)
+        if best is None or rate > best_rate * _WORTH:
+            best, best_rate = way, rate
+    if best is None:
+        raise problem
+    return Reader(best), best_rate
+
+
+def _rate(way: Way, pieces: Sequence[tuple[Range, int]], seconds: float) -> float:
+    """Bytes a second that the threads of a way read of the pieces, until time or pieces are over."""
+    reader, turns = Reader(way), count()
+    start = time.perf_counter()
+
+    def work() -> None:
+        buffer = memoryview(mmap.mmap(-1, _PIECE))
+        while time.perf_counter() < start + seconds and (turn := next(turns)) < len(pieces):
+            wanted, at = pieces[turn]
+            size = min(_PIECE, wanted.aligned_size - at)
+            needed = min(size, wanted.start + wanted.size - wanted.aligned_start - at)
+            reader._read(wanted.path, wanted.aligned_start + at, buffer[:size], needed)
+
+    workers = [reader._pool.submit(work) for _ in range(way.threads)]
+    try:
+        for worker in workers:
+            worker.result()
+        return reader.bytes_read / (time.perf_counter() - start)
+    finally:
+        reader.close()

@@ -1,0 +1,261 @@
+"""Weights of the disk tier, read while something else computes.
+
+Accelerate's hooks ask for a module's tensors when its forward begins and let go of them when it ends, in the same order
+at each step. So the next ones are read ahead, across the end of a step too, as far as a budget allows. A tensor that
+nobody foresaw is read when it is asked for.
+"""
+
+import json
+import mmap
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from transformers import PreTrainedModel
+
+from .placement import align_hooks, spread
+from .reading import Range, fastest_reader
+
+_SMALL = 256 << 10  # bytes; smaller tensors, such as norms and biases, are read once and stay
+_DTYPES = {  # by their names in safetensors
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it lies in a file, and the dtype that the model wants it in."""
+
+    range: Range
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    wanted: torch.dtype
+
+
+def stream_weights(model: PreTrainedModel, budget: int) -> "StreamedWeights | None":
+    """Let the hooks of a dispatched model read the disk tier through StreamedWeights; None when it has no disk tier.
+
+    budget: as of StreamedWeights.
+    Raises OSError when the files cannot be read.
+    """
+    hooked = [(module, hook) for module in model.modules() for hook in align_hooks(module) if hook.offload]
+    source = next((hook.weights_map.dataset for _, hook in hooked), None)
+    if source is None or not source.index:
+        return None
+    streamed = StreamedWeights(source, list(model.state_dict()), budget)
+    for module, hook in hooked:
+        hook.weights_map = PrefixedDataset(streamed, hook.weights_map.prefix)
+        module.register_forward_hook(lambda *_: streamed.read_ahead())  # into what the module has just let go of
+    embedding = model.get_input_embeddings()
+    hook = next((hook for module, hook in hooked if module is embedding), None)
+    if hook is not None and torch.device(hook.execution_device).type == "cpu":
+        table = f"{hook.weights_map.prefix}weight"
+        embedding.register_forward_pre_hook(lambda _, args: streamed.look_up(table, args[0]))
+    return streamed
+
+
+class StreamedWeights(Mapping[str, torch.Tensor]):
+    """What a model's hooks get the disk tier's tensors from, by name. For the thread that runs the model.
+
+    reader: reads the files, in the way that was fastest on them; rate: the bytes a second that it then reached.
+    wait_seconds: for how long forwards have waited for tensors so far.
+    """
+
+    def __init__(self, source: OffloadedWeightsLoader, names: Sequence[str], budget: int):
+        """names: the model's tensors in its order.
+        budget: bytes of tensors in use and read ahead together; one tensor is always read, however large."""
+        self._source, self._budget = source, budget
+        self._stored = _stored_tensors(source, names)
+        small = [name for name, stored in self._stored.items() if stored.range.size <= _SMALL]
+        self._small = {name: source[name].clone() for name in small}
+        self.reader, self.rate = fastest_reader([self._stored[name].range for name in self._large()])
+        self._cached: set[str] = set()  # what the kernel's page cache may keep
+        self._looked_up: dict[str, _Arriving] = {}
+        self.wait_seconds = 0.0
+        self._buffers = _Buffers(budget)
+        self._ahead: dict[str, _Arriving] = {}  # what is being read, in the order in which it will be asked for
+        self._follower: dict[str, str] = {}  # what was asked for after each tensor the last time
+        self._last: str | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU. Its memory is used again when nobody holds it any more.
+
+        Raises KeyError for an unknown name, and OSError when a file cannot be read; asking again tries again.
+        """
+        if name in self._small:
+            return self._small[name]
+        if name not in self._stored:
+            return self._source[name]  # of the CPU tier, when a GPU computes; or unknown
+        if name in self._looked_up:
+            return self._wait(self._looked_up.pop(name))
+        arriving = self._take(name)
+        if self._last is not None:
+            self._follower[self._last] = name
+        self._last = name
+        self.read_ahead()
+        try:
+            return self._wait(arriving)
+        except OSError:
+            # It may have failed a while ago, and so may what was read ahead with it.
+            self._forget(list(self._ahead))
+            return self._wait(self._start(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read_ahead(self) -> None:
+        """Begin to read what comes next, as far as the budget allows."""
+        self._buffers.collect()
+        name = next(reversed(self._ahead), self._last)
+        while name is not None and (name := self._follower.get(name)) is not None and name not in self._ahead:
+            size = self._stored[name].range.buffer_size
+            if self._buffers.in_use and self._buffers.in_use + size > self._budget:
+                return
+            self._ahead[name] = self._start(name)
+
+    def keep(self, room: int) -> None:
+        """Leave up to `room` bytes of the tensors, spread over the model, to the kernel's page cache: they come from
+        the disk once, and again only if memory becomes short."""
+        sizes = {name: self._stored[name].range.size for name in self._large()}
+        self._cached = spread(sizes, room)
+
+    def look_up(self, name: str, rows: torch.Tensor) -> None:
+        """Of a table [vocab, hidden] that is asked for next, read only these rows, int64 of any shape. The others are
+        left as they are, which is nothing: memory that nobody touches takes no room."""
+        stored = self._stored[name]
+        if name in self._small or stored.dtype != stored.wanted:
+            return  # it is there, or has to be converted whole
+        width = stored.range.size // stored.shape[0]
+        buffer = aligned_memory(stored.range.buffer_size, huge_pages=False)
+        pieces = []
+        for row in rows.unique().tolist():
+            wanted = Range(stored.range.path, stored.range.start + row * width, width)
+            at = wanted.aligned_start - stored.range.aligned_start
+            pieces += self.reader.start(wanted, buffer.data[at:])
+        self._looked_up[name] = _Arriving(stored, buffer, pieces)
+
+    def _large(self) -> list[str]:
+        return [name for name in self._stored if name not in self._small]
+
+    def _take(self, name: str) -> "_Arriving":
+        """What was read ahead as `name`, or else a read that begins now. What was foreseen before it is forgotten."""
+        foreseen = list(self._ahead)
+        self._forget(foreseen[: foreseen.index(name)] if name in self._ahead else foreseen)
+        return self._ahead.pop(name, None) or self._start(name)
+
+    def _forget(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._ahead.pop(name).cancel()
+
+    def _start(self, name: str) -> "_Arriving":
+        stored = self._stored[name]
+        buffer = self._buffers.take(stored.range.buffer_size)
+        return _Arriving(stored, buffer, self.reader.start(stored.range, buffer.data, name in self._cached))
+
+    def _wait(self, arriving: "_Arriving") -> torch.Tensor:
+        start = time.perf_counter()
+        try:
+            return arriving.tensor()
+        finally:
+            self.wait_seconds += time.perf_counter() - start
+
+
+@dataclass
+class _Arriving:
+    """A tensor whose bytes are on their way into a buffer."""
+
+    stored: StoredTensor
+    buffer: np.ndarray
+    pieces: list[Future]
+
+    def tensor(self) -> torch.Tensor:
+        """Waits for it. Raises OSError when it cannot be read."""
+        for piece in self.pieces:
+            piece.result()
+        stored = self.stored
+        skipped = stored.range.start - stored.range.aligned_start
+        data = torch.from_numpy(self.buffer)[skipped : skipped + stored.range.size]
+        if skipped % stored.dtype.itemsize:
+            data = data.clone()  # safetensors need not align tensors
+        return data.view(stored.dtype).view(stored.shape).to(stored.wanted)
+
+    def cancel(self) -> None:
+        for piece in self.pieces:
+            piece.cancel()  # one that has begun holds the buffer until it ends
+
+
+class _Buffers:
+    """Aligned memory for tensors, used again instead of being asked of the kernel, which would clear each page.
+
+    in_use: bytes that a read or a tensor holds.
+    """
+
+    def __init__(self, budget: int):
+        self.in_use = 0
+        self._budget = budget
+        self._free: list[np.ndarray] = []
+        self._returned: deque[np.ndarray] = deque()  # by finalizers, which may run anywhere and so take no lock
+
+    def take(self, size: int) -> np.ndarray:
+        """uint8 [size]. Whatever is made of it keeps it from being used again."""
+        self.collect()
+        fitting = next((at for at, memory in enumerate(self._free) if memory.nbytes == size), None)
+        while fitting is None and self._free and self.in_use + size + _nbytes(self._free) > self._budget:
+            self._free.pop(0)
+        memory = aligned_memory(size) if fitting is None else self._free.pop(fitting)
+        self.in_use += size
+        lease = memory[:]
+        weakref.finalize(lease, self._returned.append, memory).atexit = False
+        return lease
+
+    def collect(self) -> None:
+        """Take back what nobody holds any more."""
+        while self._returned:
+            memory = self._returned.popleft()
+            self._free.append(memory)
+            self.in_use -= memory.nbytes
+
+
+def _nbytes(arrays: list[np.ndarray]) -> int:
+    return sum(array.nbytes for array in arrays)
+
+
+def aligned_memory(size: int, huge_pages: bool = True) -> np.ndarray:
+    """uint8 [size], zeros. Pages take memory once they are touched."""
+    memory = mmap.mmap(-1, size)
+    memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
+def _stored_tensors(source: OffloadedWeightsLoader, names: Sequence[str]) -> dict[str, StoredTensor]:
+    """Where those of the names that are on the disk tier lie. The format is described in safetensors' README."""
+    headers: dict[Path, tuple[int, dict]] = {}
+    tensors = {}
+    for name, entry in ((name, source.index[name]) for name in names if name in source.index):
+        path = Path(entry["safetensors_file"])
+        if path not in headers:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                headers[path] = 8 + size, json.loads(file.read(size))
+        first, header = headers[path]
+        tensor = header[entry["weight_name"]]
+        begin, end = tensor["data_offsets"]
+        tensors[name] = StoredTensor(
+            range=Range(path, first + begin, end - begin),
+            dtype=_DTYPES[tensor["dtype"]],
+            shape=tuple(tensor["shape"]),
+            wanted=getattr(torch, entry["dtype"]),
+        )
+    return tensors

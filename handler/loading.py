@@ -1,6 +1,7 @@
 """A checkpoint folder -> a model across GPUs, CPU and disk, with Accelerate. GPU code is Accelerate's alone."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from handler.errors import LoadError, first_line
+from handler.memory import device_limits, free_memory
 from handler.settings import Settings
 from handler.weights.files import weight_files
 from handler.weights.fused_gelu import fuse_gelu
@@ -43,15 +46,17 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     Raises CheckpointError for a folder without weights, and LoadError for one without a tokenizer or a causal
     language model.
     """
-    weight_files(folder)
-    read_config(folder, settings)
+    files = weight_files(folder)
+    config = read_config(folder, settings)
     tokenizer = _load_tokenizer(folder, settings)
     gpus = torch.cuda.device_count()
+    empty = meta_model(config, settings, files)
+    limits = max_memory(settings, gpus) or device_limits(empty, settings, free_memory(gpus))
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=settings.dtype,
-        device_map=device_map(settings, gpus),
-        max_memory=max_memory(settings, gpus),
+        device_map=device_map(settings, gpus, empty, limits),
+        max_memory=limits,
         offload_folder=work_folder / settings.offload_folder,
         offload_buffers=settings.offload_buffers,
         trust_remote_code=settings.trust_remote_code,
@@ -97,6 +102,20 @@ def read_config(folder: Path, settings: Settings) -> PreTrainedConfig:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise LoadError(f"{config.model_type} has no causal language model in transformers: serve another checkpoint")
     return config
+
+
+def meta_model(config: PreTrainedConfig, settings: Settings, files: Sequence[Path]) -> PreTrainedModel:
+    """The model without weights, in the dtype that it is loaded in. files: of its weights, where there are any."""
+    dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else config.dtype or _stored_dtype(files)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    model.tie_weights()
+    return model.eval()
+
+
+def _stored_dtype(files: Sequence[Path]) -> torch.dtype:
+    """What from_pretrained takes when the config names no dtype: the first file's. Only its header is read."""
+    return get_state_dict_dtype(load_state_dict(files[0], map_location="meta")) if files else torch.float32
 
 
 def _load_tokenizer(folder: Path, settings: Settings) -> PreTrainedTokenizerBase:

@@ -1,34 +1,64 @@
-"""How many bytes are left for keys and values once the weights are placed: on GPUs, or in the control group."""
+"""Who gets how much of the memory that is free on the GPUs, and in the control group: weights, keys and values."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 from handler.engine.architecture import Architecture
 from handler.engine.capacity import Capacity
 from handler.errors import LoadError
-from handler.loading import LoadedModel
 from handler.settings import Settings
-from handler.weights.placement import Placement
+from handler.weights.placement import READ_AHEAD, Placement
 
 logger = logging.getLogger(__name__)
 
 RESERVE = 0.1  # of what is left, for fragmentation and what nobody foresees
+_KV_CACHE_SHARE = 0.2  # of what is usable, at most, that the weights leave to keys and values when nobody set them
 _LEAST_TOKENS = 128  # of keys and values, for a model that is worth serving
 
 
-def with_kv_cache_limit(settings: Settings, loaded: LoadedModel) -> Settings:
+def free_memory(gpus: int) -> dict[int | str, int]:
+    """Bytes that this process can still take on each of the first GPUs, and on the CPU."""
+    free: dict[int | str, int] = {index: torch.cuda.mem_get_info(index)[0] for index in range(gpus)}
+    return free | {"cpu": free_host_memory()}
+
+
+def device_limits(model: PreTrainedModel, settings: Settings, free: Mapping[int | str, int]) -> dict[int | str, int]:
+    """`max_memory` for settings that name none: the weights that each device may hold, in bytes.
+
+    free: bytes on each device; less keys and values, activations, and what is read ahead when not all fits.
+    model: on the meta device, or loaded.
+    """
+    architecture = Architecture.of(model)
+    capacity = Capacity.of(architecture, settings)
+    computing = [device for device in free if device != "cpu"] or ["cpu"]
+    share = 1.0 if settings.kv_cache_memory is not None else _KV_CACHE_SHARE
+    limits = {}
+    for device, size in free.items():
+        limits[device] = size
+        if device in computing:
+            usable = max(0, size - capacity.workspace_bytes) * (1 - RESERVE)
+            limits[device] = int(usable - min(capacity.kv_cache_bytes / len(computing), usable * share))
+    sizes = [parameter.nbytes for parameter in model.parameters()]
+    if sum(sizes) > sum(limits.values()):
+        limits["cpu"] -= max(READ_AHEAD, 2 * max(sizes))
+    return {device: max(0, limit) for device, limit in limits.items()}
+
+
+def with_kv_cache_limit(settings: Settings, model: PreTrainedModel, placement: Placement) -> Settings:
     """The settings with a limit on keys and values, where they name none and memory is too small for the default.
 
     Raises LoadError when there is no room for keys and values beside the weights.
     """
     if settings.kv_cache_memory is not None:
         return settings
-    architecture = Architecture.of(loaded.model)
+    architecture = Architecture.of(model)
     capacity = Capacity.of(architecture, settings)
-    budget = kv_cache_budget(loaded.placement, capacity.workspace_bytes)
+    budget = kv_cache_budget(placement, capacity.workspace_bytes)
     if capacity.kv_cache_bytes <= budget:
         return settings
     tokens = budget // architecture.kv_bytes_per_token
@@ -56,6 +86,14 @@ def kv_cache_budget(placement: Placement, workspace_bytes: int) -> int:
             usable = max(0, int((free - taken) * (1 - RESERVE)))
             shares.append(usable * sum(layers.values()) // count)
     return min(shares, default=0)
+
+
+def page_cache_room(settings: Settings, model: PreTrainedModel, placement: Placement) -> int:
+    """Bytes of the disk tier that the host can hold besides, once keys and values have what they may need."""
+    capacity = Capacity.of(Architecture.of(model), settings)
+    if placement.main_device == "cpu":
+        return max(0, kv_cache_budget(placement, capacity.workspace_bytes) - capacity.kv_cache_bytes)
+    return int(max(0, free_host_memory() - placement.read_ahead_bytes) * (1 - RESERVE))
 
 
 def free_host_memory() -> int:

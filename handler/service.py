@@ -19,7 +19,7 @@ from ts.torch_handler.base_handler import BaseHandler
 from handler.checkpoint import open_checkpoint, work_folder
 from handler.engine import Engine
 from handler.loading import load_model
-from handler.memory import with_kv_cache_limit
+from handler.memory import page_cache_room, with_kv_cache_limit
 from handler.protocols.base import ModelInfo
 from handler.protocols.open_request import OpenRequest, Reply
 from handler.protocols.router import OPERATOR
@@ -40,8 +40,10 @@ class LargeModelHandler(BaseHandler):
         model_dir = Path(context.system_properties["model_dir"])
         self.settings = read_settings(model_dir / "setup_config.json")
         self.loaded = load_model(open_checkpoint(model_dir), self.settings, work_folder(model_dir))
-        config = with_kv_cache_limit(self.settings, self.loaded)
-        self.model = self.loaded.model
+        self.model, placement = self.loaded.model, self.loaded.placement
+        config = with_kv_cache_limit(self.settings, self.model, placement)
+        if self.loaded.streamed:
+            self.loaded.streamed.keep(page_cache_room(config, self.model, placement))
         self.engine = Engine(self.loaded.model, self.loaded.tokenizer, config)
         self.model_info = ModelInfo(
             name=context.model_name,

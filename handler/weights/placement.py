@@ -13,7 +13,7 @@ from handler.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_READ_AHEAD = 64 << 20  # bytes of weights, at least
+READ_AHEAD = 64 << 20  # bytes of weights that are read ahead, at least
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,16 @@ def max_memory(settings: Settings, gpus: int) -> dict[int | str, int] | None:
     return limits or None
 
 
-def device_map(settings: Settings, gpus: int) -> str | dict[str, int | str]:
-    """`device_map` with "cpu" in place of the GPUs from number `gpus` on, which the machine lacks."""
+def device_map(
+    settings: Settings, gpus: int, model: PreTrainedModel, limits: Mapping[int | str, int]
+) -> str | dict[str, int | str]:
+    """What Accelerate is to place `model` by, which may be on the meta device, within `limits`.
+
+    A map of modules has "cpu" in place of the GPUs from number `gpus` on, which the machine lacks. "auto" is our own
+    map where there are no GPUs.
+    """
+    if settings.device_map == "auto" and not gpus:
+        return spread_map(model, limits.get("cpu", 0))
     if isinstance(settings.device_map, str):
         return settings.device_map
     placed = dict(settings.device_map)
@@ -121,10 +129,50 @@ class Placement:
         """Memory of the host for weights of the disk tier, in use and read ahead: two tensors, so that one is read
         while the other computes, or more small ones."""
         on_disk = sum(part.bytes for part in self.parts if part.device == "disk" and not part.looked_up)
-        return min(on_disk, max(2 * self.largest_on_disk, _READ_AHEAD))
+        return min(on_disk, max(2 * self.largest_on_disk, READ_AHEAD))
 
     def is_streamed(self, part: Part) -> bool:
         return part.device == "disk" or (part.device == "cpu" and self.main_device != "cpu")
+
+
+def spread_map(model: PreTrainedModel, limit: int) -> dict[str, int | str]:
+    """A device map for a CPU that computes and holds up to `limit` bytes of weights; the others are on disk.
+
+    What is outside the decoder layers comes first, as it is large and used in each step; a table of which a step looks
+    up a few rows comes last. Layers on disk lie between others, and are read while those compute. Unlike Accelerate's
+    own, the map does not end at the first thing that is too large. The model may be on the meta device.
+    """
+    blocks = dict(_blocks(model))
+    owners: dict[torch.nn.Parameter, str] = {}
+    for name, block in blocks.items():
+        for parameter in block.parameters():
+            owners.setdefault(parameter, name)
+    sizes = {name: sum(p.nbytes for p, owner in owners.items() if owner == name) for name in blocks}
+    if sum(sizes.values()) <= limit:
+        return {"": "cpu"}
+    layers = {name: size for name, size in sizes.items() if _decoder_layer(f"{name}.")}
+    table = _lookup_table(model)
+    on_cpu, left = set[str](), limit
+    for name in blocks:
+        if name not in layers and name != table and sizes[name] <= left:
+            on_cpu.add(name)
+            left -= sizes[name]
+    on_cpu |= spread(layers, left)
+    left -= sum(layers[name] for name in on_cpu & layers.keys())
+    if table and sizes[table] <= left:
+        on_cpu.add(table)
+    # Tied weights stay together: a block that owns none of its own goes where their owner is.
+    homes = {name: next((owners[p] for p in block.parameters()), name) for name, block in blocks.items()}
+    return {name: "cpu" if homes[name] in on_cpu else "disk" for name in blocks}
+
+
+def _blocks(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
+    """The decoder layers, and the modules outside of them, in the model's order."""
+    for name, child in module.named_children():
+        if name.isdecimal() or not any(isinstance(inner, torch.nn.ModuleList) for inner in child.modules()):
+            yield f"{prefix}{name}", child
+        else:
+            yield from _blocks(child, f"{prefix}{name}.")
 
 
 def spread(sizes: Mapping[str, int], room: int) -> set[str]:

@@ -9,16 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.accelerate import _get_device_map
-from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 
 from handler.engine import UnsupportedModel
 from handler.engine.architecture import Architecture
 from handler.engine.capacity import Capacity
 from handler.errors import CheckpointError, LoadError
-from handler.loading import read_config
+from handler.loading import meta_model, read_config
+from handler.memory import device_limits
 from handler.settings import Settings
 from handler.weights.files import weight_files
 from handler.weights.placement import Placement, Tier, device_map, max_memory
@@ -29,7 +28,6 @@ from .plan import Bandwidth, Device, Plan
 # Java and a worker with an imported torch, without a model: 0.75 GB resident, and Java's heap may grow to 1 GB.
 RUNTIME_BYTES = 1_500_000_000
 SHARD_BYTES = 2_000_000_000  # MAX_SHARD_SIZE of `make shard`, for a folder without weights
-HEADROOM = 0.9  # the share of a single GPU that Accelerate fills when max_memory does not name a limit
 UNLIMITED = 2**62
 ARCHIVED = ("*.safetensors", "pytorch_model*.bin")  # all weights are archived, also those that the loader passes over
 
@@ -74,7 +72,7 @@ def _make_plan(
     if gpus is None:
         gpus = [None] * len([device for device in settings.max_memory or {} if isinstance(device, int)])
     files = _weight_files(model_dir)
-    model = _meta_model(read_config(model_dir, settings), settings, files)
+    model = meta_model(read_config(model_dir, settings), settings, files)
     placed = _place(model, settings, gpus, cpu)
     placement = Placement.of(model, placed)
     parts = placement.parts
@@ -111,29 +109,15 @@ def _weight_files(model_dir: Path) -> list[Path]:
         return []
 
 
-def _meta_model(config: PreTrainedConfig, settings: Settings, files: Sequence[Path]) -> PreTrainedModel:
-    """The model without weights, in the dtype that the loader would choose."""
-    dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else config.dtype or _stored_dtype(files)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
-    model.tie_weights()
-    return model.eval()
-
-
-def _stored_dtype(files: Sequence[Path]) -> torch.dtype:
-    """What from_pretrained takes when the config names no dtype: the first file's. Only its header is read."""
-    return get_state_dict_dtype(load_state_dict(files[0], map_location="meta")) if files else torch.float32
-
-
 def _place(
     model: PreTrainedModel, settings: Settings, gpus: Sequence[int | None], cpu: int | None
 ) -> dict[str, int | str]:
     limits = max_memory(settings, len(gpus))
     if limits is None:
-        share = HEADROOM if len(gpus) == 1 else 1
-        limits = {index: UNLIMITED if size is None else int(size * share) for index, size in enumerate(gpus)}
-        limits["cpu"] = UNLIMITED if cpu is None else int(cpu * HEADROOM)
-    return _get_device_map(model, device_map(settings, len(gpus)), limits, None)
+        free: dict[int | str, int] = {index: UNLIMITED if size is None else size for index, size in enumerate(gpus)}
+        free["cpu"] = UNLIMITED if cpu is None else max(0, cpu - RUNTIME_BYTES)
+        limits = device_limits(model, settings, free)
+    return _get_device_map(model, device_map(settings, len(gpus), model, limits), limits, None)
 
 
 def _devices(placement: Placement, capacity: Capacity, gpus: Sequence[int | None], cpu: int | None) -> list[Device]:
@@ -145,6 +129,7 @@ def _devices(placement: Placement, capacity: Capacity, gpus: Sequence[int | None
         tier = placement.tiers.get(name, none)
         workspace = capacity.workspace_bytes if name in computed else 0
         workspace += placement.streaming_bytes if name == placement.main_device else 0
+        workspace += placement.read_ahead_bytes if name == "cpu" != placement.main_device else 0
         devices.append(
             Device(
                 name=name,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM
 
 from handler import memory
 from handler.errors import LoadError
@@ -84,17 +85,70 @@ def test_what_is_streamed_has_room_beside_keys_and_values(monkeypatch):
     assert memory.kv_cache_budget(Placement(layers, "gpu 0"), 1_000) == (10_000 - 1_000 - 3_000) * 9 // 10
 
 
-@pytest.mark.parametrize("free_tokens, limit", [(10**6, None), (1000, 1000), (100, LoadError)])
-def test_the_default_gives_way_to_the_memory_that_is_left(loaded, monkeypatch, free_tokens, limit):
+@pytest.fixture
+def limited(loaded, monkeypatch):
+    """The KV cache's limit in tokens under given settings, where memory is left for so many."""
     token_bytes = 2 * 4 * 32 * 4  # keys and values, layers, hidden size, bytes
-    monkeypatch.setattr(memory, "kv_cache_budget", lambda *_: free_tokens * token_bytes)
-    if limit is LoadError:
-        with pytest.raises(LoadError, match="memory for 100 tokens"):
-            memory.with_kv_cache_limit(Settings(), loaded)
-    else:
-        assert memory.with_kv_cache_limit(Settings(), loaded).kv_cache_memory == (limit and limit * token_bytes)
+
+    def limited(free_tokens, **settings):
+        monkeypatch.setattr(memory, "kv_cache_budget", lambda *_: free_tokens * token_bytes)
+        limit = memory.with_kv_cache_limit(Settings(**settings), loaded.model, loaded.placement).kv_cache_memory
+        return limit and limit / token_bytes
+
+    return limited
 
 
-def test_an_explicit_limit_is_obeyed(loaded, monkeypatch):
-    monkeypatch.setattr(memory, "kv_cache_budget", lambda *_: 0)
-    assert memory.with_kv_cache_limit(Settings(kv_cache_memory=10**12), loaded).kv_cache_memory == 10**12
+@pytest.mark.parametrize("free_tokens, limit", [(10**6, None), (1000, 1000)])
+def test_the_default_gives_way_to_the_memory_that_is_left(limited, free_tokens, limit):
+    assert limited(free_tokens) == limit
+
+
+def test_too_little_for_a_model_worth_serving(limited):
+    with pytest.raises(LoadError, match="memory for 100 tokens"):
+        limited(100)
+
+
+def test_an_explicit_limit_is_obeyed(limited):
+    assert limited(0, kv_cache_memory=10 * 1024) == 10
+
+
+def bloom_560m():
+    config = BloomConfig(vocab_size=250880, hidden_size=1024, n_layer=24, n_head=16)
+    with torch.device("meta"):
+        return BloomForCausalLM(config).bfloat16()
+
+
+WEIGHTS = 1_118_425_088  # of BLOOM-560m
+WORKSPACE = 2 * 16 * 1024 * 2048 * 4  # float32 scores: heads, idle chunk, length
+
+
+@pytest.mark.parametrize(
+    "settings, free, limits",
+    [
+        # Keys and values take a fifth at most, or what is set.
+        ({}, {"cpu": 10**10}, {"cpu": (10**10 - WORKSPACE) * 0.9 * 0.8}),
+        ({"kv_cache_memory": 10**9}, {"cpu": 10**10}, {"cpu": (10**10 - WORKSPACE) * 0.9 - 10**9}),
+        # What does not fit is read ahead, in twice the largest tensor.
+        ({}, {"cpu": 10**9}, {"cpu": (10**9 - WORKSPACE) * 0.9 * 0.8 - 2 * 250880 * 1024 * 2}),
+        ({}, {"cpu": 10**6}, {"cpu": 0}),
+        # GPUs share the keys and values; the host has none.
+        (
+            {"kv_cache_memory": 10**9},
+            {0: 10**10, 1: 5 * 10**9, "cpu": 10**9},
+            {0: (10**10 - WORKSPACE) * 0.9 - 5e8, 1: (5 * 10**9 - WORKSPACE) * 0.9 - 5e8, "cpu": 10**9},
+        ),
+    ],
+)
+def test_what_is_free_is_shared_by_weights_keys_and_values(settings, free, limits):
+    assert memory.device_limits(bloom_560m(), Settings(**settings), free) == pytest.approx(
+        {device: max(0, limit) for device, limit in limits.items()}, abs=1
+    )
+
+
+def test_the_rest_of_the_memory_is_the_page_caches(loaded, monkeypatch):
+    monkeypatch.setattr(memory, "free_host_memory", lambda: 10**9)
+    settings = Settings(kv_cache_memory=10**8)
+    room = memory.page_cache_room(settings, loaded.model, loaded.placement)
+    full_rows = 32 * 2048 * 1024  # bytes, less than the limit
+    workspace = 2 * 4 * 1024 * 2048 * 4
+    assert room == int((10**9 - workspace) * 0.9) - full_rows

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, T5Con
 
 from handler.engine import Engine
 from handler.loading import load_model
+from handler.memory import RESERVE
 from handler.settings import Settings
 from scripts.console import UserError, parse_gpus
 from scripts.plan import Bandwidth, make_plan
@@ -103,7 +104,7 @@ def test_layers_on_the_cpu_come_over_pcie_and_keep_their_keys_on_the_gpu(bloom_7
 def test_without_gpus_layers_on_disk_are_read_and_then_multiplied(bloom_7b1):
     plan = make_plan(bloom_7b1, sizes({"cpu": 10 * GB}), [], 64 * GB)
     cpu, disk = plan.devices
-    assert disk.layers == 12 and disk.weights == 12 * LAYER_BYTES + NORM_BYTES
+    assert disk.layers == 11 and disk.weights == 11 * LAYER_BYTES
     assert plan.streamed == {"disk": disk.weights, "pcie": 0, "ram": TOTAL_BYTES}
     assert cpu.kv_cache == plan.kv_cache == 32 * 2048 * KV_BYTES_PER_TOKEN
     assert plan.memory_request == cpu.needed
@@ -115,9 +116,10 @@ def test_a_node_must_hold_the_shard_that_is_being_read(bloom_7b1):
     assert remedies(plan, bloom_7b1) == ["it fits on 3.50 GB of cpu instead of 3.00 GB"]
 
 
-def test_one_gpu_without_max_memory_is_filled_to_nine_tenths_and_two_are_balanced(bloom_7b1):
+def test_without_max_memory_one_gpu_keeps_a_fifth_for_keys_and_values_and_two_are_balanced(bloom_7b1):
     one = make_plan(bloom_7b1, Settings(), [12 * GB])
-    assert 0.9 * 12 * GB - 2 * LAYER_BYTES < one.devices[0].weights <= 0.9 * 12 * GB
+    limit = (12 * GB - one.devices[0].workspace) * (1 - RESERVE) * (1 - 0.2)
+    assert limit - 2 * LAYER_BYTES < one.devices[0].weights <= limit + LAYER_BYTES
     two = make_plan(bloom_7b1, Settings(), [80 * GB, 80 * GB], 4 * GB)
     assert abs(two.devices[0].layers - two.devices[1].layers) <= 8
     assert two.verdict == "fits"

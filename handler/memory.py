@@ -12,7 +12,7 @@ from handler.engine.architecture import Architecture
 from handler.engine.capacity import Capacity
 from handler.errors import LoadError
 from handler.settings import Settings
-from handler.weights.placement import READ_AHEAD, Placement
+from handler.weights.placement import Placement, spread_map
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,12 @@ def device_limits(model: PreTrainedModel, settings: Settings, free: Mapping[int 
         if device in computing:
             usable = max(0, size - capacity.workspace_bytes) * (1 - RESERVE)
             limits[device] = int(usable - min(capacity.kv_cache_bytes / len(computing), usable * share))
-    sizes = [parameter.nbytes for parameter in model.parameters()]
-    if sum(sizes) > sum(limits.values()):
-        limits["cpu"] -= max(READ_AHEAD, 2 * max(sizes))
+    if computing == ["cpu"]:
+        # The less memory there is for weights, the larger may be what is read ahead: once more with what is left.
+        usable = limits["cpu"]
+        for _ in range(2):
+            placement = Placement.of(model, spread_map(model, limits["cpu"]))
+            limits["cpu"] = usable - placement.read_ahead_bytes
     return {device: max(0, limit) for device, limit in limits.items()}
 
 
@@ -97,11 +100,13 @@ def page_cache_room(settings: Settings, model: PreTrainedModel, placement: Place
 
 
 def free_host_memory() -> int:
-    """Bytes that this process can still take; pages of files count as free.
+    """Bytes that this process can still take; pages of files count as free, but for those that it has mapped, such as
+    its libraries.
 
     Those of the machine, or of a control group that it is in, version 1 or 2, whichever has less.
     """
-    return max(0, min([psutil.virtual_memory().available, *_free_in_control_groups()]))
+    free = min([psutil.virtual_memory().available, *_free_in_control_groups()])
+    return max(0, free - getattr(psutil.Process().memory_info(), "shared", 0))  # only Linux tells
 
 
 def _free_in_control_groups(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> list[int]:

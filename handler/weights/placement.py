@@ -13,7 +13,7 @@ from handler.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-READ_AHEAD = 64 << 20  # bytes of weights that are read ahead, at least
+_READ_AHEAD = 64 << 20  # bytes of weights that are read ahead, at least
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,13 @@ class Placement:
     """Where all weights are, and with them what is computed where. The parts are in the model's order.
 
     main_device: where Accelerate computes what lies on "cpu" or "disk": the first GPU of its map, or the CPU.
-    largest_on_disk: bytes of the largest tensor there.
+    read_ahead_bytes: memory of the host for weights of the disk tier, in use and read ahead: the largest tensor, and
+        beside it the largest of a layer or many small ones, so that reading goes on while one computes.
     """
 
     parts: list[Part]
     main_device: str
-    largest_on_disk: int = 0
+    read_ahead_bytes: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel, device_map: dict[str, int | str]) -> "Placement":
@@ -89,15 +90,17 @@ class Placement:
         gpus = [_device_name(device) for device in device_map.values() if isinstance(device, int)]
         main_device = next(iter(gpus), "cpu")
         table = _lookup_table(model) if main_device == "cpu" else None  # Accelerate brings a whole one to a GPU
-        largest = 0
+        streamed: dict[str, int] = {}
         for name, parameter in model.named_parameters():
             module = max((key for key in device_map if f"{name}.".startswith(f"{key}." if key else "")), key=len)
             part, device = _decoder_layer(name) or name.rpartition(".")[0], _device_name(device_map[module])
             sizes[part, device] += parameter.nbytes
             if device == "disk" and part != table:
-                largest = max(largest, parameter.nbytes)
+                streamed[name] = parameter.nbytes
         parts = [Part(name, device, size, name == table) for (name, device), size in sizes.items()]
-        return cls(parts, main_device, largest)
+        of_layers = max((size for name, size in streamed.items() if _decoder_layer(name)), default=0)
+        read_ahead = max(streamed.values(), default=0) + max(of_layers, _READ_AHEAD)
+        return cls(parts, main_device, min(read_ahead, sum(streamed.values())))
 
     @property
     def tiers(self) -> dict[str, Tier]:
@@ -123,13 +126,6 @@ class Placement:
         if self.main_device == "cpu":
             return self.read_ahead_bytes
         return max((part.bytes for part in self.parts if self.is_streamed(part)), default=0)
-
-    @property
-    def read_ahead_bytes(self) -> int:
-        """Memory of the host for weights of the disk tier, in use and read ahead: two tensors, so that one is read
-        while the other computes, or more small ones."""
-        on_disk = sum(part.bytes for part in self.parts if part.device == "disk" and not part.looked_up)
-        return min(on_disk, max(2 * self.largest_on_disk, READ_AHEAD))
 
     def is_streamed(self, part: Part) -> bool:
         return part.device == "disk" or (part.device == "cpu" and self.main_device != "cpu")

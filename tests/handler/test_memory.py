@@ -128,8 +128,10 @@ WORKSPACE = 2 * 16 * 1024 * 2048 * 4  # float32 scores: heads, idle chunk, lengt
         # Keys and values take a fifth at most, or what is set.
         ({}, {"cpu": 10**10}, {"cpu": (10**10 - WORKSPACE) * 0.9 * 0.8}),
         ({"kv_cache_memory": 10**9}, {"cpu": 10**10}, {"cpu": (10**10 - WORKSPACE) * 0.9 - 10**9}),
-        # What does not fit is read ahead, in twice the largest tensor.
-        ({}, {"cpu": 10**9}, {"cpu": (10**9 - WORKSPACE) * 0.9 * 0.8 - 2 * 250880 * 1024 * 2}),
+        # What does not fit is read ahead: a tensor of a layer and 64 MiB.
+        ({}, {"cpu": 12 * 10**8}, {"cpu": (12 * 10**8 - WORKSPACE) * 0.9 * 0.8 - 4 * 1024 * 1024 * 2 - 2**26}),
+        # If the embedding has to be read too, which is the output's too, that needs all that there is.
+        ({}, {"cpu": 10**9}, {"cpu": 0}),
         ({}, {"cpu": 10**6}, {"cpu": 0}),
         # GPUs share the keys and values; the host has none.
         (

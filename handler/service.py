@@ -114,21 +114,42 @@ class LargeModelHandler(BaseHandler):
             "engine": {"running": self.engine.num_running, "waiting": self.engine.num_waiting},
             "device_map": self.loaded.device_map,
             "tiers": {device: vars(tier) for device, tier in self.loaded.placement.tiers.items()},
+            "streaming": self._streaming(),
             "versions": {package: version(package) for package in PACKAGES},
         }
 
+    def _streaming(self) -> dict[str, Any] | None:
+        """How weights come from disk: how they are read, how fast that was when it was measured, what was read so far,
+        and for what share of the model's time it has waited for them. None when nothing is on disk."""
+        if not (streamed := self.loaded.streamed):
+            return None
+        return {
+            "method": str(streamed.reader.way),
+            "measured_bytes_per_second": int(streamed.rate),
+            "bytes_read": streamed.reader.bytes_read,
+            "share_waited": round(streamed.wait_seconds / max(self.engine.forward_seconds, 1e-9), 3),
+        }
+
     def _report(self) -> None:
-        """Set the gauges RunningSequences and WaitingSequences among TorchServe's metrics; always when the engine has
-        run dry, because nobody calls again before the next request."""
+        """Set gauges among TorchServe's metrics; always when the engine has run dry, because nobody calls again before
+        the next request."""
         now = time.monotonic()
         if self.engine.has_work and now < self.last_report + METRICS_PERIOD:
             return
         self.last_report = now
-        for name, value in (("Running", self.engine.num_running), ("Waiting", self.engine.num_waiting)):
+        gauges: list[tuple[str, str, float]] = [
+            ("RunningSequences", "count", self.engine.num_running),
+            ("WaitingSequences", "count", self.engine.num_waiting),
+        ]
+        if streamed := self.loaded.streamed:
+            gauges += [
+                ("StreamedBytes", "bytes", streamed.reader.bytes_read),
+                ("StreamWaitSeconds", "seconds", streamed.wait_seconds),
+                ("ForwardSeconds", "seconds", self.engine.forward_seconds),
+            ]
+        for name, unit, value in gauges:
             dimensions = [Dimension("ModelName", self.model_info.name), Dimension("Level", "Model")]
-            self.context.metrics.add_metric(
-                f"{name}Sequences", value, "count", dimensions=dimensions, metric_type=MetricTypes.GAUGE
-            )
+            self.context.metrics.add_metric(name, value, unit, dimensions=dimensions, metric_type=MetricTypes.GAUGE)
 
     def _run(self, requests: list[OpenRequest]) -> None:
         """Step until the time slice is over, or somebody has a first token or a whole answer to be sent."""

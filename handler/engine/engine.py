@@ -60,6 +60,7 @@ class Engine:
         self._scheduler = Scheduler(self._cache, config, self.capacity, mixed_batch=self._runner.streams_weights)
         self.max_queue = config.max_queue
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
+        self.forward_seconds = 0.0  # for how long the model has run so far
         self._jobs: dict[str, Job] = {}  # those that are not finished
         self._order = itertools.count()
 
@@ -168,10 +169,13 @@ class Engine:
 
     def _run(self, batch: Batch) -> torch.Tensor | EngineError:
         """Logits [sum(batch.logits_to_keep), vocab], or what went wrong for all of the batch."""
+        start = time.monotonic()
         try:
             return self._runner.forward(batch)
         except Exception as error:
             return _as_engine_error(error)
+        finally:
+            self.forward_seconds += time.monotonic() - start
 
     def _postprocess(self, batch: Batch, logits: torch.Tensor | EngineError) -> None:
         if isinstance(logits, EngineError):

@@ -9,6 +9,8 @@ from ts.context import Context, RequestProcessor
 
 from handler import service
 from handler.service import LargeModelHandler
+from handler.settings import Settings
+from handler.weights import streaming
 from tests.models import save_tiny_bloom
 
 SETTINGS = {"max_new_tokens": 6, "max_batch_size": 4, "max_queue": 6}
@@ -206,6 +208,24 @@ def test_gauges_tell_what_runs_and_what_waits(make_handler):
         frontend.hang_up(one)
     frontend.answer(frontend.send(instances(PROMPT)))
     assert frontend.context.metrics == {"RunningSequences": 0, "WaitingSequences": 0}
+
+
+def test_what_comes_from_disk_is_told(make_handler, monkeypatch):
+    frontend = make_handler(True)
+    assert frontend.answer(frontend.send({}, describe="True"))[1]["streaming"] is None
+    monkeypatch.setattr(streaming, "_SMALL", 0)
+    monkeypatch.setattr(service, "read_settings", lambda _: Settings(max_memory={"cpu": 0}, max_batch_size=4))
+    frontend = make_handler(True)
+    frontend.handler.loaded.streamed.keep(0)
+    read = frontend.handler.loaded.streamed.reader.bytes_read
+    frontend.answer(frontend.send(instances(PROMPT, max_new_tokens=5)))
+    told = frontend.answer(frontend.send({}, describe="True"))[1]["streaming"]
+    disk = frontend.handler.loaded.placement.tiers["disk"].bytes
+    assert told["bytes_read"] >= read + 4 * disk // 2
+    assert told["method"] and told["measured_bytes_per_second"] > 0 and 0 < told["share_waited"] < 1
+    gauges = frontend.context.metrics
+    assert read < gauges["StreamedBytes"] <= frontend.handler.loaded.streamed.reader.bytes_read
+    assert 0 < gauges["StreamWaitSeconds"] < gauges["ForwardSeconds"]
 
 
 def test_describe(make_handler, continuous):

@@ -152,10 +152,10 @@ def _max_new_tokens(params: Mapping[str, Any], prompt_length: int, longest: int,
 
 def _stop_strings(*sources: str | Iterable[str] | None) -> tuple[str, ...]:
     lists = [[source] if isinstance(source, str) else list(source or ()) for source in sources]
-    strings = tuple(dict.fromkeys(s for group in lists for s in group))
+    strings = [s for group in lists for s in group]
     if not all(isinstance(s, str) and s for s in strings):
         raise InvalidRequest("stop, stop_strings: send one string or a list of strings that are not empty")
-    return strings
+    return tuple(dict.fromkeys(strings))
 
 
 def _check_fields(request: Request, vocab_size: int) -> None:

@@ -114,7 +114,7 @@ def _body(entry: dict[str, Any]) -> Any:
 
 def _decoded(body: bytes) -> str:
     try:
-        return body.decode()
+        return body.decode("utf-8-sig")  # Windows' editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8 text ({error.reason} at byte {error.start})") from None
 

@@ -1,5 +1,6 @@
 """Tokens to text, one token at a time: never half a character, never part of a stop string."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -44,7 +45,8 @@ class TextStream:
         self._min_tokens = min_tokens
         self._decode = decode
         self._special = special  # decoders skip them, so they are no context either
-        self._stop = stop
+        self._stop = sorted(stop)
+        self._longest_stop = max(map(len, stop), default=0)
         self._maybe_stop = ""  # decoded, held back: a stop string may begin here
         self._stopped = False
         self._window = self._context_of(prompt)
@@ -113,10 +115,20 @@ class TextStream:
         may_stop = len(self.ends) >= self._min_tokens  # this token is not among them yet
         found = [at for at in map(buffer.find, self._stop) if at >= 0] if may_stop else []
         self._stopped = bool(found)
-        held = max((_overlap(buffer, stop) for stop in self._stop), default=0)
+        held = self._length_of_beginning(buffer)
         end = min(found, default=len(buffer) - held)
         self.text += buffer[:end]
         self._maybe_stop = "" if found else buffer[end:]
+
+    def _length_of_beginning(self, text: str) -> int:
+        """How many characters at the end of `text` are the beginning, but not all, of a stop string. Whatever begins
+        with them comes right after them in sorted order, so that the number of stop strings hardly counts."""
+        for length in range(min(len(text), self._longest_stop - 1), 0, -1):
+            end = text[-length:]
+            at = bisect_right(self._stop, end)
+            if at < len(self._stop) and self._stop[at].startswith(end):
+                return length
+        return 0
 
 
 def _common(one: str, other: str) -> int:
@@ -124,9 +136,3 @@ def _common(one: str, other: str) -> int:
     if other.startswith(one):
         return len(one)
     return next(i for i in range(len(one)) if one[: i + 1] != other[: i + 1])
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning, but not all, of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((k for k in range(longest, 0, -1) if text.endswith(stop[:k])), 0)

@@ -3,8 +3,10 @@
 Names are those of transformers' `GenerationConfig`, and `seed`.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,9 @@ _NUMBERS = ("temperature", *_FRACTIONS, *_PENALTIES, "max_time")
 _TOKEN_ID_LISTS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
 _TOKEN_IDS = {*_TOKEN_ID_LISTS, "forced_bos_token_id", "forced_eos_token_id"}
 _SEEDS = range(-(2**63), 2**63)  # as OpenAI's; torch takes these, and seed + n too
+# What a request may bring at most, so that neither its beginning nor a step of it is long.
+_MOST_TOKEN_IDS = 4096  # in one parameter
+_MOST_STOP_STRINGS, _LONGEST_STOP_STRING = 64, 256
 # Types are checked here because the library's own errors for a wrong type do not name the parameter.
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length"), (int,)),
@@ -89,7 +94,7 @@ def resolve(
     specified = checked(request.parameters)
     _check_fields(request, vocab_size)
     params = _merged(defaults, specified)
-    _check_token_ids(params, vocab_size)
+    _check_token_ids(params, specified, vocab_size)
     is_explicit = "max_new_tokens" in specified or "max_length" in specified
     max_new_tokens = _max_new_tokens(params, prompt_length, max_length, is_explicit)
     unused = _RESOLVED | ({"min_new_tokens", "min_length"} if request.ignore_eos else set())
@@ -99,7 +104,7 @@ def resolve(
         max_new_tokens=max_new_tokens,
         min_new_tokens=params.get("min_new_tokens", 0),
         seed=request.seed if request.seed is not None else params.get("seed"),
-        stop=_stop_strings(request.stop, params.get("stop_strings")),
+        stop=(*_stop_strings("stop", request.stop), *_stop_strings("stop_strings", params.get("stop_strings"))),
         eos_token_ids=request.eos_token_ids,
         max_time=params.get("max_time"),
         ignore_eos=request.ignore_eos,
@@ -150,12 +155,14 @@ def _max_new_tokens(params: Mapping[str, Any], prompt_length: int, longest: int,
     return min(new, longest - prompt_length)
 
 
-def _stop_strings(*sources: str | Iterable[str] | None) -> tuple[str, ...]:
-    lists = [[source] if isinstance(source, str) else list(source or ()) for source in sources]
-    strings = [s for group in lists for s in group]
-    if not all(isinstance(s, str) and s for s in strings):
-        raise InvalidRequest("stop, stop_strings: send one string or a list of strings that are not empty")
-    return tuple(dict.fromkeys(strings))
+def _stop_strings(name: str, value: str | Iterable[str] | None) -> list[str]:
+    strings = [value] if isinstance(value, str) else list(value or ())
+    if not all(isinstance(s, str) and 0 < len(s) <= _LONGEST_STOP_STRING for s in strings):
+        raise InvalidRequest(
+            f"{name}: send one string or a list of strings, each of 1 to {_LONGEST_STOP_STRING} characters"
+        )
+    _require(name, strings, f"at most {_MOST_STOP_STRINGS} strings", len(strings) <= _MOST_STOP_STRINGS)
+    return strings
 
 
 def _check_fields(request: Request, vocab_size: int) -> None:
@@ -170,6 +177,7 @@ def _check_fields(request: Request, vocab_size: int) -> None:
         value = getattr(request, name)
         _require(name, value, "a number", isinstance(value, int | float) and math.isfinite(value))
     bias = request.logit_bias or {}
+    _require("logit_bias", bias, f"at most {_MOST_TOKEN_IDS} token ids", len(bias) <= _MOST_TOKEN_IDS)
     is_valid = all(type(i) is int and 0 <= i < vocab_size and isinstance(b, int | float) for i, b in bias.items())
     _require("logit_bias", bias, f"numbers for token ids below {vocab_size}", is_valid)
     if request.grammar:
@@ -182,13 +190,26 @@ def _check_fields(request: Request, vocab_size: int) -> None:
         )
 
 
-def _check_token_ids(params: Mapping[str, Any], vocab_size: int) -> None:
-    """Check token ids here: some processors do so late, and on a GPU a bad index ends the process."""
+def _check_token_ids(params: Mapping[str, Any], specified: Mapping[str, Any], vocab_size: int) -> None:
+    """Check token ids here: some processors do so late, and on a GPU a bad index ends the process. Only the request's
+    own, `specified`, are counted: the defaults are the server's."""
+    for name in {*_TOKEN_IDS, "eos_token_id", "sequence_bias"} & specified.keys():
+        items = itertools.islice(_items(specified[name]), _MOST_TOKEN_IDS + 1)
+        _require(name, specified[name], f"at most {_MOST_TOKEN_IDS} numbers", len(list(items)) <= _MOST_TOKEN_IDS)
     for name in _TOKEN_IDS & params.keys():
         value = params[name]
         flat = [i for item in _as_list(value) for i in _as_list(item)]
         is_valid = all(type(i) is int and 0 <= i < vocab_size for i in flat)
         _require(name, value, f"token ids below {vocab_size}", is_valid)
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """The items of nested lists; an empty one counts too."""
+    if isinstance(value, list | tuple | dict) and value:
+        for item in value:
+            yield from _items(item)
+    else:
+        yield value
 
 
 def _as_list(value: Any) -> list[Any] | tuple[Any, ...]:
@@ -197,7 +218,7 @@ def _as_list(value: Any) -> list[Any] | tuple[Any, ...]:
 
 def _require(name: str, value: Any, expected: str, is_valid: bool) -> None:
     if not is_valid:
-        raise InvalidRequest(f"{name}: expected {expected}, got {value!r}")
+        raise InvalidRequest(f"{name}: expected {expected}, got {reprlib.repr(value)}")
 
 
 def _is_neutral(name: str, value: Any) -> bool:
@@ -208,7 +229,9 @@ def _is_neutral(name: str, value: Any) -> bool:
 def _checked_value(name: str, value: Any) -> Any:
     if name not in _TYPES:
         why = "cannot be honoured here" if hasattr(_LIBRARY, name) else "is no generation parameter"
-        raise InvalidRequest(f"{name}: {value!r} {why}; leave it out. Known are {', '.join(sorted(_TYPES))}")
+        raise InvalidRequest(
+            f"{name}: {reprlib.repr(value)} {why}; leave it out. Known are {', '.join(sorted(_TYPES))}"
+        )
     types = _TYPES[name]
     is_valid = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
     _require(name, value, " or ".join(t.__name__ for t in types), is_valid)

@@ -1,5 +1,6 @@
 """What the wire formats share: a call is one HTTP request, what to generate for it, and how to answer."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Collection
@@ -66,6 +67,10 @@ class Call(ABC):
     def render(self, jobs: list[Job]) -> Any:
         """The body, once every job is finished: text, or something that JSON can hold."""
 
+    def prepare(self, jobs: list[Job]) -> None:  # noqa: B027
+        """Called again and again while the jobs run: what of the answer takes long to make is made bit by bit, so
+        that nobody waits for all of it in the end."""
+
     def render_part(self, jobs: list[Job]) -> str:
         """With `stream`: what is new since the last part, maybe nothing. The last part ends the stream."""
         raise NotImplementedError
@@ -79,6 +84,22 @@ class Call(ABC):
         """An error in this format."""
         status, kind = status_and_type(error)
         return {"error": {"code": status, "message": message(error), "type": kind}}
+
+
+class Json(str):
+    """A part of a body that is JSON already."""
+
+
+def to_json(body: Any) -> str:
+    """As `json.dumps`, with what is `Json` in dictionaries, or in lists of them, as it is."""
+    if isinstance(body, Json):
+        return body
+    if isinstance(body, dict):
+        items = (f"{json.dumps(name)}: {to_json(value)}" for name, value in body.items())
+        return f"{{{', '.join(items)}}}"
+    if isinstance(body, list) and body and isinstance(body[0], dict):
+        return f"[{', '.join(to_json(item) for item in body)}]"
+    return json.dumps(body)
 
 
 class Strict(BaseModel):

@@ -14,7 +14,7 @@ OUTPUT = "predictions"
 
 class InputTensor(Strict):
     name: str
-    shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=16)]
+    shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, max_length=16)]
     datatype: Literal["BYTES"]
     data: list[Any]
     parameters: dict[str, Any] = {}
@@ -49,8 +49,8 @@ class RequestedOutput(Strict):
 class Infer(Strict):
     id: str | None = None
     model_name: str | None = None  # not in the protocol; KServe's own server repeats the path's model here
-    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
-    outputs: list[RequestedOutput] = []
+    inputs: Annotated[list[InputTensor], Field(fail_fast=True, min_length=1, max_length=1)]
+    outputs: Annotated[list[RequestedOutput], Field(fail_fast=True)] = []
     parameters: dict[str, Any] = {}
 
 

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from handler.engine import Engine, EngineError, InvalidRequest, Job
-from handler.protocols.base import Call, ModelInfo, failure
+from handler.protocols.base import Call, ModelInfo, failure, to_json
 from handler.protocols.errors import InternalError, ProtocolError, status_and_type
 from handler.protocols.router import UnparsedCall, parse
 
@@ -17,15 +17,18 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER = "1"  # seconds, for a client that meets a full queue, or one that does not move
 # Requests with more characters and values than these are parsed beside the running step, one after the other.
 _LARGE = 16_384
+_MOST_LOGPROBS = 2**18  # of one request: every 80 or so bytes of the answer, and more while it is made
+_MOST_ECHOED_LOGPROBS = 2**14  # of one prompt: they are all made at once
+_LARGEST_ANSWER = 2**25  # bytes; beyond its max_response_size TorchServe ends the worker
 _PARSER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parser")
 
 
 @dataclass(frozen=True)
 class Reply:
     """What goes to TorchServe for one request. `more`: True for a part that others follow, False for the last
-    part, None for an answer that is complete at once."""
+    part, None for an answer that is complete at once. `body` is text, maybe JSON's."""
 
-    body: Any
+    body: str
     more: bool | None = None
     status: int = 200
     content_type: str = "application/json"
@@ -62,6 +65,7 @@ class OpenRequest:
                 request.group = self._jobs[0].id if self._jobs else request.id
                 self._jobs.append(self._engine.submit(request))
                 _check_count(len(self._call.prompts), self._jobs[0].params.n, self._engine)
+                _check_logprobs(len(self._call.prompts), self._jobs[-1])
         except RecursionError:
             self._fail(InvalidRequest("the body is nested too deeply; send one that is flatter"))
         except Exception as error:
@@ -103,10 +107,19 @@ class OpenRequest:
         if error := failure(self._jobs):
             return self._error_reply(error)
         body = self._call.render_part(self._jobs) if self._call.stream else self._call.render(self._jobs)
+        body = body if isinstance(body, str) else to_json(body)
+        if len(body) > _LARGEST_ANSWER:
+            raise InvalidRequest(
+                f"n: the answer has {len(body)} bytes, at most {_LARGEST_ANSWER} can be sent; ask for fewer or shorter"
+            )
         return Reply(body, False if self._started else None, content_type=self._call.content_type)
 
     def _part(self, watch: bool) -> Reply | None:
-        body = self._call.render_part(self._jobs) if self._call.stream else ""
+        body = ""
+        if self._call.stream:
+            body = self._call.render_part(self._jobs)
+        else:
+            self._call.prepare(self._jobs)
         has_tokens = any(sequence.token_ids for job in self._jobs for sequence in job.sequences)
         has_deadline = any(job.deadline for job in self._jobs)
         may_start = has_tokens and not has_deadline and not self._call.stream
@@ -120,7 +133,7 @@ class OpenRequest:
         comes_too_early = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
         headers = {"Retry-After": RETRY_AFTER} if comes_too_early else {}
         more = False if self._started else None
-        return Reply(self._call.render_error(error), more, status, headers=headers)
+        return Reply(to_json(self._call.render_error(error)), more, status, headers=headers)
 
     def _fail(self, error: Exception) -> EngineError | ProtocolError:
         """End the request with this error, or with what a client may know of it."""
@@ -147,6 +160,26 @@ def _check_count(prompts: int, n: int, engine: Engine) -> None:
         raise InvalidRequest(
             f"n: {prompts} prompts with {n} answers each are more than the {engine.max_queue} sequences that may wait; "
             "send fewer prompts in one request, or a smaller n"
+        )
+
+
+def _check_logprobs(prompts: int, job: Job) -> None:
+    """Raises InvalidRequest for more log-probabilities than can be made and sent beside others' answers."""
+    params = job.params
+    if params.logprobs is None:
+        return
+    each = 1 + params.logprobs
+    echoed = each * len(job.prompt_ids) if params.prompt_logprobs else 0
+    if echoed > _MOST_ECHOED_LOGPROBS:
+        raise InvalidRequest(
+            f"logprobs: {each} for each of the prompt's {len(job.prompt_ids)} tokens are more than "
+            f"{_MOST_ECHOED_LOGPROBS}; ask for fewer, or without echo"
+        )
+    count = prompts * params.n * (each * params.max_new_tokens + echoed)
+    if count > _MOST_LOGPROBS:
+        raise InvalidRequest(
+            f"logprobs: {each} for each token of the answers would be {count}, at most {_MOST_LOGPROBS} can be sent; "
+            "ask for fewer, or for fewer or shorter answers"
         )
 
 

@@ -76,7 +76,8 @@ class TokenText:
         return None if _HALF.encode() in data else data
 
 
-def pieces(stream: TextStream) -> list[Piece]:
-    """The piece of each of a stream's tokens; nothing where it is part of a stop string."""
-    text = stream.text
-    return [Piece(text[start:end], min(end, len(text))) for start, end in pairwise([0, *stream.ends])]
+def pieces(stream: TextStream, first: int = 0, last: int | None = None) -> list[Piece]:
+    """The piece of each of a stream's tokens, or of those from `first` to before `last`; nothing where it is part of
+    a stop string."""
+    text, before = stream.text, stream.ends[first - 1] if first else 0
+    return [Piece(text[start:end], min(end, len(text))) for start, end in pairwise([before, *stream.ends[first:last]])]

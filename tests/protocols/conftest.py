@@ -61,8 +61,8 @@ def send(engine, served):
             request.poll(5)
             engine.step()
         reply = request.reply(watch=True)
-        json.dumps(reply.body)  # TorchServe does this
-        return reply.status, reply.body, reply.headers
+        body = json.loads(reply.body) if reply.content_type == "application/json" else reply.body
+        return reply.status, body, reply.headers
 
     return send
 

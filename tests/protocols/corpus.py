@@ -177,6 +177,8 @@ def _lists():
             (PREDICT, "n:", f'{{"instances": {texts}}}'),
             (PREDICT, "instances", f'{{"instances": {json.dumps([1] * count)}}}'),
             (INFER, "n:", f'{{"inputs": [{tensor}]}}'),
+            (INFER, "inputs", f'{{"inputs": {json.dumps([1] * count)}}}'),
+            (INFER, "outputs", f'{{"inputs": [{tensor}], "outputs": {json.dumps([1] * count)}}}'),
             (INFER, "shape", f'{{"inputs": [{tensor.replace(str(count), "2", 1)}]}}'),
             (COMPLETIONS, "n:", f'{{"prompt": {texts}}}'),
             (COMPLETIONS, "prompt", f'{{"prompt": {json.dumps([1.5] * count)}}}'),
@@ -197,11 +199,19 @@ def _lists():
             (CHAT, f'{{"messages": [{{"role": "user", "content": {parts}}}]}}'),
         ):
             yield Case(f"{path} {count} {len(source)}", path, source.encode(), refused=count > 9)
+    for path, field in ((COMPLETIONS, '"stop": {}'), (PREDICT, '"parameters": {{"stop_strings": {}}}')):
+        start = '"prompt": "a"' if path == COMPLETIONS else '"instances": ["a"]'
+        for count, length in ((64, 256), (65, 9), (1, 257), (10_000, 9), (1, 100_000)):
+            strings = json.dumps([f"{i} ".ljust(length, "x") for i in range(count)])
+            body = f"{{{start}, {field.format(strings)}}}".encode()
+            yield Case(
+                f"{path} {count} stop strings of {length}", path, body, "stop", refused=(count, length) != (64, 256)
+            )
     for ids in ([-1], [384], [10**30], [2**63], [5] * 10_000, [5] * 100_000):
         body = json.dumps({"prompt": ids}).encode()
         yield Case(f"token ids {ids[0]} x {len(ids)}", COMPLETIONS, body, "prompt", refused=True)
         body = json.dumps({"instances": ["a"], "parameters": {"suppress_tokens": ids}}).encode()
-        yield Case(f"suppressed ids {ids[0]} x {len(ids)}", PREDICT, body, "suppress_tokens", refused=ids[0] != 5)
+        yield Case(f"suppressed ids {ids[0]} x {len(ids)}", PREDICT, body, "suppress_tokens", refused=True)
 
 
 def _lengths():

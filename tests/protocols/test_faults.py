@@ -5,6 +5,7 @@ import json
 import pytest
 
 from handler.engine.model_runner import ModelRunner
+from handler.protocols import open_request
 
 PROMPT = "My dog is cute"
 CHAT = "v1/chat/completions"
@@ -103,3 +104,34 @@ def test_a_message_is_short_whatever_it_quotes(send):
     ):
         status, answer, _ = send(body)
         assert status in (400, 404) and len(answer["error"]["message"]) < 2000
+
+
+def long_lists():
+    """What each may be at most, and one more."""
+    yield from (("stop_strings", [str(i) for i in range(count)], count == 64) for count in (64, 65))
+    yield from (("stop_strings", ["x" * length], length == 256) for length in (256, 257))
+    for count in (4096, 4097):
+        yield "suppress_tokens", [5] * count, count == 4096
+        yield "begin_suppress_tokens", [5] * count, count == 4096
+        yield "eos_token_id", [5] * count, count == 4096
+        yield "bad_words_ids", [[5] * (count - 4000), *([[6]] * 4000)], count == 4096
+        yield "sequence_bias", [[[5] * (count - 1), 1.0]], count == 4096
+
+
+@pytest.mark.parametrize("name, value, fits", long_lists())
+def test_no_list_holds_the_engine_up(send, name, value, fits):
+    status, answer, _ = send({"instances": ["a"], "parameters": {name: value, "max_new_tokens": 1}})
+    assert status == (200 if fits else 400)
+    assert fits or answer["error"]["message"].startswith(name)
+
+
+def test_no_bias_holds_the_engine_up(send):
+    bias = {str(i): 1 for i in range(4097)}
+    status, answer, _ = send({"prompt": "a", "logit_bias": bias}, "v1/completions")
+    assert status == 400 and answer["error"]["param"] == "logit_bias"
+
+
+def test_an_answer_larger_than_the_server_sends_is_an_error(send, monkeypatch):
+    monkeypatch.setattr(open_request, "_LARGEST_ANSWER", 100)
+    status, answer, _ = send({"instances": ["a" * 90], "parameters": {"max_new_tokens": 1}})
+    assert status == 400 and "at most 100" in answer["error"]["message"]

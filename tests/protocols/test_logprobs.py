@@ -1,6 +1,7 @@
 """The tokens of log-probabilities: joined they are the text, and each stands where its text_offset says."""
 
 import codecs
+import json
 import re
 from types import SimpleNamespace
 
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from handler.protocols import open_request
+from handler.protocols.open_request import OpenRequest
 from handler.protocols.token_text import TokenText
 from tests.models import make_sentencepiece, sharpen, train_tokenizer
 
@@ -135,3 +138,43 @@ def test_what_cannot_be_has_a_number_too(send, loaded, monkeypatch):
     monkeypatch.setattr(type(loaded.model), "forward", masked)
     (choice,) = send({"prompt": [1], "max_tokens": 1, "logprobs": 5}, COMPLETIONS)[1]["choices"]
     assert min(choice["logprobs"]["top_logprobs"][0].values()) == -9999.0
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_what_is_made_bit_by_bit_is_the_same(send, served, engine, echo):
+    """A long answer's log-probabilities are encoded while it runs, so that nobody waits for all of them at its end."""
+    body = {"prompt": "a lo 語", "max_tokens": 30, "logprobs": 3, "ignore_eos": True, "echo": echo, "n": 2}
+    request = OpenRequest({"body": body}, COMPLETIONS, served, engine)
+    encoded = []
+    while not request.finished:
+        engine.step()
+        if not request.finished:
+            request.reply(watch=True)
+            encoded.append(request._call._cursors[0].logprobs)
+    assert encoded == sorted(encoded) and len(set(encoded)) > 10
+    assert json.loads(request.reply(watch=True).body)["choices"] == send(body, COMPLETIONS)[1]["choices"]
+
+
+@pytest.mark.parametrize(
+    "body, named",
+    [
+        ({"prompt": "a", "max_tokens": 1000, "logprobs": 20, "n": 8}, None),
+        ({"prompt": "a", "max_tokens": 1600, "logprobs": 20, "n": 8}, "logprobs"),
+        ({"prompt": ["a"] * 8, "max_tokens": 1600, "logprobs": 20}, "logprobs"),
+        ({"prompt": "a" * 50, "echo": True, "max_tokens": 0, "logprobs": 20}, None),
+    ],
+)
+def test_there_are_no_more_than_can_be_sent(served, engine, body, named):
+    request = OpenRequest({"body": body}, COMPLETIONS, served, engine)
+    assert request.finished == bool(named) and engine.has_work != bool(named)
+    if named:
+        reply = request.reply(watch=True)
+        assert reply.status == 400 and json.loads(reply.body)["error"]["param"] == named
+
+
+def test_an_echoed_prompt_has_no_more_than_can_be_made_at_once(send, monkeypatch):
+    body = {"prompt": "a lo b", "echo": True, "max_tokens": 0, "logprobs": 3}
+    assert send(body, COMPLETIONS)[0] == 200
+    monkeypatch.setattr(open_request, "_MOST_ECHOED_LOGPROBS", 4)
+    status, answer, _ = send(body, COMPLETIONS)
+    assert (status, answer["error"]["param"]) == (400, "logprobs")

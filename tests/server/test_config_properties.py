@@ -84,3 +84,7 @@ def test_a_time_to_start_of_ones_own_is_kept(bloom, tmp_path):
     own.write_text((ROOT / "model-config.yaml").read_text() + "startupTimeout: 77")
     archive_path = archive("bloom", bloom, tmp_path, model_config=own, archive_format="no-archive")
     assert yaml.safe_load((archive_path / "model-config.yaml").read_text())["startupTimeout"] == 77
+
+
+def test_a_body_is_no_larger_than_what_the_worker_parses_in_between(archive_path):
+    assert int(read(laptop_properties(archive_path, 9000))["max_request_size"]) == 2**20

@@ -8,7 +8,7 @@ from typing import Any
 
 from handler.engine import EngineError, InvalidRequest, Job, PromptTooLong, Request, Sequence
 from handler.engine.sampler import TokenLogprob
-from handler.protocols.base import Call, ModelInfo, failure, validated
+from handler.protocols.base import Call, Json, ModelInfo, failure, validated
 from handler.protocols.errors import NotFound, ProtocolError, message, status_and_type
 from handler.protocols.openai.schemas import Chat, Completion, Generation
 from handler.protocols.openai.tools import certain_content, split_calls
@@ -51,10 +51,22 @@ class OpenAICall(Call):
         self._id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._cursors: dict[int, Cursor] = {}  # by the index of the choice
+        # By its index too, and by name, the lists of a choice's log-probabilities: each in pieces of JSON.
+        self._prepared: dict[int, dict[str, list[str] | None]] = {}
+
+    def prepare(self, jobs: list[Job]) -> None:
+        for index, sequence in enumerate(_sequences(jobs)):
+            if sequence.token_ids and sequence.job.params.logprobs is not None:
+                self._prepare_logprobs(index, sequence)
 
     def render(self, jobs: list[Job]) -> dict[str, Any]:
         choices = [
-            {"index": index, **self._choice(sequence), "finish_reason": self._finish_reason(sequence)}
+            {
+                "index": index,
+                **self._choice(sequence),
+                "logprobs": self._all_logprobs(index, sequence),
+                "finish_reason": self._finish_reason(sequence),
+            }
             for index, sequence in enumerate(_sequences(jobs))
         ]
         return self._head(self.object) | {"choices": choices, "usage": self._count(jobs)}
@@ -80,12 +92,34 @@ class OpenAICall(Call):
         return {"error": {"message": message(error), "type": kind, "param": param, "code": status}}
 
     def _choice(self, sequence: Sequence) -> dict[str, Any]:
-        """A whole choice of an answer, but for its index and finish_reason."""
+        """A whole choice of an answer, but for its index, log-probabilities and finish_reason."""
+        raise NotImplementedError
+
+    def _logprobs(self, sequence: Sequence, cursor: Cursor) -> dict[str, Any]:
+        """The log-probabilities that are not reported yet, in OpenAI's form: lists, which go on in the next ones.
+        Moves `cursor.logprobs`."""
         raise NotImplementedError
 
     def _delta(self, sequence: Sequence, text: str, cursor: Cursor) -> dict[str, Any]:
-        """A choice of a chunk: `text` is new, `cursor` says what was sent before. Moves `cursor.logprobs`."""
+        """A choice of a chunk: `text` is new, `cursor` says what was sent before."""
         raise NotImplementedError
+
+    def _prepare_logprobs(self, index: int, sequence: Sequence) -> dict[str, list[str] | None]:
+        """Encode those that are new. Returns all pieces so far."""
+        cursor = self._cursors.setdefault(index, Cursor())
+        prepared = self._prepared.setdefault(index, {})
+        for name, new in self._logprobs(sequence, cursor).items():
+            pieces = prepared.setdefault(name, None if new is None else [])
+            if pieces is not None and new:
+                pieces.append(json.dumps(new)[1:-1])
+        cursor.started = True
+        return prepared
+
+    def _all_logprobs(self, index: int, sequence: Sequence) -> dict[str, Any] | None:
+        if sequence.job.params.logprobs is None:
+            return None
+        prepared = self._prepare_logprobs(index, sequence)
+        return {name: pieces and Json(f"[{', '.join(pieces)}]") for name, pieces in prepared.items()}
 
     def _shown(self, sequence: Sequence) -> str:
         """What of a sequence's text its client may see."""
@@ -118,13 +152,13 @@ class OpenAICall(Call):
 
     def _new_logprobs(self, sequence: Sequence, cursor: Cursor) -> list[tuple[Piece, TokenLogprob]]:
         """What was not reported yet of the tokens whose text is out."""
-        start, ends = cursor.logprobs, [0, *sequence.text_stream.ends]
+        start, ends = cursor.logprobs, sequence.text_stream.ends
         end = len(sequence.logprobs)
         if not sequence.finished:
             out = len(sequence.text)
-            end = next((i for i in range(start, end) if ends[i] >= out or ends[i + 1] > out), end)
+            end = next((i for i in range(start, end) if (ends[i - 1] if i else 0) >= out or ends[i] > out), end)
         cursor.logprobs = end
-        return list(zip(pieces(sequence.text_stream)[start:end], sequence.logprobs[start:end], strict=True))
+        return list(zip(pieces(sequence.text_stream, start, end), sequence.logprobs[start:end], strict=True))
 
 
 class CompletionCall(OpenAICall):
@@ -147,7 +181,8 @@ class CompletionCall(OpenAICall):
         return self._completion.request(prompt, logprobs, self._echo and logprobs is not None)
 
     def _choice(self, sequence: Sequence) -> dict[str, Any]:
-        return self._delta(sequence, sequence.text, Cursor())
+        text = "" if self._prompt_only else sequence.text
+        return {"text": self._model.prompt_text(sequence.job) + text if self._echo else text}
 
     def _delta(self, sequence: Sequence, text: str, cursor: Cursor) -> dict[str, Any]:
         text = "" if self._prompt_only else text
@@ -233,7 +268,7 @@ class ChatCall(OpenAICall):
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message |= {"content": content or None, "tool_calls": calls}
-        return {"message": message, "logprobs": self._logprobs(sequence, Cursor())}
+        return {"message": message}
 
     def _delta(self, sequence: Sequence, text: str, cursor: Cursor) -> dict[str, Any]:
         delta: dict[str, Any] = {} if cursor.started else {"role": "assistant"}
@@ -241,11 +276,10 @@ class ChatCall(OpenAICall):
             delta["content"] = text
         if sequence.finished and (calls := self._content_and_calls(sequence)[1]):
             delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
-        return {"delta": delta, "logprobs": self._logprobs(sequence, cursor)}
+        asked = sequence.job.params.logprobs is not None
+        return {"delta": delta, "logprobs": self._logprobs(sequence, cursor) if asked else None}
 
-    def _logprobs(self, sequence: Sequence, cursor: Cursor) -> dict[str, Any] | None:
-        if sequence.job.params.logprobs is None:
-            return None
+    def _logprobs(self, sequence: Sequence, cursor: Cursor) -> dict[str, Any]:
         tokens = self._model.token_text
         content = [
             _token_logprob(*tokens.shown(token_id, piece), logprob)

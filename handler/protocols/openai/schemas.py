@@ -19,7 +19,14 @@ class StreamOptions(Strict):
 
 
 Text = Annotated[str, Tag("text")]
-StopStrings = Annotated[list[str], Field(fail_fast=True, max_length=16), Tag("other")]
+StopStrings = Annotated[list[str], Field(fail_fast=True), Tag("other")]
+
+
+def _few(bias: Any) -> Any:
+    """Before each is looked at: pydantic makes an error of every one that is wrong."""
+    if isinstance(bias, dict) and len(bias) > 4096:
+        raise ValueError("send at most 4096 token ids")
+    return bias
 
 
 def _schema_text(schema: Any) -> str:
@@ -77,7 +84,12 @@ class Generation(Strict):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     # JSON's names are text, so the ids are.
-    logit_bias: dict[Annotated[int, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[int, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few)
+        ]
+        | None
+    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = None

@@ -66,6 +66,8 @@ def _call(value: Any, names: set[str]) -> dict[str, Any] | None:
     name, arguments = value.get("name"), value.get("arguments", value.get("parameters"))
     if not (isinstance(name, str) and name in names and isinstance(arguments, dict)):
         return None
-    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    # Half a surrogate pair, which a model may write with an escape, is no text that can be sent.
+    written = json.dumps(arguments, ensure_ascii=False).encode(errors="replace").decode()
+    function = {"name": name.encode(errors="replace").decode(), "arguments": written}
     # Mistral's chat templates take ids of nine letters and digits only.
     return {"id": secrets.token_hex(5)[:9], "type": "function", "function": function}

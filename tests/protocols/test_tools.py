@@ -202,3 +202,9 @@ def test_a_template_without_tools_says_so(send, chat, loaded):
     calls = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]
     status, answer, _ = send({"messages": [{"role": "assistant", "tool_calls": calls}]}, CHAT)
     assert status == 400 and "tool_calls" in answer["error"]["message"]
+
+
+def test_half_a_surrogate_pair_in_a_call_can_be_sent():
+    """A model may write it with an escape."""
+    _, calls = split_calls(r'{"name": "f", "arguments": {"city": "\ud800"}}', {"f"})
+    assert json.loads(calls[0]["function"]["arguments"].encode()) == {"city": "?"}

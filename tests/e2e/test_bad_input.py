@@ -122,12 +122,13 @@ CUT_OFF = [
 def test_bodies_that_are_cut_off(server):
     with Neighbour(server.url) as neighbour:
         for sent in CUT_OFF:
-            with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
-                with contextlib.suppress(OSError):  # TorchServe may have closed it before all is sent
-                    connection.sendall(sent)
-                    connection.shutdown(socket.SHUT_WR)
-                    while connection.recv(65536):  # an error, or nothing
-                        pass
+            connecting = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+            # TorchServe may close it before all is sent.
+            with connecting as connection, contextlib.suppress(OSError):
+                connection.sendall(sent)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):  # an error, or nothing
+                    pass
         answer = requests.post(f"{server.url}/predictions/bloom", json={"prompt": PROMPT}, timeout=60)
     assert answer.ok and len(set(neighbour.texts)) == 1
 

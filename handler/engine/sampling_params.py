@@ -24,7 +24,7 @@ _TOKEN_ID_LISTS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
 _TOKEN_IDS = {*_TOKEN_ID_LISTS, "forced_bos_token_id", "forced_eos_token_id"}
 _SEEDS = range(-(2**63), 2**63)  # as OpenAI's; torch takes these, and seed + n too
 # What a request may bring at most, so that neither its beginning nor a step of it is long.
-_MOST_TOKEN_IDS = 4096  # in one parameter
+MOST_TOKEN_IDS = 4096  # in one parameter
 _MOST_STOP_STRINGS, _LONGEST_STOP_STRING = 64, 256
 # Types are checked here because the library's own errors for a wrong type do not name the parameter.
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -177,7 +177,7 @@ def _check_fields(request: Request, vocab_size: int) -> None:
         value = getattr(request, name)
         _require(name, value, "a number", isinstance(value, int | float) and math.isfinite(value))
     bias = request.logit_bias or {}
-    _require("logit_bias", bias, f"at most {_MOST_TOKEN_IDS} token ids", len(bias) <= _MOST_TOKEN_IDS)
+    _require("logit_bias", bias, f"at most {MOST_TOKEN_IDS} token ids", len(bias) <= MOST_TOKEN_IDS)
     is_valid = all(type(i) is int and 0 <= i < vocab_size and isinstance(b, int | float) for i, b in bias.items())
     _require("logit_bias", bias, f"numbers for token ids below {vocab_size}", is_valid)
     if request.grammar:
@@ -194,8 +194,8 @@ def _check_token_ids(params: Mapping[str, Any], specified: Mapping[str, Any], vo
     """Check token ids here: some processors do so late, and on a GPU a bad index ends the process. Only the request's
     own, `specified`, are counted: the defaults are the server's."""
     for name in {*_TOKEN_IDS, "eos_token_id", "sequence_bias"} & specified.keys():
-        items = itertools.islice(_items(specified[name]), _MOST_TOKEN_IDS + 1)
-        _require(name, specified[name], f"at most {_MOST_TOKEN_IDS} numbers", len(list(items)) <= _MOST_TOKEN_IDS)
+        items = itertools.islice(_items(specified[name]), MOST_TOKEN_IDS + 1)
+        _require(name, specified[name], f"at most {MOST_TOKEN_IDS} numbers", len(list(items)) <= MOST_TOKEN_IDS)
     for name in _TOKEN_IDS & params.keys():
         value = params[name]
         flat = [i for item in _as_list(value) for i in _as_list(item)]

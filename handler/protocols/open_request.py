@@ -19,7 +19,7 @@ RETRY_AFTER = "1"  # seconds, for a client that meets a full queue, or one that 
 _LARGE = 16_384
 _MOST_LOGPROBS = 2**18  # of one request: every 80 or so bytes of the answer, and more while it is made
 _MOST_ECHOED_LOGPROBS = 2**14  # of one prompt: they are all made at once
-_LARGEST_ANSWER = 2**25  # bytes; beyond its max_response_size TorchServe ends the worker
+_LARGEST_ANSWER = 2**25  # bytes, well below TorchServe's max_response_size
 _PARSER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parser")
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Tag, model_validator
 
 from handler.engine import Grammar, Request
+from handler.engine.sampling_params import MOST_TOKEN_IDS
 from handler.protocols.base import Strict, text_or
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -24,8 +25,8 @@ StopStrings = Annotated[list[str], Field(fail_fast=True), Tag("other")]
 
 def _few(bias: Any) -> Any:
     """Before each is looked at: pydantic makes an error of every one that is wrong."""
-    if isinstance(bias, dict) and len(bias) > 4096:
-        raise ValueError("send at most 4096 token ids")
+    if isinstance(bias, dict) and len(bias) > MOST_TOKEN_IDS:
+        raise ValueError(f"send at most {MOST_TOKEN_IDS} token ids")
     return bias
 
 

@@ -21,7 +21,7 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from transformers import PreTrainedModel
 
 from .placement import align_hooks, spread
-from .reading import Range, fastest_reader
+from .reading import ALIGNMENT, Range, fastest_reader
 
 _SMALL = 256 << 10  # bytes; smaller tensors, such as norms and biases, are read once and stay
 _DTYPES = {  # by their names in safetensors
@@ -72,8 +72,9 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
 
     def __init__(self, source: OffloadedWeightsLoader, names: Sequence[str], budget: int):
         """names: the model's tensors in its order.
-        budget: bytes of tensors in use and read ahead together; one tensor is always read, however large."""
-        self._source, self._budget = source, budget
+        budget: bytes of memory for tensors in use and read ahead; a tensor that has no room there gets its own."""
+        self._source = source
+        self._arena = _Arena(budget + 4 * ALIGNMENT)  # two large tensors, wherever they begin in their files
         self._stored = _stored_tensors(source, names)
         small = [name for name, stored in self._stored.items() if stored.range.size <= _SMALL]
         self._small = {name: source[name].clone() for name in small}
@@ -81,7 +82,6 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
         self._cached: set[str] = set()  # what the kernel's page cache may keep
         self._looked_up: dict[str, _Arriving] = {}
         self.wait_seconds = 0.0
-        self._buffers = _Buffers(budget)
         self._ahead: dict[str, _Arriving] = {}  # what is being read, in the order in which it will be asked for
         self._follower: dict[str, str] = {}  # what was asked for after each tensor the last time
         self._last: str | None = None
@@ -117,13 +117,12 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
 
     def read_ahead(self) -> None:
         """Begin to read what comes next, as far as the budget allows."""
-        self._buffers.collect()
         name = next(reversed(self._ahead), self._last)
         while name is not None and (name := self._follower.get(name)) is not None and name not in self._ahead:
-            size = self._stored[name].range.buffer_size
-            if self._buffers.in_use and self._buffers.in_use + size > self._budget:
+            buffer = self._arena.take(self._stored[name].range.buffer_size)
+            if buffer is None:
                 return
-            self._ahead[name] = self._start(name)
+            self._ahead[name] = self._start(name, buffer)
 
     def keep(self, room: int) -> None:
         """Leave up to `room` bytes of the tensors, spread over the model, to the kernel's page cache: they come from
@@ -159,9 +158,12 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
         for name in names:
             self._ahead.pop(name).cancel()
 
-    def _start(self, name: str) -> "_Arriving":
+    def _start(self, name: str, buffer: np.ndarray | None = None) -> "_Arriving":
+        """Begin to read into a buffer: given, of the arena, or its own where the arena has no room."""
         stored = self._stored[name]
-        buffer = self._buffers.take(stored.range.buffer_size)
+        size = stored.range.buffer_size
+        buffer = buffer if buffer is not None else self._arena.take(size)
+        buffer = buffer if buffer is not None else aligned_memory(size)
         return _Arriving(stored, buffer, self.reader.start(stored.range, buffer.data, name in self._cached))
 
     def _wait(self, arriving: "_Arriving") -> torch.Tensor:
@@ -196,40 +198,29 @@ class _Arriving:
             piece.cancel()  # one that has begun holds the buffer until it ends
 
 
-class _Buffers:
-    """Aligned memory for tensors, used again instead of being asked of the kernel, which would clear each page.
+class _Arena:
+    """Memory for tensors that come and go, in one piece: to ask the kernel for more would mean to clear each page."""
 
-    in_use: bytes that a read or a tensor holds.
-    """
+    def __init__(self, size: int):
+        self._memory = aligned_memory(size)
+        self._used: dict[int, int] = {}  # where a piece ends that somebody holds, by where it begins
+        self._returned: deque[int] = deque()  # by finalizers, which may run anywhere and so take no lock
 
-    def __init__(self, budget: int):
-        self.in_use = 0
-        self._budget = budget
-        self._free: list[np.ndarray] = []
-        self._returned: deque[np.ndarray] = deque()  # by finalizers, which may run anywhere and so take no lock
-
-    def take(self, size: int) -> np.ndarray:
-        """uint8 [size]. Whatever is made of it keeps it from being used again."""
-        self.collect()
-        fitting = next((at for at, memory in enumerate(self._free) if memory.nbytes == size), None)
-        while fitting is None and self._free and self.in_use + size + _nbytes(self._free) > self._budget:
-            self._free.pop(0)
-        memory = aligned_memory(size) if fitting is None else self._free.pop(fitting)
-        self.in_use += size
-        lease = memory[:]
-        weakref.finalize(lease, self._returned.append, memory).atexit = False
-        return lease
-
-    def collect(self) -> None:
-        """Take back what nobody holds any more."""
+    def take(self, size: int) -> np.ndarray | None:
+        """uint8 [size], or None when there is no room. Whatever is made of it keeps it from being used again."""
         while self._returned:
-            memory = self._returned.popleft()
-            self._free.append(memory)
-            self.in_use -= memory.nbytes
-
-
-def _nbytes(arrays: list[np.ndarray]) -> int:
-    return sum(array.nbytes for array in arrays)
+            del self._used[self._returned.popleft()]
+        start = 0
+        for used, end in sorted(self._used.items()):
+            if used - start >= size:
+                break
+            start = end
+        if start + size > len(self._memory):
+            return None
+        self._used[start] = start + size
+        piece = self._memory[start : start + size]
+        weakref.finalize(piece, self._returned.append, start).atexit = False
+        return piece
 
 
 def aligned_memory(size: int, huge_pages: bool = True) -> np.ndarray:

@@ -1,0 +1,196 @@
+"""A model that does not fit: BLOOM-7b1's exact shape, 14.1 GB in bfloat16, in a control group of 6.5 GB.
+
+    python -m benchmarks.offload                        # everything: an hour, 35 GB of disk, root
+    python -m benchmarks.offload --formats bfloat16 --clients 1
+
+For each format and number of clients: tokens a second of this package's engine, beside Accelerate's own `generate` of
+one client in 16 bits in the same group; bytes read a step over those of the disk tier; the rate of reading over the
+best of raw reads of the same files. Writes JSON and a plot.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+
+from benchmarks.checkpoints import WORK, bloom_7b1
+from handler.settings import parse_size
+
+MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
+FORMATS = ("bfloat16", "int8", "int4")
+NEW_TOKENS = {1: 6, 32: 6}
+
+ACCELERATE = """
+import json, sys, time
+import torch
+from transformers import AutoModelForCausalLM
+
+folder, cpu, new = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto", max_memory={"cpu": cpu})
+ids = torch.arange(10, 18)[None]
+
+def seconds(tokens):
+    started = time.perf_counter()
+    options = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
+    model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return time.perf_counter() - started
+
+first = seconds(1)
+print(json.dumps({"seconds_a_step": (seconds(new) - first) / (new - 1)}))
+"""
+
+ENGINE = """
+import json, re, sys, time
+from pathlib import Path
+from handler.engine import Engine, Request
+from handler.loading import load_model
+from handler.memory import page_cache_room, with_kv_cache_limit
+from handler.settings import Settings
+
+folder, clients, new, options = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+
+def status(field):
+    return int(re.search(rf"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+def disk_reads():
+    return int(re.search(r"read_bytes: (\\d+)", Path("/proc/self/io").read_text())[1])
+
+started = time.perf_counter()
+settings = Settings(max_batch_size=32, max_sequence_length=64, **options)
+loaded = load_model(folder, settings, folder.parent / "work")
+settings = with_kv_cache_limit(settings, loaded.model, loaded.placement)
+if loaded.streamed:
+    loaded.streamed.keep(page_cache_room(settings, loaded.model, loaded.placement))
+engine = Engine(loaded.model, loaded.tokenizer, settings)
+report = {"seconds_to_ready": time.perf_counter() - started, "resident_at_ready": status("RssAnon")}
+parameters = {"min_new_tokens": new, "max_new_tokens": new}
+jobs = [engine.submit(Request(list(range(10 + n, 18 + n)), parameters)) for n in range(clients)]
+while not all(job.sequences[0].token_ids for job in jobs):
+    engine.step()
+streamed, steps, read, started = loaded.streamed, 0, disk_reads(), time.perf_counter()
+tokens = -sum(len(job.sequences[0].token_ids) for job in jobs)
+waited, forward = streamed.wait_seconds if streamed else 0, engine.forward_seconds
+while engine.has_work:
+    engine.step()
+    steps += 1
+seconds = time.perf_counter() - started
+tokens += sum(len(job.sequences[0].token_ids) for job in jobs)
+on_disk = sum(part.bytes for part in loaded.placement.parts if part.device == "disk")
+report |= {
+    "tokens_per_second": tokens / seconds,
+    "seconds_a_step": seconds / steps,
+    "bytes_on_cpu": sum(part.bytes for part in loaded.placement.parts if part.device == "cpu"),
+    "bytes_on_disk": on_disk,
+    "resident_peak": status("VmHWM"),
+}
+if streamed:
+    rate = (disk_reads() - read) / seconds
+    report |= {
+        "bytes_read_over_disk_tier": (disk_reads() - read) / steps / on_disk,
+        "method": str(streamed.reader.way),
+        "read_rate_over_raw": rate / streamed.rate,
+        "raw_bytes_per_second": streamed.rate,
+        "share_waited": (streamed.wait_seconds - waited) / (engine.forward_seconds - forward),
+    }
+print(json.dumps(report))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="offload", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--memory", type=parse_size, nargs="+", default=[6_500_000_000], help="of the control group")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    if not os.access(MEMORY_GROUPS, os.W_OK):
+        sys.exit(f"no control group can be made in {MEMORY_GROUPS}: without one the page cache flatters everyone")
+    folder = bloom_7b1(WORK / "bloom-7b1")
+    folders = {name: folder if name == "bfloat16" else quantized(folder, name) for name in args.formats}
+    report = {"date": str(date.today()), "commit": commit(), "processor": processor(), "runs": []}
+    for memory in args.memory:
+        measured = child(memory, folder, ACCELERATE, str(folder), str(int(memory * 0.6)), "3")
+        print_run(report, {"engine": "accelerate", "format": "bfloat16", "clients": 1, "memory": memory, **measured})
+        for name in args.formats:
+            for clients in args.clients:
+                arguments = [str(folders[name]), str(clients), str(NEW_TOKENS.get(clients, 6)), "{}"]
+                measured = child(memory, folders[name], ENGINE, *arguments)
+                print_run(report, {"engine": "ours", "format": name, "clients": clients, "memory": memory, **measured})
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "offload.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(report["runs"], args.results / "offload.svg")
+
+
+def quantized(folder: Path, name: str) -> Path:
+    target = folder.with_name(f"{folder.name}-{name}")
+    if not (target / "config.json").is_file():
+        command = ["scripts.shard", "--model-dir", str(folder), "--output", str(target), "--quantize", name]
+        subprocess.run([sys.executable, "-m", *command], check=True)
+    return target
+
+
+def child(memory: int, folder: Path, code: str, *arguments: str) -> dict:
+    """What a process prints as its last line that has `memory` bytes, the page cache included; why not, if it died."""
+    with control_group(memory) as group:
+        for path in folder.iterdir():  # what is cached already would count for nobody in the group
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        join = f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')\n"
+        command = [sys.executable, "-c", join + code, *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:
+        return {"failed": f"exit code {ended.returncode}", "stderr": ended.stderr[-500:]}
+    measured = json.loads(ended.stdout.splitlines()[-1])
+    return {"tokens_per_second": 1 / measured["seconds_a_step"]} | measured
+
+
+@contextmanager
+def control_group(memory: int) -> Iterator[Path]:
+    group = MEMORY_GROUPS / "benchmark-offload"
+    group.mkdir(exist_ok=True)
+    (group / "memory.limit_in_bytes").write_text(str(memory))
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def print_run(report: dict, run: dict) -> None:
+    report["runs"].append(run)
+    print(json.dumps(run, indent=2), flush=True)
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def processor() -> str:
+    """Its instruction set as PyTorch names it, and its number of cores."""
+    import torch
+
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+
+
+def plot(runs: list[dict], path: Path) -> None:
+    """Tokens a second by format, for each number of clients."""
+    import matplotlib.pyplot as plt
+
+    shown = [run for run in runs if "failed" not in run]
+    labels = [f"{run['engine']}\n{run['format']}, {run['clients']} client{'s' * (run['clients'] > 1)}" for run in shown]
+    figure, axes = plt.subplots(figsize=(1.3 * len(shown) + 1, 4))
+    bars = axes.bar(labels, [run["tokens_per_second"] for run in shown])
+    axes.bar_label(bars, fmt="%.3g")
+    axes.set(yscale="log", ylabel="tokens a second", title="BLOOM-7b1's shape in 6.5 GB of memory")
+    axes.tick_params(axis="x", labelsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

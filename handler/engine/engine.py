@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import math
 import time
 from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Any
@@ -57,7 +58,10 @@ class Engine:
         self._processor_source = _with_special_tokens_only(model)
         self._cache = KVCache(self.capacity.kv_cache_tokens, config.kv_cache_memory, architecture.kv_bytes_per_token)
         self._runner = ModelRunner(model, architecture, self._cache)
-        self._scheduler = Scheduler(self._cache, config, self.capacity, mixed_batch=self._runner.streams_weights)
+        # By bytes read, which is about what both cost on a CPU; on a GPU a pass costs its kernels' launches.
+        is_read = self._runner.device.type == "cpu"
+        pass_columns = model.get_memory_footprint() / architecture.kv_bytes_per_token if is_read else math.inf
+        self._scheduler = Scheduler(self._cache, config, self.capacity, self._runner.streams_weights, pass_columns)
         self.max_queue = config.max_queue
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
         self.forward_seconds = 0.0  # for how long the model has run so far

@@ -25,7 +25,8 @@ class ForwardContext:
     past_length: columns in use before the forward: the longest row's tokens.
     query_length: columns that the forward adds: the most new tokens of any row.
     kv_length: columns of the keys and values that attention gets, and of its mask. Where each row adds one token,
-        all columns of the store: keys and values then lie without gaps, and torch.bmm need not copy them first.
+        all columns of the store: keys and values then lie without gaps, and torch.bmm need not copy them first. Not
+        where other rows are twice as long.
     store_shape: rows and columns that the store must have.
     is_ragged: whether rows differ in length. Only then are set:
     rows, steps, columns: int64 [tokens]. New token i, found at [rows[i], steps[i]] of the forward's keys, counting
@@ -74,8 +75,9 @@ class KVCache(Cache):
         context.past_length, context.query_length = max(lengths), max(num_new_tokens)
         # A first token gets no spare columns: where nothing is in the cache yet, the library drops a mask that leaves
         # out only columns that are still to come.
-        all_columns = context.query_length == 1 and context.past_length > 0
-        context.kv_length = context.store_shape[1] if all_columns else context.past_length + context.query_length
+        context.kv_length = context.past_length + context.query_length
+        if context.query_length == 1 and context.past_length > 0 and shape[1] < 2 * context.kv_length:
+            context.kv_length = context.store_shape[1]
         context.is_ragged = min(lengths) < context.past_length
         if context.is_ragged:
             tokens = [(row, step) for row, count in enumerate(num_new_tokens) for step in range(count)]

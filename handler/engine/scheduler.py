@@ -1,5 +1,6 @@
 """Who runs, in which row of the KV cache, and how many tokens of each go into the next forward."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Collection
@@ -57,13 +58,23 @@ class Scheduler:
     config, capacity: how many sequences run and wait, and how many prompt tokens a step takes.
     mixed_batch: decoding and prefilling rows share one padded forward, since a pass over the weights is what
         costs; otherwise they get one each, since padding decoding rows to a chunk multiplies their work.
+    pass_columns: attention to so many columns of a row costs as much as a pass over the weights. Decoding rows get two
+        forwards, one for the long ones, where that saves twice as many; never in a mixed batch.
     """
 
-    def __init__(self, cache: KVCache, config: EngineConfig, capacity: Capacity, mixed_batch: bool):
+    def __init__(
+        self,
+        cache: KVCache,
+        config: EngineConfig,
+        capacity: Capacity,
+        mixed_batch: bool,
+        pass_columns: float = math.inf,
+    ):
         self.waiting: list[Sequence] = []  # in the order of their submission
         self.running: list[Sequence] = []
         self.num_preempted = 0
-        self._cache, self._config, self._capacity, self._mixed_batch = cache, config, capacity, mixed_batch
+        self._cache, self._config, self._capacity = cache, config, capacity
+        self._mixed_batch, self._pass_columns = mixed_batch, pass_columns
 
     def check_queue_room(self, count: int) -> None:
         """Raises InvalidRequest when so many sequences may never wait together, QueueFull when they may not now."""
@@ -83,21 +94,23 @@ class Scheduler:
         while sequence := self._next():
             self.waiting.remove(sequence)
             self.running.append(sequence)
-        self._arrange_rows()
-        decode, prefill = Batch(), Batch()
+        num_long = self._arrange_rows()
+        long, short, prefill = Batch(), Batch(), Batch()
         anyone_decodes = any(not sequence.is_prefilling for sequence in self.running)
         chunk = budget = self._capacity.prefill_chunk if anyone_decodes else self._capacity.idle_prefill_chunk
         for sequence in self.running:
-            batch, limit = (prefill, budget) if sequence.is_prefilling else (decode, 1)
+            batch, limit = (long if sequence.row < num_long else short), 1
+            if sequence.is_prefilling:
+                batch, limit = prefill, 0 if self._leader(sequence) else budget
             count = min(sequence.length - sequence.num_cached_tokens, limit)
-            if count and not self._leader(sequence):
+            if count:
                 batch.sequences.append(sequence)
                 batch.num_scheduled_tokens.append(count)
                 budget -= count if sequence.is_prefilling else 0
-        batches = [decode, prefill]
+        batches = [long, short, prefill]
         if self._mixed_batch:
-            counts = decode.num_scheduled_tokens + prefill.num_scheduled_tokens
-            batches = [Batch(decode.sequences + prefill.sequences, counts)]
+            counts = long.num_scheduled_tokens + short.num_scheduled_tokens + prefill.num_scheduled_tokens
+            batches = [Batch(long.sequences + short.sequences + prefill.sequences, counts)]
         batches = [batch for batch in batches if batch.sequences]
         for batch in batches:
             batch.cache_shape = self._cache_shape(chunk)
@@ -171,14 +184,17 @@ class Scheduler:
 
     # rows
 
-    def _arrange_rows(self) -> None:
-        """Give everyone who runs a row, without gaps: decoding rows first, where only the last ones move, then
+    def _arrange_rows(self) -> int:
+        """Give everyone who runs a row, without gaps: decoding rows first, where as few as can be move, then
         prefilling ones in their order. Those with nothing in the cache come last, by turns of their requests, so
-        that nothing is moved to a row that is not there yet; and last of all those who wait for another's prompt."""
+        that nothing is moved to a row that is not there yet; and last of all those who wait for another's prompt.
+
+        Returns how many of the first rows are to decode apart from others because they are long.
+        """
         decoding = [sequence for sequence in self.running if not sequence.is_prefilling]
-        staying = {sequence.row: sequence for sequence in decoding if sequence.row < len(decoding)}
-        moving = (sequence for sequence in decoding if sequence.row >= len(decoding))
-        order = [staying.get(row) or next(moving) for row in range(len(decoding))]
+        decoding.sort(key=lambda sequence: -sequence.length)
+        num_long = self._num_long([sequence.length for sequence in decoding])
+        order = _in_place(decoding[:num_long], 0) + _in_place(decoding[num_long:], num_long)
         order += [s for s in self.running if s.is_prefilling and s.num_cached_tokens]
         held = self._rows_held(order)
         turns: list[tuple[bool, int, int, Sequence]] = []
@@ -193,6 +209,13 @@ class Scheduler:
             self._cache.copy_rows(sources, destinations, max(lengths))
         for row, sequence in enumerate(self.running):
             sequence.row = row
+        return num_long
+
+    def _num_long(self, lengths: list[int]) -> int:
+        """How many of the longest decoding rows, whose lengths come first, should have a forward of their own."""
+        saved = {index: (len(lengths) - index) * (lengths[0] - lengths[index]) for index in range(len(lengths))}
+        best = max(saved, key=saved.__getitem__, default=0)
+        return best if saved and saved[best] >= 2 * self._pass_columns else 0
 
     def _leader(self, sequence: Sequence) -> Sequence | None:
         """The running sequence of the same job whose prompt this one waits for, instead of computing it again."""
@@ -214,6 +237,14 @@ class Scheduler:
         """Rows and columns that the running sequences fill at most after a step with chunks of this size."""
         longest = max(min(sequence.num_cached_tokens + chunk, sequence.length) for sequence in self.running)
         return len(self.running), longest
+
+
+def _in_place(sequences: list[Sequence], first: int) -> list[Sequence]:
+    """Sequences in the order of the rows that they get, from row `first` on: all that can stay where they are do."""
+    rows = range(first, first + len(sequences))
+    staying = {sequence.row: sequence for sequence in sequences if sequence.row in rows}
+    moving = (sequence for sequence in sequences if sequence.row not in rows)
+    return [staying.get(row) or next(moving) for row in rows]
 
 
 def _with_margin(sequence: Sequence) -> int:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from handler.engine import Engine, EngineConfig, Request
+from handler.engine.kv_cache import KVCache
 from tests.engine.test_scheduler import make_scheduler, sequences, step
 
 from .conftest import prompt_ids, reference
@@ -167,3 +168,36 @@ def test_a_prompt_preempted_half_way_is_reported_once(model, tokenizer):
     assert [entry and entry[0] for entry in job.prompt_logprobs] == [None, *job.prompt_ids[1:]]
     for entry, expected in zip(job.prompt_logprobs[1:], alone.prompt_logprobs[1:], strict=True):
         assert entry[1] == pytest.approx(expected[1], abs=1e-3)
+
+
+def test_short_rows_do_not_attend_over_the_columns_of_a_long_one(model, tokenizer, monkeypatch):
+    engine = Engine(model, tokenizer, EngineConfig(max_batch_size=8))
+    engine._scheduler._pass_columns = 100  # the tiny model's caches are small beside its weights
+    columns = []
+    prepare = KVCache.prepare_forward
+
+    def recorded(cache, *args):
+        context = prepare(cache, *args)
+        columns.append((context.num_rows, context.kv_length))
+        return context
+
+    monkeypatch.setattr(KVCache, "prepare_forward", recorded)
+    parameters = {"max_new_tokens": 12, "eos_token_id": []}
+    jobs = [engine.submit(Request(prompt_ids(seed, 8), parameters)) for seed in range(5)]
+    jobs.append(engine.submit(Request(prompt_ids(9, 150), parameters)))
+    engine.step()
+    columns.clear()
+    engine.step()
+    assert columns == [(1, 192), (5, 9)]
+    while engine.has_work:
+        engine.step()
+    for job in jobs:
+        assert job.sequences[0].token_ids == run_alone(model, tokenizer, job.prompt_ids, parameters)
+
+
+def run_alone(model, tokenizer, prompt, parameters):
+    engine = Engine(model, tokenizer)
+    job = engine.submit(Request(prompt, parameters))
+    while engine.has_work:
+        engine.step()
+    return job.sequences[0].token_ids

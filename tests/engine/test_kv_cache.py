@@ -82,6 +82,7 @@ def test_where_each_row_adds_one_token_the_model_gets_all_columns():
     keys, values = cache.update(numbered(2, 1), numbered(2, 1), 0)
     assert keys.shape[2] == values.shape[2] == cache.get_mask_sizes(1, 0)[0] == 32
     assert keys.is_contiguous() and values.is_contiguous()
+    assert cache.prepare_forward(0, [3, 1], [1, 1], (3, 8)).kv_length == 4  # a row elsewhere is twice as long
 
 
 def test_a_layer_that_found_no_memory_follows_when_less_is_needed():

@@ -28,7 +28,7 @@ def sequence(prompt, new=5, **fields):
     return sequences(1, prompt, new, **fields)[0]
 
 
-def make_scheduler(capacity_tokens=10_000, mixed_batch=False, **config):
+def make_scheduler(capacity_tokens=10_000, mixed_batch=False, pass_columns=math.inf, **config):
     """A scheduler, and its cache of so many rows x columns, whose `copies` has what was copied."""
     config = EngineConfig(**{"max_batch_size": 4, "max_queue": 9, "prefill_chunk": 8, **config})
     architecture = Architecture(300, 2, 1000, None, 1, True)
@@ -38,7 +38,7 @@ def make_scheduler(capacity_tokens=10_000, mixed_batch=False, **config):
         copies.append((list(sources), list(destinations), length))
 
     cache = SimpleNamespace(capacity_tokens=capacity_tokens, copy_rows=copy_rows, copies=copies, num_rows=0)
-    return Scheduler(cache, config, Capacity.of(architecture, config), mixed_batch), cache
+    return Scheduler(cache, config, Capacity.of(architecture, config), mixed_batch, pass_columns), cache
 
 
 def plan(scheduler):
@@ -144,6 +144,28 @@ def test_decoding_and_prefilling_share_a_forward_where_weights_are_streamed():
     scheduler.add([sequence(3), sequence(9), sequence(9)])
     step(scheduler)
     assert plan(scheduler) == [[(0, 1), (1, 1), (2, 4)]]
+
+
+def test_short_rows_decode_apart_from_long_ones_where_that_saves_two_passes():
+    for pass_columns, batches in [
+        (93, [[(0, 1)], [(1, 1), (2, 1), (3, 1)]]),
+        (94, [[(0, 1), (1, 1), (2, 1), (3, 1)]]),
+    ]:
+        scheduler, cache = make_scheduler(prefill_chunk=64, pass_columns=pass_columns)
+        several = [sequence(4), sequence(4), sequence(67), sequence(5)]
+        scheduler.add(several)
+        step(scheduler)  # all are one token longer
+        assert plan(scheduler) == batches  # three rows with 68 - 6 columns less
+        assert {batch.cache_shape for batch in scheduler.schedule()} == {(4, 68)}
+        is_long_first = scheduler.running[0] is several[2]
+        assert is_long_first == (len(batches) == 2) == bool(cache.copies)
+
+
+def test_long_rows_stay_with_the_others_where_a_pass_streams_weights():
+    scheduler, _ = make_scheduler(prefill_chunk=64, mixed_batch=True, pass_columns=1)
+    scheduler.add([sequence(4), sequence(4), sequence(67), sequence(5)])
+    step(scheduler)
+    assert plan(scheduler) == [[(0, 1), (1, 1), (2, 1), (3, 1)]]
 
 
 def test_the_cache_gets_the_shape_that_all_running_rows_fill():

@@ -22,6 +22,8 @@ _PENALTIES = ("repetition_penalty", "encoder_repetition_penalty")
 _NUMBERS = ("temperature", *_FRACTIONS, *_PENALTIES, "max_time")
 _TOKEN_ID_LISTS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
 _TOKEN_IDS = {*_TOKEN_ID_LISTS, "forced_bos_token_id", "forced_eos_token_id"}
+_NGRAM_SIZES = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
+_LARGEST_NGRAM = 256  # tokens: larger ones would take long to look for at each step
 _SEEDS = range(-(2**63), 2**63)  # as OpenAI's; torch takes these, and seed + n too
 # What a request may bring at most, so that neither its beginning nor a step of it is long.
 MOST_TOKEN_IDS = 4096  # in one parameter
@@ -29,7 +31,7 @@ _MOST_STOP_STRINGS, _LONGEST_STOP_STRING = 64, 256
 # Types are checked here because the library's own errors for a wrong type do not name the parameter.
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length"), (int,)),
-    **dict.fromkeys(("top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (int,)),
+    **dict.fromkeys(("top_k", *_NGRAM_SIZES), (int,)),
     **dict.fromkeys(("num_return_sequences", "seed", "forced_bos_token_id", "pad_token_id", "bos_token_id"), (int,)),
     **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), (int, list, tuple)),
     **dict.fromkeys(_NUMBERS, (int, float)),
@@ -39,7 +41,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "stop_strings": (str, list, tuple),
 }
 _POSITIVE = ("max_new_tokens", "max_length", "num_return_sequences", "max_time", *_PENALTIES)
-_NOT_NEGATIVE = ("temperature", "min_new_tokens", "min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
+_NOT_NEGATIVE = ("temperature", "min_new_tokens", "min_length", *_NGRAM_SIZES)
 _DIVISORS = ("temperature", *_PENALTIES)
 # Those that have a field of their own in SamplingParams, and that no logits processor needs.
 _RESOLVED = {"max_length", "num_return_sequences", "seed", "stop_strings", "max_time"}
@@ -238,6 +240,7 @@ def _checked_value(name: str, value: Any) -> Any:
     _require(name, value, "more than 0", name not in _POSITIVE or value > 0)
     _require(name, value, "a number below 2**63", not isinstance(value, int | float) or -(2**63) <= value < 2**63)
     _require(name, value, "0 or more", name not in _NOT_NEGATIVE or value >= 0)
+    _require(name, value, f"at most {_LARGEST_NGRAM}", name not in _NGRAM_SIZES or value <= _LARGEST_NGRAM)
     # Scores are divided by these in float32: smaller ones would make them infinite.
     _require(name, value, "1e-6 or more", name not in _DIVISORS or value >= 1e-6 or value == 0)
     # The library takes a fraction above 1 and ignores it.

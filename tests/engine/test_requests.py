@@ -41,6 +41,8 @@ def generated(parameters):
     [
         {"repetition_penalty": 1.7},
         {"no_repeat_ngram_size": 1},
+        {"encoder_no_repeat_ngram_size": 1, "suppress_tokens": GREEDY[:1]},
+        {"begin_suppress_tokens": GREEDY[:1]},
         {"bad_words_ids": [[GREEDY[0]], GREEDY[2:4]]},
         {"eos_token_id": [GREEDY[4], 3]},
         {"eos_token_id": GREEDY[3], "min_new_tokens": 9},
@@ -71,6 +73,8 @@ def test_means_what_generate_means(engine, parameters):
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -3}, "top_k"),
+        ({"no_repeat_ngram_size": 257}, "no_repeat_ngram_size"),
+        ({"encoder_no_repeat_ngram_size": 257}, "encoder_no_repeat_ngram_size"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"max_time": -1}, "max_time"),
         ({"num_beams": 4}, "num_beams"),

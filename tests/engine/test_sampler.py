@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as library
 
 from handler.engine import Engine, EngineConfig, ModelError, Request
-from handler.engine.sampler import Sampler, _candidates, sample
+from handler.engine.sampler import Sampler, _candidates, _in_short_time, sample
 
 from .conftest import make_model, prompt_ids, reference
 
@@ -95,6 +95,28 @@ def test_a_nucleus_is_found_without_sorting_the_vocabulary():
     parts = list(_candidates(scores, [library.TopPLogitsWarper(0.9)]))
     assert [rows.tolist() for rows, _, _ in parts] == [[0], [1]]
     assert parts[0][2].shape[-1] < 5000 and parts[1][1] is None
+
+
+tokens = st.lists(st.integers(0, 4), min_size=1, max_size=40)  # few different ones, so that they repeat
+
+
+@settings(max_examples=300, deadline=None)
+@given(prompt=tokens, continuation=tokens, size=st.integers(1, 6), count=st.integers(0, 50), eos=tokens)
+def test_processors_in_short_time_are_the_librarys(prompt, continuation, size, count, eos):
+    prompt, ids, eos = torch.tensor(prompt), torch.tensor([prompt + continuation]), [*eos, 4000]
+    scores = torch.randn(1, 7)
+    for theirs in [
+        library.NoRepeatNGramLogitsProcessor(size),
+        library.EncoderNoRepeatNGramLogitsProcessor(size, prompt),
+        library.SuppressTokensLogitsProcessor(eos),
+        library.SuppressTokensAtBeginLogitsProcessor(eos, begin_index=count),
+        library.MinLengthLogitsProcessor(count, eos),
+        library.MinNewTokensLengthLogitsProcessor(len(prompt), count, eos),
+    ]:
+        ours = _in_short_time(theirs, prompt, vocab_size=7)
+        assert type(ours) is not type(theirs)
+        for end in range(len(prompt), ids.shape[1] + 1):
+            assert torch.equal(ours(ids[:, :end], scores), theirs(ids[:, :end], scores))
 
 
 def test_draws_follow_the_probabilities():

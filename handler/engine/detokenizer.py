@@ -46,7 +46,6 @@ class TextStream:
         self._decode = decode
         self._special = special  # decoders skip them, so they are no context either
         self._stop = sorted(stop)
-        self._longest_stop = max(map(len, stop), default=0)
         self._maybe_stop = ""  # decoded, held back: a stop string may begin here
         self._stopped = False
         self._window = self._context_of(prompt)
@@ -115,20 +114,9 @@ class TextStream:
         may_stop = len(self.ends) >= self._min_tokens  # this token is not among them yet
         found = [at for at in map(buffer.find, self._stop) if at >= 0] if may_stop else []
         self._stopped = bool(found)
-        held = self._length_of_beginning(buffer)
-        end = min(found, default=len(buffer) - held)
+        end = min(found, default=len(buffer) - _overlap(buffer, self._stop))
         self.text += buffer[:end]
         self._maybe_stop = "" if found else buffer[end:]
-
-    def _length_of_beginning(self, text: str) -> int:
-        """How many characters at the end of `text` are the beginning, but not all, of a stop string. Whatever begins
-        with them comes right after them in sorted order, so that the number of stop strings hardly counts."""
-        for length in range(min(len(text), self._longest_stop - 1), 0, -1):
-            end = text[-length:]
-            at = bisect_right(self._stop, end)
-            if at < len(self._stop) and self._stop[at].startswith(end):
-                return length
-        return 0
 
 
 def _common(one: str, other: str) -> int:
@@ -136,3 +124,14 @@ def _common(one: str, other: str) -> int:
     if other.startswith(one):
         return len(one)
     return next(i for i in range(len(one)) if one[: i + 1] != other[: i + 1])
+
+
+def _overlap(text: str, stop: list[str]) -> int:
+    """How many characters at the end of `text` are the beginning, but not all, of one of the sorted stop strings."""
+    longest = max(map(len, stop), default=1) - 1
+    for start in range(max(0, len(text) - longest), len(text)):
+        end = text[start:]
+        following = bisect_right(stop, end)  # whatever is longer and begins so comes next
+        if following < len(stop) and stop[following].startswith(end):
+            return len(end)
+    return 0

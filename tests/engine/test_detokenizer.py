@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handler.engine.detokenizer import Detokenizer, TextStream
+from handler.engine.detokenizer import Detokenizer, TextStream, _overlap
 from tests.models import make_sentencepiece
 
 from .conftest import make_tokenizer
@@ -64,6 +64,13 @@ def test_no_part_of_a_stop_string_is_shown(name, reply, stops):
     assert not any(stop in text for stop in stops)
     assert plain.startswith(text) and any(plain[len(text) :].startswith(stop) for stop in stops)
     assert all(text.startswith(part) for part in shown)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(text=st.text(alphabet="ab", max_size=9), stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=6)))
+def test_the_longest_beginning_of_any_stop_string_is_held_back(text, stops):
+    beginnings = (stop[:length] for stop in stops for length in range(len(stop)))
+    assert _overlap(text, sorted(stops)) == max((len(one) for one in beginnings if text.endswith(one)), default=0)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

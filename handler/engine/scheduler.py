@@ -161,9 +161,11 @@ class Scheduler:
         """Whether the cache, a rectangle, has room for sequences as long as they are, or with a margin to grow."""
         if len(sequences) == 1:
             return True  # no request is accepted that cannot run alone
-        longest = max(_with_margin(sequence) if margin else sequence.length for sequence in sequences)
         rows = len(sequences)
-        return rows <= self._config.max_batch_size and rows * longest <= self._cache.capacity_tokens
+        if rows > self._config.max_batch_size:
+            return False
+        longest = max(_with_margin(sequence) if margin else sequence.length for sequence in sequences)
+        return rows * longest <= self._cache.capacity_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -7,7 +7,7 @@ SETUP_CONFIG ?= setup_config.json
 MODEL_CONFIG ?= model-config.yaml
 ARCHIVE_FORMAT ?= zip-store
 MAX_SHARD_SIZE ?= 2GB
-SHARD_DIR ?= $(MODEL_DIR)-sharded
+SHARD_DIR ?= $(MODEL_DIR)-$(or $(QUANTIZE),sharded)
 MODEL_ZIP ?= model.zip
 PORT ?= 8080
 TEXT ?= My dog is cute
@@ -65,8 +65,9 @@ predict: $(READY) ## send TEXT to what is served on PORT
 download: $(READY) ## MODEL_ID at REVISION from the Hugging Face hub -> models/
 	@$(RUN) scripts.download --model-id "$(MODEL_ID)" --revision "$(REVISION)"
 
-shard: $(READY) ## MODEL_DIR -> SHARD_DIR in shards of MAX_SHARD_SIZE
-	@$(RUN) scripts.shard --model-dir "$(MODEL_DIR)" --output-dir "$(SHARD_DIR)" --max-shard-size "$(MAX_SHARD_SIZE)"
+shard: $(READY) ## MODEL_DIR -> SHARD_DIR in shards of MAX_SHARD_SIZE; QUANTIZE=int8 or int4
+	@$(RUN) scripts.shard --model-dir "$(MODEL_DIR)" --output-dir "$(SHARD_DIR)" --max-shard-size "$(MAX_SHARD_SIZE)" \
+	    $(if $(QUANTIZE),--quantize "$(QUANTIZE)")
 
 zip: $(READY) ## MODEL_DIR -> MODEL_ZIP
 	@$(RUN) scripts.zip --model-dir "$(MODEL_DIR)" --output "$(MODEL_ZIP)"

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+import handler.weights.quantized  # noqa: F401  # tells transformers of our int8 and int4
 from handler.errors import LoadError, first_line
 from handler.memory import device_limits, free_memory
 from handler.settings import Settings
@@ -109,7 +110,8 @@ def meta_model(config: PreTrainedConfig, settings: Settings, files: Sequence[Pat
     dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else config.dtype or _stored_dtype(files)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
-    model.tie_weights()
+        quantize_modules(model)
+    model.tie_weights(recompute_mapping=False)
     return model.eval()
 
 

@@ -2,17 +2,21 @@
 
 Any Hugging Face folder goes in: safetensors or `pytorch_model.bin`, sharded or not. Source files are mapped
 and written out piece by piece, so memory stays the same however large the checkpoint, a shard or a tensor is.
+`--quantize int8` or `int4` makes integers of the matrices on the way.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -21,6 +25,9 @@ from tqdm import tqdm
 from handler.errors import CheckpointError, first_line
 from handler.weights.files import weight_files
 from scripts.console import UserError, format_size, parse_size_option, require_space, run
+
+if TYPE_CHECKING:  # it imports transformers' models, which takes seconds
+    from scripts.quantize import Quantization
 
 SHARD_RECORD = "shard.json"
 # Elements converted and written at once: 32 MB of float32. Memory grows by this and no more.
@@ -61,6 +68,10 @@ class Entry:
     dtype: torch.dtype
     shape: list[int]
     size: int  # bytes
+
+    @classmethod
+    def of(cls, name: str, dtype: torch.dtype, shape: list[int]) -> Entry:
+        return cls(name, dtype, shape, math.prod(shape) * dtype.itemsize)
 
 
 def _shard_size(text: str) -> int:
@@ -110,37 +121,51 @@ def _tensors_to_store(files: list[Path], tied: bool) -> Iterator[tuple[str, torc
             yield name, tensor
 
 
-def _plan_shards(files: list[Path], tied: bool, dtype: torch.dtype | None, limit: int) -> list[list[Entry]]:
+def _plan_shards(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype | None,
+    limit: int,
+    quantization: Quantization | None,
+) -> list[list[list[Entry]]]:
     """Which tensors go into which shard, in the order of the source: at most `limit` bytes of tensors each.
 
-    A tensor larger than that has a shard of its own. `dtype` is for floating-point tensors; None keeps theirs.
+    A source's tensor is written as one, or as a matrix of integers and its scales, in one shard. What is larger than
+    the limit has a shard of its own. `dtype` is for floating-point tensors; None keeps theirs.
 
     Raises CheckpointError when the source cannot be read or stored.
     """
-    shards: list[list[Entry]] = []
+    shards: list[list[list[Entry]]] = []
     names: set[str] = set()
     room = 0
-    for name, tensor in _tensors_to_store(files, tied):
+    for name, tensor in tensors:
         if name in names:
             raise CheckpointError(f"{name} is in more than one of the files that the index names; download them again")
         names.add(name)
-        new_dtype = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
-        entry = Entry(name, new_dtype, list(tensor.shape), tensor.numel() * new_dtype.itemsize)
-        if not shards or entry.size > room:
+        if quantization and name in quantization.transposed:
+            weight, scale = quantization.shapes(name, tensor.shape)
+            integers = torch.int8 if quantization.bits == 8 else torch.uint8
+            entries = [Entry.of(name, integers, weight), Entry.of(f"{name}_scale", torch.bfloat16, scale)]
+        else:
+            new_dtype = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
+            entries = [Entry.of(name, new_dtype, list(tensor.shape))]
+        size = sum(entry.size for entry in entries)
+        if not shards or size > room:
             shards.append([])
             room = limit
-        shards[-1].append(entry)
-        room -= entry.size
+        shards[-1].append(entries)
+        room -= size
     return shards
 
 
-def _write_shard(path: Path, pairs: Iterable[tuple[Entry, torch.Tensor]], bar: tqdm) -> None:
+def _write_shard(
+    path: Path, pairs: list[tuple[list[Entry], torch.Tensor]], quantization: Quantization | None, bar: tqdm
+) -> None:
     """Write a safetensors file without holding it in memory: the header, then each tensor in pieces."""
     # Wider elements first, so that every tensor begins at a multiple of its element size: readers map them.
-    pairs = sorted(pairs, key=lambda pair: -pair[0].dtype.itemsize)
+    written = sorted((entry for entries, _ in pairs for entry in entries), key=lambda entry: -entry.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for entry, _ in pairs:
+    for entry in written:
         start, end = end, end + entry.size
         header[entry.name] = {"dtype": CODES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
@@ -149,26 +174,56 @@ def _write_shard(path: Path, pairs: Iterable[tuple[Entry, torch.Tensor]], bar: t
     buffer = torch.empty(PIECE * torch.float64.itemsize, dtype=torch.uint8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for entry, tensor in pairs:
-            for piece in tensor.detach().reshape(-1).split(PIECE):
+
+        def write(entry: Entry, pieces: Iterable[torch.Tensor]) -> None:
+            file.seek(8 + len(text) + header[entry.name]["data_offsets"][0])
+            for piece in pieces:
                 raw = buffer[: piece.numel() * entry.dtype.itemsize]
                 raw.view(entry.dtype).copy_(piece)
                 bar.update(file.write(raw.numpy().data))
 
+        for entries, tensor in pairs:
+            if len(entries) == 1 or quantization is None:
+                write(entries[0], tensor.detach().reshape(-1).split(PIECE))
+                continue
+            matrix, scale = entries
+            scales: list[torch.Tensor] = []
+            write(matrix, _integers(quantization.blocks(matrix.name, tensor.detach()), scales))
+            write(scale, torch.cat(scales, dim=-2 if len(scale.shape) == 3 else 0).reshape(-1).split(PIECE))
 
-def _write_shards(folder: Path, shards: list[list[Entry]], source: Iterator[tuple[str, torch.Tensor]]) -> None:
+
+def _integers(
+    blocks: Iterable[tuple[torch.Tensor, torch.Tensor]], scales: list[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """The integers of blocks of rows; what they are scaled by is added to `scales`."""
+    for weight, scale in blocks:
+        scales.append(scale)
+        yield weight.reshape(-1)
+
+
+def _write_shards(
+    folder: Path,
+    shards: list[list[list[Entry]]],
+    source: Iterator[tuple[str, torch.Tensor]],
+    quantization: Quantization | None,
+) -> None:
     """Write the planned shards and their index; `source` gives the tensors in the plan's order."""
-    total = sum(entry.size for entries in shards for entry in entries)
+    total = _total(shards)
     weight_map = {}
     with tqdm(total=total, desc=f"Writing {len(shards)} shards", unit="B", unit_scale=True) as bar:
-        for number, entries in enumerate(shards, start=1):
+        for number, stored in enumerate(shards, start=1):
             single = len(shards) == 1
             name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            _write_shard(folder / name, [(entry, next(source)[1]) for entry in entries], bar)
-            weight_map.update({entry.name: name for entry in entries})
+            _write_shard(folder / name, [(entries, next(source)[1]) for entries in stored], quantization, bar)
+            weight_map.update({entry.name: name for entries in stored for entry in entries})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _total(shards: list[list[list[Entry]]]) -> int:
+    """Bytes of all tensors."""
+    return sum(entry.size for stored in shards for entries in stored for entry in entries)
 
 
 def _config_json(model: Path) -> dict[str, Any]:
@@ -188,13 +243,20 @@ def _set_config_dtype(folder: Path, dtype: str) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _record(model: Path, limit: int, dtype: str) -> str:
+def _set_quantization(folder: Path, quantization: Quantization) -> None:
+    """Make config.json say how the weights are quantised."""
+    config = _config_json(folder) | {"quantization_config": quantization.config()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _record(model: Path, limit: int, dtype: str, quantize: str | None) -> str:
     """What the result depends on, as JSON: every file of the checkpoint, and the options."""
     files = {path.name: path.stat() for path in sorted(model.iterdir()) if path.is_file()}
     record = {
         "source": [{"name": name, "size": s.st_size, "mtime_ns": s.st_mtime_ns} for name, s in files.items()],
         "max_shard_size": limit,
         "dtype": dtype,
+        "quantize": quantize,
     }
     return json.dumps(record, indent=2) + "\n"
 
@@ -212,11 +274,13 @@ def _is_done(output: Path, record: str) -> bool:
     raise UserError(f"{output} is not empty; remove it or choose another --output-dir")
 
 
-def shard(model: Path, output: Path, limit: int, dtype: str) -> str:
-    """Write `model` to `output` in shards of at most `limit` bytes; a sentence about what was done.
+def shard(model: Path, output: Path, limit: int, dtype: str, quantize: str | None = None) -> str:
+    """Write `model` to `output` in shards of at most `limit` bytes; a sentence or two about what was done.
 
-    Raises CheckpointError for a checkpoint that cannot be read, UserError for folders and options that cannot be used
-    or a disk that is too full, and OSError.
+    quantize: "int8", "int4" or None. The tensors that are not quantised have `dtype`.
+
+    Raises CheckpointError for a checkpoint that cannot be read, LoadError for one to quantise that is no causal
+    language model, UserError for folders and options that cannot be used or a disk that is too full, and OSError.
     """
     model, output = model.resolve(), output.resolve()
     if not model.is_dir():
@@ -224,17 +288,25 @@ def shard(model: Path, output: Path, limit: int, dtype: str) -> str:
     if model in (output, *output.parents):
         raise UserError(f"--output-dir {output} is --model-dir or inside it; choose another")
     files = weight_files(model)
-    record = _record(model, limit, dtype)
+    record = _record(model, limit, dtype, quantize)
     if _is_done(output, record):
         return f"{output} already holds this checkpoint in these shards: nothing to do"
 
     config = _config_json(model)
     if dtype != "keep" and "quantization_config" in config:
         raise UserError(f"{model} is quantized, so its weights have no other dtype; use --dtype keep")
+    if quantize and "quantization_config" in config:
+        raise UserError(f"{model} is quantized already: give the checkpoint that it was made of")
     # The absence of the key says nothing: each model class has its own default.
     tied = config.get("tie_word_embeddings", True)
-    shards = _plan_shards(files, tied, DTYPES.get(dtype), limit)
-    total = sum(entry.size for entries in shards for entry in entries)
+    quantization = None
+    if quantize:
+        from scripts.quantize import plan_quantization
+
+        shapes = {name: list(tensor.shape) for name, tensor in _tensors_to_store(files, tied)}
+        quantization = plan_quantization(model, quantize, shapes)
+    shards = _plan_shards(_tensors_to_store(files, tied), DTYPES.get(dtype), limit, quantization)
+    total = _total(shards)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     require_space(output.parent, total)
@@ -242,16 +314,19 @@ def shard(model: Path, output: Path, limit: int, dtype: str) -> str:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        _write_shards(partial, shards, _tensors_to_store(files, tied))
+        _write_shards(partial, shards, _tensors_to_store(files, tied), quantization)
         shutil.copytree(model, partial, ignore=NOT_COPIED, copy_function=shutil.copyfile, dirs_exist_ok=True)
         if dtype != "keep":
             _set_config_dtype(partial, dtype)
+        if quantization:
+            _set_quantization(partial, quantization)
         (partial / SHARD_RECORD).write_text(record)
         partial.rename(output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return f"{output}: {len(shards)} shards, {format_size(total)}"
+    done = f"{output}: {len(shards)} shards, {format_size(total)}"
+    return f"{done}\n{quantization.summary()}" if quantization else done
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -263,9 +338,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="new folder, outside --model-dir")
     parser.add_argument("--max-shard-size", default="2GB", help="2GB, 500MB, 2GiB or bytes (default: %(default)s)")
     parser.add_argument("--dtype", default="keep", choices=["keep", *DTYPES], help="default: %(default)s")
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="make integers of the matrices")
     args = parser.parse_args(argv)
     try:
-        print(shard(args.model_dir, args.output_dir, _shard_size(args.max_shard_size), args.dtype))
+        print(shard(args.model_dir, args.output_dir, _shard_size(args.max_shard_size), args.dtype, args.quantize))
     except KeyboardInterrupt:
         print("stopped: nothing was kept, run the same command again", file=sys.stderr)
         raise

@@ -1,0 +1,142 @@
+"""Products with matrices of integers: int8 with a scale for each row, int4 with a scale and a zero for each group.
+
+int8: `weight` [out, in], `scale` [out]; a number is weight * scale.
+int4: `weight` [out, in / 2] uint8. A byte holds column j in its low half and column j + in / 2 in its high half: so a
+    row comes apart in two passes without strides. `scale` [in / group, out, 2] holds scale and zero, as PyTorch's
+    kernel wants them; a number is (nibble - 8) * scale + zero.
+packed int4: the same bytes in the order of PyTorch's kernel for this CPU. In each block of 64 rows (AVX512) or 32
+    (AVX2) a byte holds one column of row r and of the row half a block further on: [out / block, in, block / 2].
+
+Few rows go through PyTorch's kernels, which read the integers once. Those are right in bfloat16 only, and fast there.
+For many rows, and in other dtypes, a block of the matrix is widened at a time, in a buffer that stays in the cache, and
+float32's product does the rest: from about 32 rows on it is faster than the kernels and than a product in bfloat16
+(python -m benchmarks.integer_linear).
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+# Rows in a block of PyTorch's packed int4 layout on this CPU; 0 where it has no fast kernel.
+_PACKED_BLOCK = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
+_FEW_ROWS = 32
+_WIDENED = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements at a time: 1 MB in float32; a GPU wants more at once
+
+
+@torch.no_grad()
+def integer_linear(
+    inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, packed: bool = False
+) -> torch.Tensor:
+    """inputs [..., in] times the matrix transposed, plus bias [out]; [..., out] in the dtype of `inputs`."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    out = len(weight)
+    kernel = rows.device.type == "cpu" and rows.dtype == scale.dtype == torch.bfloat16 and 0 < len(rows) <= _FEW_ROWS
+    if kernel and weight.dtype == torch.int8:
+        output = torch._weight_int8pack_mm(rows.contiguous(), weight, scale)
+    elif kernel and packed:
+        group = rows.shape[1] // len(scale)
+        output = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), weight, group, scale)
+    else:
+        output = _widened_product(rows, weight, scale, packed)
+    if bias is not None:
+        output += bias
+    return output.to(inputs.dtype).view(*inputs.shape[:-1], out)
+
+
+@torch.no_grad()
+def rows_of(ids: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, packed: bool = False) -> torch.Tensor:
+    """The rows `ids` [...] of the matrix as numbers: [..., in] in the dtype of `scale`."""
+    if weight.dtype == torch.int8:
+        return weight[ids] * scale[ids].unsqueeze(-1)
+    if packed:
+        block, half = _PACKED_BLOCK, _PACKED_BLOCK // 2
+        columns = weight.view(len(weight) // block, -1, half)[ids // block, :, ids % half]  # [..., in]
+        nibbles = torch.where((ids % block < half).unsqueeze(-1), columns & 15, columns >> 4)
+    else:
+        nibbles = _nibbles(weight[ids])
+    scales, zeros = scale.float()[:, ids].unbind(-1)  # [groups, ...]
+    grouped = nibbles.view(*ids.shape, len(scale), -1).float() - 8
+    return (
+        (grouped * scales.movedim(0, -1).unsqueeze(-1) + zeros.movedim(0, -1).unsqueeze(-1)).flatten(-2).to(scale.dtype)
+    )
+
+
+def can_pack(weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether PyTorch's int4 kernel is for this matrix."""
+    fits = _PACKED_BLOCK > 0 and len(weight) % _PACKED_BLOCK == 0
+    return fits and weight.dtype == torch.uint8 and weight.device.type == "cpu" and scale.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """An int4 matrix in the order of PyTorch's kernel for this CPU; as many bytes, and no more than few of it twice."""
+    packed = torch.empty_like(weight)
+    blocks = packed.view(len(weight) // _PACKED_BLOCK, -1, _PACKED_BLOCK // 2)
+    for index in range(len(blocks)):
+        low, high = _nibbles(weight[index * _PACKED_BLOCK : (index + 1) * _PACKED_BLOCK]).t().chunk(2, dim=-1)
+        torch.bitwise_or(low, high << 4, out=blocks[index])
+    return packed
+
+
+def nibbles_to_bytes(nibbles: torch.Tensor) -> torch.Tensor:
+    """[out, in] of 0 to 15 -> [out, in / 2], as int4 weights are stored."""
+    low, high = nibbles.to(torch.uint8).chunk(2, dim=-1)
+    return low | high << 4
+
+
+def _nibbles(stored: torch.Tensor) -> torch.Tensor:
+    """Back again: [..., in / 2] -> [..., in]."""
+    return torch.cat((stored & 15, stored >> 4), dim=-1)
+
+
+def _widened_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, packed: bool) -> torch.Tensor:
+    """rows [rows, in] -> [rows, out], in float32 on the CPU, in their own dtype on a GPU."""
+    rows = rows.to(torch.float32 if rows.device.type == "cpu" else rows.dtype)
+    scale = scale.to(rows.dtype)
+    output = rows.new_empty(len(rows), len(weight))
+    for where, block in _widened_blocks(weight, scale, packed, rows.shape[1]):
+        torch.mm(rows, block, out=output[:, where])
+    if weight.dtype == torch.int8:
+        return output.mul_(scale)
+    # What zeros add is the same for all columns of a group: [rows, groups] times [groups, out].
+    return output.addmm_(rows.view(len(rows), len(scale), -1).sum(-1), scale[..., 1] - 8 * scale[..., 0])
+
+
+def _widened_blocks(
+    weight: torch.Tensor, scale: torch.Tensor, packed: bool, width: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Which rows of the matrix, and these rows transposed [in, rows] in the dtype of `scale`. int4 is scaled but has no
+    zeros yet, int8 is not scaled. A block is overwritten by the next."""
+    if packed:
+        yield from _widened_packed(weight, scale, width)
+        return
+    height = max(1, _WIDENED[weight.device.type] // width)
+    wide, nibbles = scale.new_empty(height, width), weight.new_empty(height, width)
+    scales = scale[..., 0].t().contiguous().unsqueeze(-1) if weight.dtype == torch.uint8 else None  # [out, groups, 1]
+    for start in range(0, len(weight), height):
+        where = slice(start, start + height)
+        part = weight[where]
+        block = wide[: len(part)]
+        if scales is None:
+            block.copy_(part)
+        else:
+            columns = nibbles[: len(part)]
+            torch.bitwise_and(part, 15, out=columns[:, : width // 2])
+            torch.bitwise_right_shift(part, 4, out=columns[:, width // 2 :])
+            block.copy_(columns).view(len(part), len(scale), -1).mul_(scales[where])
+        yield where, block.t()
+
+
+def _widened_packed(weight: torch.Tensor, scale: torch.Tensor, width: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    half = _PACKED_BLOCK // 2
+    wide, nibbles = scale.new_empty(width, half), weight.new_empty(width, half)
+    scales = scale[..., 0].contiguous().unsqueeze(1)  # [groups, 1, out]: a strided one takes four times as long
+    for index, stored in enumerate(weight.view(-1, width, half)):
+        for operation, operand, start in (
+            (torch.bitwise_and, 15, 2 * index),
+            (torch.bitwise_right_shift, 4, 2 * index + 1),
+        ):
+            where = slice(start * half, (start + 1) * half)
+            operation(stored, operand, out=nibbles)
+            wide.copy_(nibbles).view(len(scale), -1, half).mul_(scales[..., where])
+            yield where, wide

@@ -30,12 +30,13 @@ def integer_linear(
     """inputs [..., in] times the matrix transposed, plus bias [out]; [..., out] in the dtype of `inputs`."""
     rows = inputs.reshape(-1, inputs.shape[-1])
     out = len(weight)
-    kernel = rows.device.type == "cpu" and rows.dtype == scale.dtype == torch.bfloat16 and 0 < len(rows) <= _FEW_ROWS
-    if kernel and weight.dtype == torch.int8:
-        output = torch._weight_int8pack_mm(rows.contiguous(), weight, scale)
-    elif kernel and packed:
+    if not (rows.device.type == "cpu" and rows.dtype == scale.dtype == torch.bfloat16 and 0 < len(rows) <= _FEW_ROWS):
+        output = _widened_product(rows, weight, scale, packed)
+    elif packed:
         group = rows.shape[1] // len(scale)
         output = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), weight, group, scale)
+    elif weight.dtype == torch.int8 and _are_aligned(rows := rows.contiguous(), weight):
+        output = torch._weight_int8pack_mm(rows, weight, scale)
     else:
         output = _widened_product(rows, weight, scale, packed)
     if bias is not None:
@@ -87,6 +88,12 @@ def nibbles_to_bytes(nibbles: torch.Tensor) -> torch.Tensor:
 def _nibbles(stored: torch.Tensor) -> torch.Tensor:
     """Back again: [..., in / 2] -> [..., in]."""
     return torch.cat((stored & 15, stored >> 4), dim=-1)
+
+
+def _are_aligned(*matrices: torch.Tensor) -> bool:
+    """Whether PyTorch's int8 kernel can read every row with instructions that want aligned addresses: it does not
+    look, and ends the process with a segmentation fault."""
+    return all(matrix.shape[1] % 16 == 0 and matrix.data_ptr() % (16 * matrix.itemsize) == 0 for matrix in matrices)
 
 
 def _widened_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, packed: bool) -> torch.Tensor:

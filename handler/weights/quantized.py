@@ -156,5 +156,7 @@ def _change(module: nn.Module, config: PlainIntConfig, dtype: torch.dtype) -> No
         module.__class__ = QuantizedEmbedding
     else:
         module.__class__ = type(f"Quantized{kind.__name__}", (kind, QuantizedEmbedding), {})
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    module.weight_scale = nn.Parameter(scale, requires_grad=False)
+    for name, tensor in (("weight", weight), ("weight_scale", scale)):
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers cannot draw random integers
+        setattr(module, name, parameter)

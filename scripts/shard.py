@@ -141,9 +141,9 @@ def _plan_shards(
         if name in names:
             raise CheckpointError(f"{name} is in more than one of the files that the index names; download them again")
         names.add(name)
-        if quantization and name in quantization.transposed:
-            weight, scale = quantization.shapes(name, tensor.shape)
-            integers = torch.int8 if quantization.bits == 8 else torch.uint8
+        if quantization and (matrix := quantization.matrices.get(name)):
+            weight, scale = matrix.shapes(tensor.shape)
+            integers = torch.int8 if matrix.bits == 8 else torch.uint8
             entries = [Entry.of(name, integers, weight), Entry.of(f"{name}_scale", torch.bfloat16, scale)]
         else:
             new_dtype = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype

@@ -44,24 +44,6 @@ def integer_linear(
     return output.to(inputs.dtype).view(*inputs.shape[:-1], out)
 
 
-@torch.no_grad()
-def rows_of(ids: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, packed: bool = False) -> torch.Tensor:
-    """The rows `ids` [...] of the matrix as numbers: [..., in] in the dtype of `scale`."""
-    if weight.dtype == torch.int8:
-        return weight[ids] * scale[ids].unsqueeze(-1)
-    if packed:
-        block, half = _PACKED_BLOCK, _PACKED_BLOCK // 2
-        columns = weight.view(len(weight) // block, -1, half)[ids // block, :, ids % half]  # [..., in]
-        nibbles = torch.where((ids % block < half).unsqueeze(-1), columns & 15, columns >> 4)
-    else:
-        nibbles = _nibbles(weight[ids])
-    scales, zeros = scale.float()[:, ids].unbind(-1)  # [groups, ...]
-    grouped = nibbles.view(*ids.shape, len(scale), -1).float() - 8
-    return (
-        (grouped * scales.movedim(0, -1).unsqueeze(-1) + zeros.movedim(0, -1).unsqueeze(-1)).flatten(-2).to(scale.dtype)
-    )
-
-
 def can_pack(weight: torch.Tensor, scale: torch.Tensor) -> bool:
     """Whether PyTorch's int4 kernel is for this matrix."""
     fits = _PACKED_BLOCK > 0 and len(weight) % _PACKED_BLOCK == 0

@@ -15,7 +15,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from handler.errors import LoadError
-from handler.weights.integer_linear import can_pack, integer_linear, pack, rows_of
+from handler.weights.integer_linear import can_pack, integer_linear, pack
 
 METHOD = "plain-int"
 _FORMATS = [(8, None), *((4, size) for size in (32, 64, 128, 256))]  # the sizes that PyTorch's kernel knows
@@ -42,13 +42,12 @@ class QuantizedConv1D(Conv1D):
 
 
 class QuantizedEmbedding(nn.Embedding):
-    """Its tensors may be those of a tied `QuantizedLinear`."""
+    """Of int8. Its tensors may be those of a tied `QuantizedLinear`."""
 
     weight_scale: nn.Parameter
-    packed = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return rows_of(input, self.weight, self.weight_scale, self.packed)
+        return self.weight[input] * self.weight_scale[input].unsqueeze(-1)
 
 
 _LINEAR: dict[type[nn.Module], type[nn.Module]] = {
@@ -62,7 +61,8 @@ _LINEAR: dict[type[nn.Module], type[nn.Module]] = {
 class PlainIntConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json.
 
-    bits: 8, with a scale for each row of a matrix, or 4, with a scale and a zero for each `group_size` numbers of it.
+    bits: 8, with a scale for each row of a matrix, or 4, with a scale and a zero for each `group_size` numbers of it;
+        embeddings and the head are in 8 bits also then.
     modules_to_not_convert: matrices that are stored as they were.
     Raises LoadError for other values.
     """
@@ -90,25 +90,20 @@ class PlainIntQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
-        modules = matrices(model)
+        changed = matrices(model, config.bits)
         for name in config.modules_to_not_convert:
-            modules.pop(name, None)
-        for module in modules.values():
-            _change(module, config, model.dtype)
+            changed.pop(name, None)
+        for name, bits in changed.items():
+            _change(model.get_submodule(name), config.group_size if bits == 4 else None, model.dtype)
         tied = model.all_tied_weights_keys
         for target, source in list(tied.items()):
-            if target.removesuffix(".weight") in modules:
+            if target.removesuffix(".weight") in changed:
                 tied[f"{target}_scale"] = f"{source}_scale"
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        packed: dict[int, nn.Parameter] = {}  # by the id of what was packed: a tied head is its embedding
         for module in model.modules():
-            if isinstance(module, QuantizedLinear | QuantizedConv1D | QuantizedEmbedding):
-                weight = module.weight
-                if can_pack(weight, module.weight_scale):
-                    if id(weight) not in packed:
-                        packed[id(weight)] = nn.Parameter(pack(weight), requires_grad=False)
-                    module.weight, module.packed = packed[id(weight)], True
+            if isinstance(module, QuantizedLinear | QuantizedConv1D) and can_pack(module.weight, module.weight_scale):
+                module.weight, module.packed = nn.Parameter(pack(module.weight), requires_grad=False), True
 
     def is_serializable(self) -> bool:
         return False
@@ -118,15 +113,16 @@ class PlainIntQuantizer(HfQuantizer):
         return False
 
 
-def matrices(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The modules, by name, whose `weight` can be integers: linear layers, and embeddings as large as the words' own.
+def matrices(model: PreTrainedModel, bits: int) -> dict[str, int]:
+    """The modules whose `weight` can be integers, and of how many bits: linear layers, and in 8 bits at least the head
+    and embeddings as large as the words' own, because 4 bits there cost more than in all other matrices together.
 
     Small embeddings, such as those of positions, and modules that must stay in float32 are left out.
     """
     words = cast(nn.Parameter, model.get_input_embeddings().weight).numel()
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     found = {
-        name: module
+        name: bits if type(module) in _LINEAR and module is not model.get_output_embeddings() else 8
         for name, module in model.named_modules()
         if (type(module) in _LINEAR or (isinstance(module, nn.Embedding) and module.weight.numel() >= words))
         and not kept & set(name.split("."))
@@ -139,17 +135,17 @@ def matrices(model: PreTrainedModel) -> dict[str, nn.Module]:
     return found
 
 
-def _change(module: nn.Module, config: PlainIntConfig, dtype: torch.dtype) -> None:
-    """Make `module`, which has no weights yet, one of integers. It keeps all else, its class's own forward too where
-    that is an embedding's which goes on with what nn.Embedding gives it."""
+def _change(module: nn.Module, group_size: int | None, dtype: torch.dtype) -> None:
+    """Make `module`, which has no weights yet, one of int4 in groups, or of int8. It keeps all else, its class's own
+    forward too where that is an embedding's which goes on with what nn.Embedding gives it."""
     kind, before = type(module), cast(nn.Parameter, module.weight)
     height, width = before.t().shape if kind is Conv1D else before.shape
-    if config.group_size is None:
+    if group_size is None:
         weight = before.new_empty(height, width, dtype=torch.int8)
         scale = before.new_empty(height, dtype=dtype)
     else:
         weight = before.new_empty(height, width // 2, dtype=torch.uint8)
-        scale = before.new_empty(width // config.group_size, height, 2, dtype=dtype)
+        scale = before.new_empty(width // group_size, height, 2, dtype=dtype)
     if kind in _LINEAR:
         module.__class__ = _LINEAR[kind]
     elif kind is nn.Embedding:

@@ -41,8 +41,8 @@ def log_probabilities(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[tor
 
 
 def compare(reference: PreTrainedModel, model: PreTrainedModel, ids: torch.Tensor) -> dict[str, float]:
-    """The perplexity of `model`, how far that is above `reference`'s, the mean divergence from it in nats a token, and how
-    often both find the same token likeliest."""
+    """Perplexity of `model`, and by how much that is above `reference`'s; mean divergence from `reference` in nats a
+    token; share of the positions where both find the same token likeliest."""
     loss = reference_loss = divergence = same = 0.0
     pairs = zip(log_probabilities(reference, ids), log_probabilities(model, ids), strict=True)
     for window, (expected, given) in zip(ids, pairs, strict=True):

@@ -1,6 +1,7 @@
 """Matrices of a checkpoint -> integers, and how far off those are. `make shard QUANTIZE=…` does it tensor by tensor."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,9 @@ from handler.loading import read_config
 from handler.settings import Settings
 from handler.weights.integer_linear import nibbles_to_bytes
 from handler.weights.quantized import METHOD, matrices
-from scripts.console import UserError
 
-BITS = {"int8": 8, "int4": 4}
-# Numbers that share a scale and a zero in int4: 5 bits a weight. With 64 it is 4.5, and twice the divergence.
-GROUP_SIZE = 32
+# Numbers that share a scale and a zero. In int4 that makes 5 bits a weight; 64 would make 4.5 and twice the divergence.
+GROUP_SIZES = {"int8": None, "int4": 32}
 _BLOCK = 2**20  # weights quantised at once: they stay in the cache
 # Where the search for a group's scale begins: with its whole range, and with less, where the ends are cut off.
 _RANGES = (1.0, 0.91, 0.82, 0.73, 0.64)
@@ -30,17 +29,21 @@ _REFITS = 2
 
 @dataclass(frozen=True)
 class Matrix:
-    """How a tensor of the checkpoint is quantised. transposed: it is stored [in, out]."""
+    """How a tensor of the checkpoint is quantised: group_size as in `matrices`. transposed: it is stored [in, out]."""
 
-    bits: int
+    group_size: int | None
     transposed: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8 if self.group_size else torch.int8
 
     def shapes(self, shape: Iterable[int]) -> tuple[list[int], list[int]]:
         """Of `weight` and `weight_scale`, for a tensor of `shape`."""
         height, width = reversed(list(shape)) if self.transposed else shape
-        if self.bits == 8:
+        if self.group_size is None:
             return [height, width], [height]
-        return [height, width // 2], [width // GROUP_SIZE, height, 2]
+        return [height, width // 2], [width // self.group_size, height, 2]
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Quantization:
     squares: by the same names, once quantised: the sum of squares of the errors, and of the weights.
     """
 
-    bits: int
+    group_size: int | None
     modules_to_not_convert: list[str]
     matrices: dict[str, Matrix]
     squares: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -60,8 +63,8 @@ class Quantization:
         """`quantization_config` for config.json."""
         return {
             "quant_method": METHOD,
-            "bits": self.bits,
-            "group_size": GROUP_SIZE if self.bits == 4 else None,
+            "bits": 4 if self.group_size else 8,
+            "group_size": self.group_size,
             "modules_to_not_convert": self.modules_to_not_convert,
         }
 
@@ -74,11 +77,11 @@ class Quantization:
         rows = tensor.t() if matrix.transposed else tensor
         error = total = 0.0
         for block in rows.split(max(1, _BLOCK // rows.shape[1])):
-            block = block.float()
+            block = block.float().contiguous()
             total += block.square().sum(dtype=torch.float64).item()
             if not math.isfinite(total):
                 raise CheckpointError(f"{name} holds numbers that are not finite: it cannot be quantised")
-            weight, scale, off = _to_int8(block) if matrix.bits == 8 else _to_int4(block, GROUP_SIZE)
+            weight, scale, off = _to_int4(block, matrix.group_size) if matrix.group_size else _to_int8(block)
             error += off
             yield weight, scale
         self.squares[name] = error, total
@@ -89,8 +92,10 @@ class Quantization:
             return "nothing was quantised"
         error, total = (sum(column) for column in zip(*self.squares.values(), strict=True))
         worst = max(self.squares, key=lambda name: _relative(*self.squares[name]))
+        counts = Counter("int4" if matrix.group_size else "int8" for matrix in self.matrices.values())
+        kinds = " and ".join(f"{count} in {kind}" for kind, count in counts.most_common())
         return (
-            f"{len(self.squares)} matrices in int{self.bits}, off by {_relative(error, total):.2%} (root mean square), "
+            f"matrices: {kinds}, off by {_relative(error, total):.2%} (root mean square), "
             f"most in {worst}: {_relative(*self.squares[worst]):.2%}"
         )
 
@@ -98,28 +103,23 @@ class Quantization:
 def plan_quantization(model_dir: Path, kind: str, shapes: dict[str, list[int]]) -> Quantization:
     """What to quantise in the checkpoint in `model_dir`, whose tensors have `shapes`.
 
-    Raises LoadError for what is not a causal language model of transformers, UserError where a matrix does not divide
-    into groups.
+    Raises LoadError for what is not a causal language model of transformers.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(read_config(model_dir, Settings()))
-    bits = matrices(model, BITS[kind])
+    bits = matrices(model, group_size := GROUP_SIZES[kind])
     names = _checkpoint_names(model, shapes)
     found = {
-        names[f"{module}.weight"]: Matrix(of, isinstance(model.get_submodule(module), Conv1D))
+        names[f"{module}.weight"]: Matrix(group_size if of == 4 else None, type(model.get_submodule(module)) is Conv1D)
         for module, of in bits.items()
         if f"{module}.weight" in names
     }
-    for name, matrix in found.items():
-        width = shapes[name][0 if matrix.transposed else 1]
-        if matrix.bits == 4 and width % GROUP_SIZE:
-            raise UserError(f"{name} has {width} columns, which groups of {GROUP_SIZE} do not divide: use int8")
     # A tied head is not stored. Others are put together of several tensors while loading, and stay as they are.
     stored = {module for module in bits if f"{module}.weight" in names}
     for pair in model.all_tied_weights_keys.items():
         ends = {name.removesuffix(".weight") for name in pair}
         stored |= ends if ends & stored else set()
-    return Quantization(BITS[kind], sorted(bits.keys() - stored), found)
+    return Quantization(group_size, sorted(bits.keys() - stored), found)
 
 
 def _checkpoint_names(model: PreTrainedModel, shapes: dict[str, list[int]]) -> dict[str, str]:

@@ -143,8 +143,7 @@ def _plan_shards(
         names.add(name)
         if quantization and (matrix := quantization.matrices.get(name)):
             weight, scale = matrix.shapes(tensor.shape)
-            integers = torch.int8 if matrix.bits == 8 else torch.uint8
-            entries = [Entry.of(name, integers, weight), Entry.of(f"{name}_scale", torch.bfloat16, scale)]
+            entries = [Entry.of(name, matrix.dtype, weight), Entry.of(f"{name}_scale", torch.bfloat16, scale)]
         else:
             new_dtype = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
             entries = [Entry.of(name, new_dtype, list(tensor.shape))]

@@ -62,7 +62,7 @@ class PlainIntConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json.
 
     bits: 8, with a scale for each row of a matrix, or 4, with a scale and a zero for each `group_size` numbers of it;
-        embeddings and the head are in 8 bits also then.
+        some are in 8 bits also then, see `matrices`.
     modules_to_not_convert: matrices that are stored as they were.
     Raises LoadError for other values.
     """
@@ -90,7 +90,7 @@ class PlainIntQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
-        changed = matrices(model, config.bits)
+        changed = matrices(model, config.group_size)
         for name in config.modules_to_not_convert:
             changed.pop(name, None)
         for name, bits in changed.items():
@@ -113,16 +113,17 @@ class PlainIntQuantizer(HfQuantizer):
         return False
 
 
-def matrices(model: PreTrainedModel, bits: int) -> dict[str, int]:
-    """The modules whose `weight` can be integers, and of how many bits: linear layers, and in 8 bits at least the head
-    and embeddings as large as the words' own, because 4 bits there cost more than in all other matrices together.
+def matrices(model: PreTrainedModel, group_size: int | None) -> dict[str, int]:
+    """The modules whose `weight` can be integers, and of how many bits: linear layers, and embeddings as large as the
+    words' own. Small embeddings, such as those of positions, and modules that must stay in float32 are left out.
 
-    Small embeddings, such as those of positions, and modules that must stay in float32 are left out.
+    group_size: None for 8 bits everywhere. Otherwise 4, but for embeddings and the head, where it would do more harm
+    than in all other matrices together, and matrices that groups of this size do not divide.
     """
     words = cast(nn.Parameter, model.get_input_embeddings().weight).numel()
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     found = {
-        name: bits if type(module) in _LINEAR and module is not model.get_output_embeddings() else 8
+        name: module
         for name, module in model.named_modules()
         if (type(module) in _LINEAR or (isinstance(module, nn.Embedding) and module.weight.numel() >= words))
         and not kept & set(name.split("."))
@@ -132,14 +133,24 @@ def matrices(model: PreTrainedModel, bits: int) -> dict[str, int]:
         if not all(name in found for name in names):
             for name in names:
                 found.pop(name, None)
-    return found
+    head = model.get_output_embeddings()
+    wide = {name for name, module in found.items() if isinstance(module, nn.Embedding) or module is head}
+    if group_size is None:
+        return dict.fromkeys(found, 8)
+    return {name: 8 if name in wide or _shape(module)[1] % group_size else 4 for name, module in found.items()}
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """[out, in] of its matrix."""
+    shape = cast(nn.Parameter, module.weight).shape
+    return (shape[1], shape[0]) if type(module) is Conv1D else (shape[0], shape[1])
 
 
 def _change(module: nn.Module, group_size: int | None, dtype: torch.dtype) -> None:
     """Make `module`, which has no weights yet, one of int4 in groups, or of int8. It keeps all else, its class's own
     forward too where that is an embedding's which goes on with what nn.Embedding gives it."""
     kind, before = type(module), cast(nn.Parameter, module.weight)
-    height, width = before.t().shape if kind is Conv1D else before.shape
+    height, width = _shape(module)
     if group_size is None:
         weight = before.new_empty(height, width, dtype=torch.int8)
         scale = before.new_empty(height, dtype=dtype)

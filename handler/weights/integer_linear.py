@@ -88,7 +88,8 @@ def _widened_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tens
     if weight.dtype == torch.int8:
         return output.mul_(scale)
     # What zeros add is the same for all columns of a group: [rows, groups] times [groups, out].
-    return output.addmm_(rows.view(len(rows), len(scale), -1).sum(-1), scale[..., 1] - 8 * scale[..., 0])
+    sums = rows.unflatten(1, (len(scale), -1)).sum(-1)
+    return output.addmm_(sums, scale[..., 1] - 8 * scale[..., 0])
 
 
 def _widened_blocks(

@@ -4,6 +4,9 @@ Importing this file tells transformers of them. Where config.json names the meth
 before anything is loaded, so that tensors on any tier, the disk included, are read as they lie in the files.
 """
 
+import functools
+import inspect
+import re
 from typing import Any, cast
 
 import torch
@@ -47,7 +50,9 @@ class QuantizedEmbedding(nn.Embedding):
     weight_scale: nn.Parameter
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.weight[input] * self.weight_scale[input].unsqueeze(-1)
+        rows = self.weight[input] * self.weight_scale[input].unsqueeze(-1)
+        factor = getattr(self, "embed_scale", 1)  # of the library's many classes of scaled embeddings
+        return rows * (factor.to(rows.dtype) if isinstance(factor, torch.Tensor) else factor)
 
 
 _LINEAR: dict[type[nn.Module], type[nn.Module]] = {
@@ -55,6 +60,8 @@ _LINEAR: dict[type[nn.Module], type[nn.Module]] = {
     FalconLinear: QuantizedLinear,
     Conv1D: QuantizedConv1D,
 }
+# With BLOOM's slow_but_exact, and with embeddings in place of tokens.
+_READ_IN_UNUSED_BRANCHES = ("BloomAttention", "BloomMLP", "Gemma4TextModel")
 
 
 @register_quantization_config(METHOD)
@@ -115,7 +122,8 @@ class PlainIntQuantizer(HfQuantizer):
 
 def matrices(model: PreTrainedModel, group_size: int | None) -> dict[str, int]:
     """The modules whose `weight` can be integers, and of how many bits: linear layers, and embeddings as large as the
-    words' own. Small embeddings, such as those of positions, and modules that must stay in float32 are left out.
+    words' own. Small embeddings, such as those of positions, are left out, and so are modules that must stay in float32
+    and those whose weight another's code takes in its own hands.
 
     group_size: None for 8 bits everywhere. Otherwise 4, but for embeddings and the head, where it would do more harm
     than in all other matrices together, and matrices that groups of this size do not divide.
@@ -125,8 +133,9 @@ def matrices(model: PreTrainedModel, group_size: int | None) -> dict[str, int]:
     found = {
         name: module
         for name, module in model.named_modules()
-        if (type(module) in _LINEAR or (isinstance(module, nn.Embedding) and module.weight.numel() >= words))
+        if (type(module) in _LINEAR or (_is_embedding(module) and module.weight.numel() >= words))
         and not kept & set(name.split("."))
+        and not _reads_weight(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
     }
     for tied in model.all_tied_weights_keys.items():  # both, or neither
         names = [name.removesuffix(".weight") for name in tied]
@@ -140,6 +149,27 @@ def matrices(model: PreTrainedModel, group_size: int | None) -> dict[str, int]:
     return {name: 8 if name in wide or _shape(module)[1] % group_size else 4 for name, module in found.items()}
 
 
+def _is_embedding(module: nn.Module) -> bool:
+    return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"))
+
+
+def _reads_weight(parent: nn.Module, child: str) -> bool:
+    """Whether a module's code multiplies by its child's weight itself, or looks at its dtype: that would take integers
+    for numbers."""
+    kind = type(parent)
+    if kind.__name__ in _READ_IN_UNUSED_BRANCHES:
+        return False
+    return re.search(rf"self\.{child}\.weight\b", _source(kind)) is not None  # type: ignore[arg-type]  # a type has a hash
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # it has no file
+        return ""
+
+
 def _shape(module: nn.Module) -> tuple[int, int]:
     """[out, in] of its matrix."""
     shape = cast(nn.Parameter, module.weight).shape
@@ -147,8 +177,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _change(module: nn.Module, group_size: int | None, dtype: torch.dtype) -> None:
-    """Make `module`, which has no weights yet, one of int4 in groups, or of int8. It keeps all else, its class's own
-    forward too where that is an embedding's which goes on with what nn.Embedding gives it."""
+    """Make `module`, which has no weights yet, one of int4 in groups, or of int8. It keeps all else."""
     kind, before = type(module), cast(nn.Parameter, module.weight)
     height, width = _shape(module)
     if group_size is None:
@@ -159,10 +188,9 @@ def _change(module: nn.Module, group_size: int | None, dtype: torch.dtype) -> No
         scale = before.new_empty(width // group_size, height, 2, dtype=dtype)
     if kind in _LINEAR:
         module.__class__ = _LINEAR[kind]
-    elif kind is nn.Embedding:
-        module.__class__ = QuantizedEmbedding
-    else:
-        module.__class__ = type(f"Quantized{kind.__name__}", (kind, QuantizedEmbedding), {})
+    else:  # a scaled embedding stays one: its model sets the scale of those it knows by their class
+        bases = (QuantizedEmbedding,) if kind is nn.Embedding else (QuantizedEmbedding, kind)
+        module.__class__ = type(f"Quantized{kind.__name__}", bases, {})
     for name, tensor in (("weight", weight), ("weight_scale", scale)):
         parameter = nn.Parameter(tensor, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers cannot draw random integers

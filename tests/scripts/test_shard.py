@@ -226,6 +226,90 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path, import_memory, form)
     assert peak - import_memory <= 2 * 25 * MB
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_memory_does_not_grow_with_what_is_quantized(tmp_path, kind) -> None:
+    peaks = []
+    for layers in (1, 9):  # of 13 MB
+        model, output = tmp_path / f"{layers}", tmp_path / f"{layers}-out"
+        shape = {"vocab_size": 256, "hidden_size": 512, "n_head": 4}
+        BloomForCausalLM(BloomConfig(**shape, n_layer=layers)).save_pretrained(model)
+        args = ["--model-dir", str(model), "--output-dir", str(output), "--max-shard-size", "5MB"]
+        peaks.append(peak_memory("-m", "scripts.shard", *args, "--quantize", kind))
+    assert peaks[1] - peaks[0] <= 25 * MB
+
+
+# Integers. What models make of them: tests/weights/test_quantized.py.
+
+
+@pytest.mark.parametrize("form", ["single", "sharded", "bin", "sharded bin"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_matrices_become_integers_beside_their_scales_and_the_rest_stays(bloom, tmp_path, form, kind, capsys) -> None:
+    source = save(bloom, tmp_path / "in", form)
+    output = resharded(source, "--quantize", kind)
+
+    small = torch.uint8 if kind == "int4" else torch.int8
+    stored = {name: tensor for path in output.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for name, tensor in bloom.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        if tensor.dim() == 1:
+            assert torch.equal(stored[name], tensor), name
+            continue
+        words = name == "transformer.word_embeddings.weight"
+        assert stored[name].dtype == (torch.int8 if words else small), name
+        assert stored[f"{name}_scale"].dtype == torch.bfloat16
+    index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
+    for name in stored:
+        assert index[name] == index[name.removesuffix("_scale")]
+        # PyTorch's kernel ends the process where int8 begins at an address that is no multiple of 16.
+        assert stored[name].dtype != torch.int8 or offset_in(output / index[name], name) % 16 == 0
+    assert max(path.stat().st_size for path in output.glob("*.safetensors")) < LIMIT
+    config = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert config == {
+        "quant_method": "plain-int",
+        "bits": 4 if kind == "int4" else 8,
+        "group_size": 32 if kind == "int4" else None,
+        "modules_to_not_convert": [],
+    }
+    said = capsys.readouterr().out.splitlines()[-1]
+    counts = "12 in int4 and 1 in int8" if kind == "int4" else "13 in int8"
+    assert said.startswith(f"matrices: {counts}, off by ") and "%" in said and "most in transformer." in said
+
+
+def test_names_without_the_models_prefix_as_blooms_own_checkpoints_have_them(bloom, tmp_path) -> None:
+    source = tmp_path / "in"
+    bloom.transformer.save_pretrained(source)
+    config = json.loads((source / "config.json").read_text()) | {"architectures": ["BloomForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(config))
+    stored = load_file(resharded(source, "--quantize", "int8", "--max-shard-size", "2GB") / "model.safetensors")
+    assert stored["h.0.mlp.dense_h_to_4h.weight"].dtype == torch.int8
+    assert stored["word_embeddings.weight_scale"].shape == (256,)
+
+
+def test_what_cannot_be_quantized_is_refused(bloom, tmp_path, capsys) -> None:
+    source = save(bloom, tmp_path / "in", "single")
+    args = ["--output-dir", tmp_path / "out", "--model-dir", source, "--quantize"]
+    with pytest.raises(SystemExit):
+        run(*args, "int3")
+    assert "invalid choice: 'int3' (choose from int8, int4)" in capsys.readouterr().err.replace(
+        "'int8', 'int4'", "int8, int4"
+    )
+
+    tensors = load_file(source / "model.safetensors")
+    tensors["transformer.h.1.mlp.dense_h_to_4h.weight"][3, 4] = float("nan")
+    save_file(tensors, source / "model.safetensors")
+    fails_with(capsys, [*args, "int4"], "h.1.mlp.dense_h_to_4h.weight", "not finite")
+    assert not (tmp_path / "out").exists()
+
+    quantized = resharded(save(bloom, tmp_path / "again", "single"), "--quantize", "int8")
+    again = ["--output-dir", tmp_path / "out", "--model-dir", quantized]
+    fails_with(capsys, [*again, "--quantize", "int8"], "quantized already")
+    fails_with(capsys, [*again, "--dtype", "float16"], "quantized", "--dtype keep")
+    (source / "config.json").write_text('{"model_type": "vit"}')
+    fails_with(capsys, [*args, "int8"], "no causal language model")
+
+
 # What goes wrong.
 
 

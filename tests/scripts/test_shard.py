@@ -230,13 +230,13 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path, import_memory, form)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_memory_does_not_grow_with_what_is_quantized(tmp_path, kind) -> None:
     peaks = []
-    for layers in (1, 9):  # of 13 MB
+    for layers in (4, 20):  # of 13 MB
         model, output = tmp_path / f"{layers}", tmp_path / f"{layers}-out"
         shape = {"vocab_size": 256, "hidden_size": 512, "n_head": 4}
         BloomForCausalLM(BloomConfig(**shape, n_layer=layers)).save_pretrained(model)
         args = ["--model-dir", str(model), "--output-dir", str(output), "--max-shard-size", "5MB"]
         peaks.append(peak_memory("-m", "scripts.shard", *args, "--quantize", kind))
-    assert peaks[1] - peaks[0] <= 25 * MB
+    assert peaks[1] - peaks[0] <= 50 * MB  # of 200
 
 
 # Integers. What models make of them: tests/weights/test_quantized.py.
@@ -246,7 +246,7 @@ def test_memory_does_not_grow_with_what_is_quantized(tmp_path, kind) -> None:
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_matrices_become_integers_beside_their_scales_and_the_rest_stays(bloom, tmp_path, form, kind, capsys) -> None:
     source = save(bloom, tmp_path / "in", form)
-    output = resharded(source, "--quantize", kind)
+    output = resharded(source, "--quantize", kind, "--max-shard-size", 15_000)
 
     small = torch.uint8 if kind == "int4" else torch.int8
     stored = {name: tensor for path in output.glob("*.safetensors") for name, tensor in load_file(path).items()}
@@ -264,7 +264,8 @@ def test_matrices_become_integers_beside_their_scales_and_the_rest_stays(bloom, 
         assert index[name] == index[name.removesuffix("_scale")]
         # PyTorch's kernel ends the process where int8 begins at an address that is no multiple of 16.
         assert stored[name].dtype != torch.int8 or offset_in(output / index[name], name) % 16 == 0
-    assert max(path.stat().st_size for path in output.glob("*.safetensors")) < LIMIT
+    for path in output.glob("*.safetensors"):
+        assert sum(tensor.nbytes for tensor in load_file(path).values()) <= 15_000
     config = json.loads((output / "config.json").read_text())["quantization_config"]
     assert config == {
         "quant_method": "plain-int",
@@ -273,7 +274,8 @@ def test_matrices_become_integers_beside_their_scales_and_the_rest_stays(bloom, 
         "modules_to_not_convert": [],
     }
     said = capsys.readouterr().out.splitlines()[-1]
-    counts = "12 in int4 and 1 in int8" if kind == "int4" else "13 in int8"
+    wide = 2 if "lm_head.weight" in stored else 1  # embedding and head, where two files hold what is tied
+    counts = f"12 in int4 and {wide} in int8" if kind == "int4" else f"{12 + wide} in int8"
     assert said.startswith(f"matrices: {counts}, off by ") and "%" in said and "most in transformer." in said
 
 
@@ -299,7 +301,9 @@ def test_what_cannot_be_quantized_is_refused(bloom, tmp_path, capsys) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors["transformer.h.1.mlp.dense_h_to_4h.weight"][3, 4] = float("nan")
     save_file(tensors, source / "model.safetensors")
-    fails_with(capsys, [*args, "int4"], "h.1.mlp.dense_h_to_4h.weight", "not finite")
+    assert run(*args, "int4") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: transformer.h.1.mlp.dense_h_to_4h.weight") and "not finite" in error
     assert not (tmp_path / "out").exists()
 
     quantized = resharded(save(bloom, tmp_path / "again", "single"), "--quantize", "int8")

@@ -17,13 +17,13 @@ from transformers import (
 from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-import handler.weights.quantized  # noqa: F401  # tells transformers of our int8 and int4
 from handler.errors import LoadError, first_line
 from handler.memory import device_limits, free_memory
 from handler.settings import Settings
 from handler.weights.files import weight_files
 from handler.weights.fused_gelu import fuse_gelu
 from handler.weights.placement import Placement, device_map, max_memory
+from handler.weights.quantized import quantize_modules
 from handler.weights.streaming import StreamedWeights, stream_weights
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import AutoHfQuantizer, HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from handler.errors import LoadError
@@ -118,6 +118,13 @@ class PlainIntQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def quantize_modules(model: PreTrainedModel) -> None:
+    """Change the modules of a model without weights as loading would, where its config names the method."""
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization and quantization["quant_method"] == METHOD:
+        AutoHfQuantizer.from_config(quantization).preprocess_model(model)
 
 
 def matrices(model: PreTrainedModel, group_size: int | None) -> dict[str, int]:

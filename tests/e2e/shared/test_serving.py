@@ -6,8 +6,7 @@ import pytest
 import requests
 
 from tests.e2e.asking import PROMPT, describe, predict
-from tests.e2e.shared.conftest import OFFLOADED_SETTINGS, SETTINGS
-from tests.models import SAMPLE_SETUP_CONFIG
+from tests.e2e.shared.conftest import OFFLOADED_SETTINGS, SAMPLE_SETTINGS, SETTINGS
 
 PROMPTS = [PROMPT, "The quick brown fox jumps over the lazy dog, again", "東京"]
 
@@ -18,7 +17,7 @@ PROMPTS = [PROMPT, "The quick brown fox jumps over the lazy dog, again", "東京
         ("continuous", "bloom", SETTINGS, {"cpu"}),
         ("plain", "bloom", SETTINGS, {"cpu"}),
         ("offloaded", "bloom", OFFLOADED_SETTINGS, {"cpu", "disk"}),
-        ("sample", "other_bloom", SAMPLE_SETUP_CONFIG, {"cpu"}),
+        ("sample", "other_bloom", SAMPLE_SETTINGS, {"cpu"}),
     ],
 )
 def test_the_text_is_what_generate_gives(request, generated, name, folder, settings, tiers):
@@ -33,7 +32,7 @@ def test_the_text_is_what_generate_gives(request, generated, name, folder, setti
 
 def test_two_at_once_share_nothing(continuous, sample, generated, other_bloom):
     answers = [predict(server.url, PROMPT, max_new_tokens=20).json() for server in (continuous, sample)]
-    one, two = generated(new_tokens=20), generated(new_tokens=20, folder=other_bloom, settings=SAMPLE_SETUP_CONFIG)
+    one, two = generated(new_tokens=20), generated(new_tokens=20, folder=other_bloom, settings=SAMPLE_SETTINGS)
     assert one != two
     assert answers == [{"predictions": [one]}, {"predictions": [two]}]
 

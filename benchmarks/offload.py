@@ -66,7 +66,7 @@ settings = Settings(max_batch_size=32, max_sequence_length=64, **options)
 loaded = load_model(folder, settings, folder.parent / "work")
 settings = with_kv_cache_limit(settings, loaded.model, loaded.placement)
 if loaded.streamed:
-    loaded.streamed.keep(page_cache_room(settings, loaded.model, loaded.placement))
+    loaded.streamed.keep_in_page_cache(page_cache_room(settings, loaded.model, loaded.placement))
 engine = Engine(loaded.model, loaded.tokenizer, settings)
 report = {"seconds_to_ready": time.perf_counter() - started, "resident_at_ready": status("RssAnon")}
 parameters = {"min_new_tokens": new, "max_new_tokens": new}
@@ -93,7 +93,7 @@ if streamed:
     rate = (disk_reads() - read) / seconds
     report |= {
         "bytes_read_over_disk_tier": (disk_reads() - read) / steps / on_disk,
-        "method": str(streamed.reader.way),
+        "method": str(streamed.reader.method),
         "read_rate_over_raw": rate / streamed.rate,
         "raw_bytes_per_second": streamed.rate,
         "share_waited": (streamed.wait_seconds - waited) / (engine.forward_seconds - forward),

@@ -74,7 +74,7 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     _own_resident_weights(model)
     streamed = stream_weights(model, placement.read_ahead_bytes)
     if streamed is not None:
-        logger.info("what is on disk is read with %s, %.2f GB/s", streamed.reader.way, streamed.rate / 1e9)
+        logger.info("what is on disk is read with %s, %.2f GB/s", streamed.reader.method, streamed.rate / 1e9)
     return LoadedModel(model, tokenizer, placed, placement, streamed)
 
 

@@ -44,7 +44,7 @@ class LargeModelHandler(BaseHandler):
         self.model, placement = self.loaded.model, self.loaded.placement
         config = with_kv_cache_limit(self.settings, self.model, placement)
         if self.loaded.streamed:
-            self.loaded.streamed.keep(page_cache_room(config, self.model, placement))
+            self.loaded.streamed.keep_in_page_cache(page_cache_room(config, self.model, placement))
         self.engine = Engine(self.loaded.model, self.loaded.tokenizer, config)
         self.model_info = ModelInfo(
             name=context.model_name,
@@ -128,7 +128,7 @@ class LargeModelHandler(BaseHandler):
         if not (streamed := self.loaded.streamed):
             return None
         return {
-            "method": str(streamed.reader.way),
+            "method": str(streamed.reader.method),
             "measured_bytes_per_second": int(streamed.rate),
             "bytes_read": streamed.reader.bytes_read,
             "share_waited": round(streamed.wait_seconds / max(self.engine.forward_seconds, 1e-9), 3),

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from handler.errors import CheckpointError, first_line
+from handler.weights import safetensors_format
 from handler.weights.files import weight_files
 from scripts.console import UserError, format_size, parse_size_option, require_space, run
 
@@ -33,25 +34,7 @@ SHARD_RECORD = "shard.json"
 # Elements converted and written at once: 32 MB of float32. Memory grows by this and no more.
 PIECE = 2**23
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# The names of the safetensors format.
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+DTYPE_NAMES = {dtype: name for name, dtype in safetensors_format.DTYPES.items()}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Weights in any format and what describes only them. Everything else is copied.
 NOT_COPIED = shutil.ignore_patterns(
@@ -111,7 +94,7 @@ def _tensors_to_store(files: list[Path], tied: bool) -> Iterator[tuple[str, torc
     for file in files:
         stored = set()
         for name, tensor in _tensors(file):
-            if not isinstance(tensor, torch.Tensor) or tensor.dtype not in CODES:
+            if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
                 raise CheckpointError(f"{file}: {name} is {kind}, which safetensors cannot hold; is it a state dict?")
             memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -167,7 +150,7 @@ def _write_shard(
     end = 0
     for entry in written:
         start, end = end, end + entry.size
-        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
+        header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
     # One buffer for all: an allocation for each piece makes the heap grow by several of them.

@@ -17,15 +17,15 @@ from .kv_cache import ForwardContext
 UNSEEN = torch.iinfo(torch.int64).max  # the position of a key that nobody may see
 
 
-def key_positions(lengths: torch.Tensor, counts: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-    """Positions of a forward's keys [rows, kv_length], of rows that hold `lengths` tokens and get `counts` new ones,
-    both [rows, 1]. Columns that hold nothing of a row are UNSEEN."""
+def key_positions(lengths: torch.Tensor, num_new_tokens: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+    """Positions of a forward's keys [rows, kv_length], of rows that hold `lengths` tokens and get
+    `num_new_tokens`, both [rows, 1]. Columns that hold nothing of a row are UNSEEN."""
     if context.query_length == 1:  # each row's new token stands in its own next column
         columns = torch.arange(context.kv_length)
         return torch.where(columns <= lengths, columns, UNSEEN)
     # New tokens stand in common columns behind the longest row.
     past, new = torch.arange(context.past_length), torch.arange(context.query_length)
-    past, new = torch.where(past < lengths, past, UNSEEN), torch.where(new < counts, lengths + new, UNSEEN)
+    past, new = torch.where(past < lengths, past, UNSEEN), torch.where(new < num_new_tokens, lengths + new, UNSEEN)
     return torch.cat([past, new], dim=1)
 
 

@@ -185,9 +185,9 @@ class Engine:
         if isinstance(logits, EngineError):
             self._fail_batch(batch, logits)
             return
-        kept = batch.logits_to_keep
-        ends = list(itertools.accumulate(kept))
-        for sequence, end, count in zip(batch.sequences, ends, kept, strict=True):
+        logits_to_keep = batch.logits_to_keep
+        ends = list(itertools.accumulate(logits_to_keep))
+        for sequence, end, count in zip(batch.sequences, ends, logits_to_keep, strict=True):
             if sequence.needs_prompt_logprobs:
                 _report_prompt_logprobs(sequence, logits[end - count : end])
         completed = [index for index in range(len(ends)) if batch.completes(index)]

@@ -37,16 +37,16 @@ class ModelRunner:
 
         Returns logits [sum(batch.logits_to_keep), vocab] in the model's dtype, the sequences one after the other.
         """
-        sequences, counts = batch.sequences, batch.num_scheduled_tokens
+        sequences, num_new_tokens = batch.sequences, batch.num_scheduled_tokens
         lengths = [sequence.num_cached_tokens for sequence in sequences]
-        context = self._cache.prepare_forward(sequences[0].row, lengths, counts, batch.cache_shape)
+        context = self._cache.prepare_forward(sequences[0].row, lengths, num_new_tokens, batch.cache_shape)
         width = context.query_length
         token_ids = [
             sequence.next_token_ids(count) + [0] * (width - count)
-            for sequence, count in zip(sequences, counts, strict=True)
+            for sequence, count in zip(sequences, num_new_tokens, strict=True)
         ]
         new = torch.arange(width)  # [width]
-        count, length = torch.tensor(counts)[:, None], torch.tensor(lengths)[:, None]  # [rows, 1]
+        count, length = torch.tensor(num_new_tokens)[:, None], torch.tensor(lengths)[:, None]  # [rows, 1]
         keep = (new < count) & (new >= count - torch.tensor(batch.logits_to_keep)[:, None])
         inputs = {
             "input_ids": torch.tensor(token_ids).to(self.device),  # [rows, width]

@@ -109,8 +109,8 @@ class Scheduler:
                 budget -= count if sequence.is_prefilling else 0
         batches = [long, short, prefill]
         if self._mixed_batch:
-            counts = long.num_scheduled_tokens + short.num_scheduled_tokens + prefill.num_scheduled_tokens
-            batches = [Batch(long.sequences + short.sequences + prefill.sequences, counts)]
+            num_tokens = long.num_scheduled_tokens + short.num_scheduled_tokens + prefill.num_scheduled_tokens
+            batches = [Batch(long.sequences + short.sequences + prefill.sequences, num_tokens)]
         batches = [batch for batch in batches if batch.sequences]
         for batch in batches:
             batch.cache_shape = self._cache_shape(chunk)

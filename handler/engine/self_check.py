@@ -76,11 +76,11 @@ def _largest_difference(model: PreTrainedModel, architecture: Architecture) -> f
     return max(_median_difference(of_longer, of_whole[7:]), _median_difference(of_shorter, of_whole[3:]))
 
 
-def _forward(runner: ModelRunner, counts: dict[_Row, int]) -> tuple[torch.Tensor, ...]:
+def _forward(runner: ModelRunner, new_tokens: dict[_Row, int]) -> tuple[torch.Tensor, ...]:
     """Carry rows on by so many tokens; logits [tokens, vocab] of each."""
-    batch = Batch(cast(list[Sequence], list(counts)), list(counts.values()), (len(counts), _TOKENS))
+    batch = Batch(cast(list[Sequence], list(new_tokens)), list(new_tokens.values()), (len(new_tokens), _TOKENS))
     logits = runner.forward(batch).float()
-    for row, count in counts.items():
+    for row, count in new_tokens.items():
         row.num_cached_tokens += count
     return logits.split(batch.num_scheduled_tokens)
 

@@ -115,13 +115,13 @@ class Strict(BaseModel):
         """Here and not by pydantic, which would make an error of each of 100,000 unknown fields."""
         if not isinstance(body, dict):
             return body
-        given = {name: value for name, value in body.items() if value is not None}
+        specified = {name: value for name, value in body.items() if value is not None}
         known = [field.alias or name for name, field in cls.model_fields.items()]
-        for name in given:
+        for name in specified:
             if name not in known:
                 context = {"name": name, "known": ", ".join(known)}
                 raise PydanticCustomError("unknown", "this field is not supported; send only {known}", context)
-        return given
+        return specified
 
 
 def text_or(kind: type) -> Discriminator:

@@ -136,12 +136,12 @@ def matrices(model: PreTrainedModel, group_size: int | None) -> dict[str, int]:
     than in all other matrices together, and matrices that groups of this size do not divide.
     """
     words = cast(nn.Parameter, model.get_input_embeddings().weight).numel()
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    in_float32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     found = {
         name: module
         for name, module in model.named_modules()
         if (type(module) in _LINEAR or (_is_embedding(module) and module.weight.numel() >= words))
-        and not kept & set(name.split("."))
+        and not in_float32 & set(name.split("."))
         and not _reads_weight(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
     }
     for tied in model.all_tied_weights_keys.items():  # both, or neither

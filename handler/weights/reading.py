@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 4096  # bytes, which direct reads need of offsets, sizes and addresses
 _PIECE = 4 << 20  # bytes of one read; larger ones gain nothing, smaller ones leave the disk idle between them
-_CALIBRATION = 2.0  # seconds, for all ways together
-_WORTH = 1.1  # how much faster a way has to be than one that is named before it
+_CALIBRATION = 2.0  # seconds, for all methods together
+_WORTH = 1.1  # how much faster a method has to be than one before it
 
 
-class Way(NamedTuple):
-    """How to read. direct: past the page cache. advised: the kernel is told what is wanted before it is read."""
+class ReadMethod(NamedTuple):
+    """How to read. direct: past the page cache. advised: the kernel is told what will be read."""
 
     direct: bool
     advised: bool
@@ -33,13 +33,13 @@ class Way(NamedTuple):
 
 
 # Direct reads first: they cost no copy and push nothing out of the page cache.
-WAYS = (
-    Way(True, False, 2),
-    Way(True, False, 1),
-    Way(True, False, 4),
-    Way(False, False, 1),
-    Way(False, False, 2),
-    Way(False, True, 1),
+READ_METHODS = (
+    ReadMethod(True, False, 2),
+    ReadMethod(True, False, 1),
+    ReadMethod(True, False, 4),
+    ReadMethod(False, False, 1),
+    ReadMethod(False, False, 2),
+    ReadMethod(False, True, 1),
 )
 
 
@@ -69,27 +69,27 @@ class Range:
 class Reader:
     """Reads with a pool of threads. bytes_read: how many so far, whole blocks."""
 
-    def __init__(self, way: Way):
-        self.way = way
+    def __init__(self, method: ReadMethod):
+        self.method = method
         self.bytes_read = 0
-        self._pool = ThreadPoolExecutor(way.threads, thread_name_prefix="weights")
+        self._pool = ThreadPoolExecutor(method.threads, thread_name_prefix="weights")
         self._files: dict[tuple[Path, bool], FileIO] = {}  # by path, and whether it is open for direct reads
 
-    def start(self, wanted: Range, buffer: memoryview, cached: bool = False) -> list[Future]:
-        """Begin to read the blocks around `wanted` into `buffer`, at least `aligned_size` bytes at an aligned address.
+    def start(self, source: Range, buffer: memoryview, cached: bool = False) -> list[Future]:
+        """Begin to read the blocks around `source` into `buffer`, at least `aligned_size` bytes at an aligned address.
 
-        cached: leave them in the page cache, and look for them there, whatever the way.
+        cached: leave them in the page cache, and look for them there, whatever the method.
         Each future raises OSError when the file cannot be read, or ends too early.
         """
-        needed = wanted.start + wanted.size - wanted.aligned_start
-        buffer = buffer[: wanted.aligned_size]
-        if self.way.advised:
-            self._pool.submit(self._advise, wanted.path, wanted.aligned_start, needed)
+        needed = source.start + source.size - source.aligned_start
+        buffer = buffer[: source.aligned_size]
+        if self.method.advised:
+            self._pool.submit(self._advise, source.path, source.aligned_start, needed)
         return [
             self._pool.submit(
                 self._read,
-                wanted.path,
-                wanted.aligned_start + at,
+                source.path,
+                source.aligned_start + at,
                 buffer[at : at + _PIECE],
                 min(needed - at, _PIECE),
                 cached,
@@ -106,7 +106,7 @@ class Reader:
 
     def _read(self, path: Path, start: int, buffer: memoryview, needed: int, cached: bool = False) -> None:
         """At least the first `needed` bytes of `buffer` from the file's byte `start` on."""
-        done, direct = 0, self.way.direct and not cached
+        done, direct = 0, self.method.direct and not cached
         try:
             file = self._file(path, direct)
             while done < needed:
@@ -133,47 +133,47 @@ class Reader:
 
 
 def fastest_reader(ranges: Sequence[Range], seconds: float = _CALIBRATION) -> tuple[Reader, float]:
-    """The way to read that is fastest on the disk that holds `ranges`, tried on them for so many seconds in all.
+    """A reader by the method that is fastest on the disk of `ranges`; all are tried on them, for `seconds` together.
 
-    Also returns the bytes a second that it reached. Ways that the file system refuses are left out.
+    Also returns the bytes a second that it reached. Methods that the file system refuses are left out.
     Raises OSError when none can read them.
     """
-    best: Way | None = None
+    best: ReadMethod | None = None
     best_rate, problem = 0.0, OSError()
     pieces = [(r, at) for r in ranges for at in range(0, r.aligned_size, _PIECE)]
     for path in {r.path for r in ranges}:
         with path.open("rb") as file:  # the disk is to be measured, not what is in memory of a file just written
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    for number, way in enumerate(WAYS):
-        # Each way begins elsewhere, so that none finds in a cache what another has read.
-        first = len(pieces) * number // len(WAYS)
+    for number, method in enumerate(READ_METHODS):
+        # Each method begins elsewhere, so that none finds in a cache what another has read.
+        first = len(pieces) * number // len(READ_METHODS)
         try:
-            rate = _rate(way, pieces[first:] + pieces[:first], seconds / len(WAYS))
+            rate = _rate(method, pieces[first:] + pieces[:first], seconds / len(READ_METHODS))
         except OSError as error:
             problem = error
             continue
-        logger.debug("%s: %.2f GB/s", way, rate / 1e9)
+        logger.debug("%s: %.2f GB/s", method, rate / 1e9)
         if best is None or rate > best_rate * _WORTH:
-            best, best_rate = way, rate
+            best, best_rate = method, rate
     if best is None:
         raise problem
     return Reader(best), best_rate
 
 
-def _rate(way: Way, pieces: Sequence[tuple[Range, int]], seconds: float) -> float:
-    """Bytes a second that the threads of a way read of the pieces, until time or pieces are over."""
-    reader, turns = Reader(way), count()
+def _rate(method: ReadMethod, pieces: Sequence[tuple[Range, int]], seconds: float) -> float:
+    """Bytes a second that the threads of a method read of the pieces, until time or pieces are over."""
+    reader, turns = Reader(method), count()
     start = time.perf_counter()
 
     def work() -> None:
         buffer = memoryview(mmap.mmap(-1, _PIECE))
         while time.perf_counter() < start + seconds and (turn := next(turns)) < len(pieces):
-            wanted, at = pieces[turn]
-            size = min(_PIECE, wanted.aligned_size - at)
-            needed = min(size, wanted.start + wanted.size - wanted.aligned_start - at)
-            reader._read(wanted.path, wanted.aligned_start + at, buffer[:size], needed)
+            source, at = pieces[turn]
+            size = min(_PIECE, source.aligned_size - at)
+            needed = min(size, source.start + source.size - source.aligned_start - at)
+            reader._read(source.path, source.aligned_start + at, buffer[:size], needed)
 
-    workers = [reader._pool.submit(work) for _ in range(way.threads)]
+    workers = [reader._pool.submit(work) for _ in range(method.threads)]
     try:
         for worker in workers:
             worker.result()

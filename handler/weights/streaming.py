@@ -5,7 +5,6 @@ at each step. So the next ones are read ahead, across the end of a step too, as 
 nobody foresaw is read when it is asked for.
 """
 
-import json
 import mmap
 import time
 import weakref
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,23 +22,19 @@ from transformers import PreTrainedModel
 
 from .placement import align_hooks, spread
 from .reading import ALIGNMENT, Range, fastest_reader
+from .safetensors_format import DTYPES, read_header
 
 _SMALL = 256 << 10  # bytes; smaller tensors, such as norms and biases, are read once and stay
-_DTYPES = {  # by their names in safetensors
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it lies in a file, and the dtype that the model wants it in."""
+    """A tensor as it lies in a file, and the dtype that the model computes in."""
 
     range: Range
     dtype: torch.dtype
     shape: tuple[int, ...]
-    wanted: torch.dtype
+    model_dtype: torch.dtype
 
 
 def stream_weights(model: PreTrainedModel, budget: int) -> "StreamedWeights | None":
@@ -66,7 +62,7 @@ def stream_weights(model: PreTrainedModel, budget: int) -> "StreamedWeights | No
 class StreamedWeights(Mapping[str, torch.Tensor]):
     """What a model's hooks get the disk tier's tensors from, by name. For the thread that runs the model.
 
-    reader: reads the files, in the way that was fastest on them; rate: the bytes a second that it then reached.
+    reader: reads the files, by the method that was fastest on them; rate: the bytes a second that it then reached.
     wait_seconds: for how long forwards have waited for tensors so far.
     """
 
@@ -124,7 +120,7 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
                 return
             self._ahead[name] = self._start(name, buffer)
 
-    def keep(self, room: int) -> None:
+    def keep_in_page_cache(self, room: int) -> None:
         """Leave up to `room` bytes of the tensors, spread over the model, to the kernel's page cache: they come from
         the disk once, and again only if memory becomes short."""
         sizes = {name: self._stored[name].range.size for name in self._large()}
@@ -134,15 +130,15 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
         """Of a table [vocab, hidden] that is asked for next, read only these rows, int64 of any shape. The others are
         left as they are, which is nothing: memory that nobody touches takes no room."""
         stored = self._stored[name]
-        if name in self._small or stored.dtype != stored.wanted:
+        if name in self._small or stored.dtype != stored.model_dtype:
             return  # it is there, or has to be converted whole
         width = stored.range.size // stored.shape[0]
         buffer = aligned_memory(stored.range.buffer_size, huge_pages=False)
         pieces = []
         for row in rows.unique().tolist():
-            wanted = Range(stored.range.path, stored.range.start + row * width, width)
-            at = wanted.aligned_start - stored.range.aligned_start
-            pieces += self.reader.start(wanted, buffer.data[at:])
+            source = Range(stored.range.path, stored.range.start + row * width, width)
+            at = source.aligned_start - stored.range.aligned_start
+            pieces += self.reader.start(source, buffer.data[at:])
         self._looked_up[name] = _Arriving(stored, buffer, pieces)
 
     def _large(self) -> list[str]:
@@ -159,7 +155,7 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
             self._ahead.pop(name).cancel()
 
     def _start(self, name: str, buffer: np.ndarray | None = None) -> "_Arriving":
-        """Begin to read into a buffer: given, of the arena, or its own where the arena has no room."""
+        """Begin to read into `buffer`, by default one of the arena, or its own where the arena has no room."""
         stored = self._stored[name]
         size = stored.range.buffer_size
         buffer = buffer if buffer is not None else self._arena.take(size)
@@ -191,7 +187,7 @@ class _Arriving:
         data = torch.from_numpy(self.buffer)[skipped : skipped + stored.range.size]
         if skipped % stored.dtype.itemsize:
             data = data.clone()  # safetensors need not align tensors
-        return data.view(stored.dtype).view(stored.shape).to(stored.wanted)
+        return data.view(stored.dtype).view(stored.shape).to(stored.model_dtype)
 
     def cancel(self) -> None:
         for piece in self.pieces:
@@ -231,22 +227,20 @@ def aligned_memory(size: int, huge_pages: bool = True) -> np.ndarray:
 
 
 def _stored_tensors(source: OffloadedWeightsLoader, names: Sequence[str]) -> dict[str, StoredTensor]:
-    """Where those of the names that are on the disk tier lie. The format is described in safetensors' README."""
-    headers: dict[Path, tuple[int, dict]] = {}
+    """Where those of the names that are on the disk tier lie."""
+    headers: dict[Path, tuple[dict[str, Any], int]] = {}
     tensors = {}
     for name, entry in ((name, source.index[name]) for name in names if name in source.index):
         path = Path(entry["safetensors_file"])
         if path not in headers:
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                headers[path] = 8 + size, json.loads(file.read(size))
-        first, header = headers[path]
+            headers[path] = read_header(path)
+        header, first = headers[path]
         tensor = header[entry["weight_name"]]
         begin, end = tensor["data_offsets"]
         tensors[name] = StoredTensor(
             range=Range(path, first + begin, end - begin),
-            dtype=_DTYPES[tensor["dtype"]],
+            dtype=DTYPES[tensor["dtype"]],
             shape=tuple(tensor["shape"]),
-            wanted=getattr(torch, entry["dtype"]),
+            model_dtype=getattr(torch, entry["dtype"]),
         )
     return tensors

@@ -217,7 +217,7 @@ def test_what_comes_from_disk_is_told(make_handler, monkeypatch):
     monkeypatch.setattr(streaming, "_SMALL", 0)
     monkeypatch.setattr(service, "read_settings", lambda _: Settings(max_memory={"cpu": 0}, max_batch_size=4))
     frontend = make_handler(True)
-    frontend.handler.loaded.streamed.keep(0)
+    frontend.handler.loaded.streamed.keep_in_page_cache(0)
     read = frontend.handler.loaded.streamed.reader.bytes_read
     frontend.answer(frontend.send(instances(PROMPT, max_new_tokens=5)))
     told = frontend.answer(frontend.send({}, describe="True"))[1]["streaming"]

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
+from handler.weights.safetensors_format import DTYPES, read_header
 from scripts import console, shard
 
 ROOT = Path(__file__).parents[2]
@@ -59,9 +60,8 @@ def save_sharded_bin(state: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def offset_in(file: Path, name: str) -> int:
-    data = file.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    return end + json.loads(data[8:end])[name]["data_offsets"][0]
+    header, start = read_header(file)
+    return start + header[name]["data_offsets"][0]
 
 
 def run(*args: object) -> int:
@@ -152,7 +152,7 @@ def test_dtype_converts_floats_and_the_config(bloom, tmp_path, key) -> None:
 
 
 def test_every_kind_of_tensor_survives(tmp_path) -> None:
-    tensors = {name: torch.arange(3).to(dtype) for dtype, name in reversed(shard.CODES.items())}
+    tensors = {name: torch.arange(3).to(dtype) for name, dtype in reversed(DTYPES.items())}
     tensors |= {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 4)}
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     file = resharded(tmp_path) / "model.safetensors"

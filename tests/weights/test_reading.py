@@ -3,7 +3,7 @@ import os
 import pytest
 
 from handler.weights import reading
-from handler.weights.reading import ALIGNMENT, WAYS, Range, Reader, fastest_reader
+from handler.weights.reading import ALIGNMENT, READ_METHODS, Range, Reader, fastest_reader
 from handler.weights.streaming import aligned_memory
 
 SIZE = 9_000_000  # three pieces, the last of them short
@@ -25,24 +25,24 @@ def read(reader, wanted):
     return bytes(buffer[skipped : skipped + wanted.size])
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_every_way_reads_any_range(file, way):
-    reader = Reader(way)
+@pytest.mark.parametrize("method", READ_METHODS, ids=str)
+def test_every_method_reads_any_range(file, method):
+    reader = Reader(method)
     for start, size in RANGES:
         assert read(reader, Range(file, start, size)) == file.read_bytes()[start : start + size]
     assert reader.bytes_read >= sum(size for _, size in RANGES)
 
 
-@pytest.mark.parametrize("way", WAYS[:4:3], ids=str)
-def test_short_reads_go_on_where_they_ended(file, monkeypatch, way):
+@pytest.mark.parametrize("method", READ_METHODS[:4:3], ids=str)
+def test_short_reads_go_on_where_they_ended(file, monkeypatch, method):
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][: 3 * ALIGNMENT]], at))
-    assert read(Reader(way), Range(file, 100, SIZE - 200)) == file.read_bytes()[100:-100]
+    assert read(Reader(method), Range(file, 100, SIZE - 200)) == file.read_bytes()[100:-100]
 
 
-@pytest.mark.parametrize("way", WAYS[:4:3], ids=str)
-def test_a_file_that_was_cut_is_an_error_and_can_be_read_again(file, way):
-    data, reader = file.read_bytes(), Reader(way)
+@pytest.mark.parametrize("method", READ_METHODS[:4:3], ids=str)
+def test_a_file_that_was_cut_is_an_error_and_can_be_read_again(file, method):
+    data, reader = file.read_bytes(), Reader(method)
     wanted = Range(file, 0, SIZE)
     os.truncate(file, SIZE // 2)
     with pytest.raises(OSError, match="weights ends too early"):
@@ -55,15 +55,15 @@ def test_a_file_that_was_cut_is_an_error_and_can_be_read_again(file, way):
 
 
 def test_the_fastest_way_is_taken(file, monkeypatch):
-    rates = dict(zip(WAYS, [1.0, 1.05, 3.0, 1.0, 3.2, 2.0], strict=True))
-    monkeypatch.setattr(reading, "_rate", lambda way, pieces, seconds: rates[way])
+    rates = dict(zip(READ_METHODS, [1.0, 1.05, 3.0, 1.0, 3.2, 2.0], strict=True))
+    monkeypatch.setattr(reading, "_rate", lambda method, pieces, seconds: rates[method])
     reader, rate = fastest_reader([Range(file, 0, SIZE)])
-    assert (reader.way, rate) == (WAYS[2], 3.0)  # the fifth is faster, but not by enough
+    assert (reader.method, rate) == (READ_METHODS[2], 3.0)  # the fifth is faster, but not by enough
 
 
 def test_rates_are_measured(file):
     reader, rate = fastest_reader([Range(file, 0, SIZE)], seconds=0.1)
-    assert reader.way in WAYS and rate > 0
+    assert reader.method in READ_METHODS and rate > 0
     assert not reader.bytes_read  # what was read to measure is not counted
 
 
@@ -76,7 +76,7 @@ def test_a_file_system_without_direct_reads(file, monkeypatch):
         return opened(path, flags, *args)
 
     monkeypatch.setattr(os, "open", refusing)
-    assert not fastest_reader([Range(file, 0, SIZE)], seconds=0.1)[0].way.direct
+    assert not fastest_reader([Range(file, 0, SIZE)], seconds=0.1)[0].method.direct
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -12,7 +12,7 @@ from handler.engine import Engine, EngineConfig, ModelError, Request
 from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import streaming
-from handler.weights.reading import WAYS, Reader
+from handler.weights.reading import READ_METHODS, Reader
 from tests.models import save_tiny_bloom
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -25,8 +25,8 @@ def _nothing_is_small(monkeypatch):
 
 @pytest.fixture
 def load(bloom, tmp_path, monkeypatch):
-    def load(way=WAYS[0], budget=None, folder=bloom, **settings):
-        monkeypatch.setattr(streaming, "fastest_reader", lambda ranges: (Reader(way), 1e9))
+    def load(method=READ_METHODS[0], budget=None, folder=bloom, **settings):
+        monkeypatch.setattr(streaming, "fastest_reader", lambda ranges: (Reader(method), 1e9))
         loaded = load_model(folder, Settings(**{"max_memory": {"cpu": 0}, **settings}), tmp_path)
         if budget is not None:
             loaded.streamed._arena = streaming._Arena(budget)
@@ -48,10 +48,10 @@ def stored(folder):
     return tensors
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_every_way_gives_the_same_logits_step_after_step(bloom, load, way):
+@pytest.mark.parametrize("method", READ_METHODS, ids=str)
+def test_every_method_gives_the_same_logits_step_after_step(bloom, load, method):
     expected = logits(AutoModelForCausalLM.from_pretrained(bloom))
-    model = load(way).model
+    model = load(method).model
     for _ in range(3):
         torch.testing.assert_close(logits(model), expected)
 
@@ -129,7 +129,7 @@ def test_room_in_the_page_cache_is_used_and_spread(bloom, load, share):
     loaded = load()
     streamed = loaded.streamed
     sizes = {name: streamed._stored[name].range.size for name in streamed._large()}
-    streamed.keep(int(share * sum(sizes.values())))
+    streamed.keep_in_page_cache(int(share * sum(sizes.values())))
     left = [name for name in sizes if name not in streamed._cached]
     kept = sum(size for name, size in sizes.items() if name in streamed._cached)
     assert kept <= share * sum(sizes.values()) < kept + max(sizes.values())

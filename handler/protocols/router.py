@@ -9,7 +9,7 @@ from handler.protocols.base import Call, ModelInfo
 from handler.protocols.errors import NotFound, ProtocolError
 from handler.protocols.kserve_v1 import PredictCall
 from handler.protocols.open_inference import InferCall
-from handler.protocols.openai import ChatCall, CompletionCall, OpenAICall, models
+from handler.protocols.openai import ChatCall, CompletionCall, OpenAICall, list_models
 from handler.protocols.plain_text import TextCall
 
 GENERATING_PATHS = {"v1/completions": CompletionCall, "v1/chat/completions": ChatCall}
@@ -72,7 +72,7 @@ def parse(entry: dict[str, Any], path: Any, model: ModelInfo) -> Call:
     if path == "describe":
         return InformationCall({name: value for name, value in model.describe().items() if name not in PRIVATE})
     if path == "v1/models" or path.startswith("v1/models/"):
-        return InformationCall(models(model, path.removeprefix("v1/models").strip("/") or None))
+        return InformationCall(list_models(model, path.removeprefix("v1/models").strip("/") or None))
     if path in GENERATING_PATHS:
         return GENERATING_PATHS[path](_json_object(_body(entry)), model)
     if path:

@@ -17,7 +17,7 @@ from .architecture import Architecture
 from .capacity import Capacity
 from .detokenizer import Detokenizer
 from .errors import EngineError, InvalidRequest, ModelError, OutOfMemory, QueueTimeout
-from .grammar import GrammarCompiler
+from .grammar_compiler import GrammarCompiler
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
 from .prompt import encode

@@ -4,8 +4,6 @@ Processors that look at a row's tokens run row by row. Those that look at scores
 for all rows with the same settings, and on the few candidates that can win: the vocabulary may be large.
 """
 
-import math
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +15,8 @@ from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor
 from transformers.generation import logits_process as library
 
 from .errors import EngineError, InvalidRequest, ModelError
-from .grammar import Compilation, GrammarState, restrict
+from .grammar import Compilation, GrammarState, apply_grammars
+from .logits_processors import OpenAIPenalties, quick_equivalent
 from .sampling_params import SamplingParams
 
 TokenLogprob = tuple[int, float, list[tuple[int, float]]]  # token, its log-probability, the most likely ones
@@ -110,7 +109,7 @@ def _library_processors(
 
     def capture(model, input_ids, logits_processor, stopping_criteria, **_):
         criteria = [c for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
-        processors = [_in_short_time(processor, ids[0], vocab_size) for processor in logits_processor]
+        processors = [quick_equivalent(processor, ids[0], vocab_size) for processor in logits_processor]
         return processors, frozenset(t for c in criteria for t in c.eos_token_id.tolist())
 
     ids = torch.tensor([prompt_ids], device=device)
@@ -133,74 +132,6 @@ def _split(processors: list[LogitsProcessor]) -> tuple[list[LogitsProcessor], li
     needs_tokens = [i for i, processor in enumerate(processors, 1) if not isinstance(processor, _WARPERS)]
     end = max(needs_tokens, default=0)
     return processors[:end], processors[end:]
-
-
-def _in_short_time(processor: LogitsProcessor, prompt: torch.Tensor, vocab_size: int) -> LogitsProcessor:
-    """The same processor; in its own form where the library's takes long: it looks each token of the vocabulary up in a
-    list at every step, compares whole n-grams, and counts a prompt's n-grams in quadratic time. prompt: [tokens]."""
-    match processor:
-        case library.SuppressTokensLogitsProcessor():
-            return SuppressedTokens(processor.suppress_tokens, vocab_size, range(sys.maxsize))
-        case library.SuppressTokensAtBeginLogitsProcessor():
-            at = range(processor.begin_index, processor.begin_index + 1)
-            return SuppressedTokens(processor.begin_suppress_tokens, vocab_size, at)
-        case library.MinLengthLogitsProcessor():
-            return SuppressedTokens(processor.eos_token_id, vocab_size, range(processor.min_length))
-        case library.MinNewTokensLengthLogitsProcessor():
-            before = range(processor.prompt_length_to_skip + processor.min_new_tokens)
-            return SuppressedTokens(processor.eos_token_id, vocab_size, before)
-        case library.NoRepeatNGramLogitsProcessor():
-            return NoRepeatedNGram(processor.ngram_size)
-        case library.EncoderNoRepeatNGramLogitsProcessor():
-            return NoRepeatedNGram(processor.ngram_size, prompt)
-    return processor
-
-
-class SuppressedTokens(LogitsProcessor):
-    """No score for `tokens` [count] while prompt and continuation have one of the `lengths`."""
-
-    def __init__(self, tokens: torch.Tensor, vocab_size: int, lengths: range):
-        self._tokens, self._lengths = tokens[(tokens >= 0) & (tokens < vocab_size)], lengths
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[-1] not in self._lengths:
-            return scores
-        return scores.index_fill(1, self._tokens.to(scores.device), -math.inf)
-
-
-class NoRepeatedNGram(LogitsProcessor):
-    """No score for tokens that complete an n-gram of `size` that was there before: anywhere, or in the `prompt`
-    [tokens]."""
-
-    def __init__(self, size: int, prompt: torch.Tensor | None = None):
-        self._size, self._prompt = size, prompt
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        tokens = input_ids[0]
-        earlier = tokens if self._prompt is None else self._prompt
-        last = torch.arange(len(earlier), device=tokens.device)[self._size - 1 :]  # of each n-gram
-        for back in range(1, self._size):
-            if not len(last):
-                break
-            last = last[earlier[last - back] == tokens[-back]]
-        return scores.index_fill(1, earlier[last], -math.inf)
-
-
-class OpenAIPenalties(LogitsProcessor):
-    """Scores + logit_bias, - presence_penalty - frequency_penalty x count for each generated token."""
-
-    def __init__(self, params: SamplingParams, prompt_length: int):
-        self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
-        self._prompt_length = prompt_length
-        self._biased = torch.tensor(list(params.logit_bias), dtype=torch.long)
-        self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.clone()
-        tokens, counts = input_ids[0, self._prompt_length :].unique(return_counts=True)
-        scores[0, tokens] -= self._presence + self._frequency * counts
-        scores[0, self._biased.to(scores.device)] += self._bias.to(scores.device)
-        return scores
 
 
 def sample(logits: torch.Tensor, samplers: Sequence[Sampler], token_ids: Sequence[list[int]]) -> list[int | Exception]:
@@ -269,7 +200,7 @@ def _processed(
             failed[i] = InvalidRequest(f"the parameters cannot be honoured after {len(token_ids[i])} tokens: {error}")
         except Exception as error:  # whatever a processor raises concerns this row alone
             failed[i] = error
-    return scores, restrict(scores, logits, [sampler.grammar for sampler in samplers], token_ids) | failed
+    return scores, apply_grammars(scores, logits, [sampler.grammar for sampler in samplers], token_ids) | failed
 
 
 def _greedy(scores: torch.Tensor) -> tuple[list[int], list[bool]]:

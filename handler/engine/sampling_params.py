@@ -13,7 +13,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from .errors import InvalidRequest, PromptTooLong
-from .grammar import check_grammar
+from .grammar_compiler import check_grammar
 from .request import Grammar, Request
 
 _FRACTIONS = ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")

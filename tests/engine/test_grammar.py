@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-import handler.engine.grammar
+import handler.engine.grammar_compiler
 from handler.engine import Engine, EngineConfig, Grammar, InvalidRequest, ModelError, QueueFull, QueueTimeout, Request
-from handler.engine.grammar import GrammarCompiler, GrammarState, restrict
+from handler.engine.grammar import GrammarState, apply_grammars
+from handler.engine.grammar_compiler import GrammarCompiler
 
 from .conftest import CONTEXT, VOCAB, make_model, make_tokenizer
 from .test_detokenizer import make_sentencepiece
@@ -69,8 +70,8 @@ def refusal(engine, grammar, **fields):
 @pytest.fixture
 def held(monkeypatch):
     """No grammar is compiled before this is set."""
-    go, compile_ = threading.Event(), handler.engine.grammar._compile
-    monkeypatch.setattr(handler.engine.grammar, "_compile", lambda *given: go.wait() and compile_(*given))
+    go, compile_ = threading.Event(), handler.engine.grammar_compiler._compile
+    monkeypatch.setattr(handler.engine.grammar_compiler, "_compile", lambda *given: go.wait() and compile_(*given))
     yield go
     go.set()
 
@@ -219,7 +220,7 @@ def test_tokens_that_may_not_come_have_no_chance_and_other_rows_keep_theirs():
     scores[1], scores[2] = -torch.inf, 1e30  # no processor has its way
     logits[3] = scores[3] = scores[4] = -torch.inf
     states = [GrammarState(compilation, 0, [0]) for _ in range(4)] + [None]
-    failed = restrict(scores, logits, states, [[]] * 5)
+    failed = apply_grammars(scores, logits, states, [[]] * 5)
     left = [set((row > -torch.inf).nonzero().flatten().tolist()) for row in scores]
     assert left[0] == left[1] == left[2] and all(re.fullmatch("[0-9]{1,6}", tokenizer.decode([i])) for i in left[0])
     assert len(left[0]) >= 10 and scores[1].max() == logits[1, list(left[0])].max()
@@ -370,14 +371,14 @@ def test_prompts_of_one_request_take_one_place(held):
 
 
 def test_quick_grammars_do_not_wait_for_slow_ones(monkeypatch):
-    go, try_ = threading.Event(), handler.engine.grammar._try
+    go, try_ = threading.Event(), handler.engine.grammar_compiler._try
 
     def try_slow_ones_for_ever(definition, seconds):
         if "slow" not in definition:
             return try_(definition, seconds)
-        return handler.engine.grammar._TOO_LONG if seconds < 1 or go.wait() else ""
+        return handler.engine.grammar_compiler._TOO_LONG if seconds < 1 or go.wait() else ""
 
-    monkeypatch.setattr(handler.engine.grammar, "_try", try_slow_ones_for_ever)
+    monkeypatch.setattr(handler.engine.grammar_compiler, "_try", try_slow_ones_for_ever)
     engine = make_engine()
     slow = [submit(engine, Grammar("regex", f"slow{i}")) for i in range(40)]
     assert run(engine, Grammar("regex", "quick")).sequences[0].text == "quick"

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as library
 
 from handler.engine import Engine, EngineConfig, ModelError, Request
-from handler.engine.sampler import Sampler, _candidates, _in_short_time, sample
+from handler.engine.logits_processors import quick_equivalent
+from handler.engine.sampler import Sampler, _candidates, sample
 
 from .conftest import make_model, prompt_ids, reference
 
@@ -102,7 +103,7 @@ tokens = st.lists(st.integers(0, 4), min_size=1, max_size=40)  # few different o
 
 @settings(max_examples=300, deadline=None)
 @given(prompt=tokens, continuation=tokens, size=st.integers(1, 6), count=st.integers(0, 50), eos=tokens)
-def test_processors_in_short_time_are_the_librarys(prompt, continuation, size, count, eos):
+def test_our_own_processors_do_what_the_librarys_do(prompt, continuation, size, count, eos):
     prompt, ids, eos = torch.tensor(prompt), torch.tensor([prompt + continuation]), [*eos, 4000]
     scores = torch.randn(1, 7)
     for theirs in [
@@ -113,7 +114,7 @@ def test_processors_in_short_time_are_the_librarys(prompt, continuation, size, c
         library.MinLengthLogitsProcessor(count, eos),
         library.MinNewTokensLengthLogitsProcessor(len(prompt), count, eos),
     ]:
-        ours = _in_short_time(theirs, prompt, vocab_size=7)
+        ours = quick_equivalent(theirs, prompt, vocab_size=7)
         assert type(ours) is not type(theirs)
         for end in range(len(prompt), ids.shape[1] + 1):
             assert torch.equal(ours(ids[:, :end], scores), theirs(ids[:, :end], scores))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import socket
 import threading
 import time
@@ -19,7 +20,6 @@ from schemathesis.specs.openapi.checks import (
 )
 from transformers import AutoTokenizer
 
-from tests.models import save_tiny_bloom
 from tests.protocols.conftest import CHAT_TEMPLATE
 from tests.protocols.corpus import MAX_PROMPT_TOKENS, OPENAPI, PROMPT, corpus, wrong
 
@@ -30,8 +30,8 @@ EVERY = 5  # of the corpus: all of it goes through the same code without a serve
 
 
 @pytest.fixture(scope="module")
-def server(serving, tmp_path_factory):
-    folder = save_tiny_bloom(tmp_path_factory.mktemp("bad-input") / "bloom")
+def server(bloom, serving, tmp_path_factory):
+    folder = shutil.copytree(bloom, tmp_path_factory.mktemp("bad-input") / "bloom")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)

@@ -205,12 +205,12 @@ def test_continuations_of_one_prompt_prefill_it_once():
 
 
 def test_a_prompt_is_shared_even_when_its_first_continuation_is_one_token_long():
-    scheduler, _ = make_scheduler()
+    scheduler, cache = make_scheduler()
     first, second = sequences(2, 9, new=1)
     scheduler.add([first, second])
     for batch in scheduler.schedule():
         assert batch.sequences == [first]
-    scheduler._cache.num_rows = 2
+    cache.num_rows = 2
     first.num_cached_tokens, first.token_ids, first.finish_reason = 9, [7], "length"
     scheduler.release_finished()
     assert scheduler.running == [second] and second.num_cached_tokens == 8

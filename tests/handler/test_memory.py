@@ -14,16 +14,14 @@ from handler.errors import LoadError
 from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights.placement import Part, Placement
-from tests.models import save_tiny_bloom
 
 MB = 10**6
 GROUPS = Path("/sys/fs/cgroup/memory")  # version 1, where the tests may be allowed to make one
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("memory")
-    return load_model(save_tiny_bloom(folder / "bloom"), Settings(), folder)
+def loaded(bloom, tmp_path_factory):
+    return load_model(bloom, Settings(), tmp_path_factory.mktemp("memory"))
 
 
 def write(folder, **files):

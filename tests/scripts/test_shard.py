@@ -25,10 +25,8 @@ MB = 10**6
 
 
 @pytest.fixture(scope="module")
-def bloom() -> BloomForCausalLM:
-    torch.manual_seed(0)
-    config = BloomConfig(vocab_size=256, hidden_size=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2)
-    return BloomForCausalLM(config).eval()
+def model(bloom) -> BloomForCausalLM:
+    return BloomForCausalLM.from_pretrained(bloom).eval()
 
 
 def save(model: BloomForCausalLM, folder: Path, form: str) -> Path:
@@ -84,23 +82,23 @@ def fails_with(capsys: pytest.CaptureFixture[str], args: list[object], *words: s
         assert word in error[0]
 
 
-def assert_same_model(folder: Path, bloom: BloomForCausalLM) -> None:
+def assert_same_model(folder: Path, model: BloomForCausalLM) -> None:
     result: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     loaded, info = result
     assert not any(info.values())
-    for name, tensor in bloom.state_dict().items():
+    for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert loaded.lm_head.weight is loaded.transformer.word_embeddings.weight
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
-        assert torch.equal(loaded(tokens).logits, bloom(tokens).logits)
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize("form", ["single", "sharded", "bin", "old bin", "sharded bin"])
-def test_the_same_model_comes_back_in_shards_within_the_limit(bloom, tmp_path, form) -> None:
-    output = resharded(save(bloom, tmp_path / "in", form))
+def test_the_same_model_comes_back_in_shards_within_the_limit(model, tmp_path, form) -> None:
+    output = resharded(save(model, tmp_path / "in", form))
 
-    assert_same_model(output, bloom)
+    assert_same_model(output, model)
     shards = sorted(output.glob("*.safetensors"))
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     assert [path.name for path in shards] == names
@@ -115,15 +113,15 @@ def test_the_same_model_comes_back_in_shards_within_the_limit(bloom, tmp_path, f
 
 
 @pytest.mark.parametrize("form", ["sharded", "bin"])
-def test_one_shard_is_one_file_without_an_index(bloom, tmp_path, form) -> None:
-    output = resharded(save(bloom, tmp_path / "in", form), "--max-shard-size", "2GB")
+def test_one_shard_is_one_file_without_an_index(model, tmp_path, form) -> None:
+    output = resharded(save(model, tmp_path / "in", form), "--max-shard-size", "2GB")
     assert (output / "model.safetensors").exists()
     assert not (output / "model.safetensors.index.json").exists()
-    assert_same_model(output, bloom)
+    assert_same_model(output, model)
 
 
-def test_tied_weights_are_stored_once(bloom, tmp_path) -> None:
-    output = resharded(save(bloom, tmp_path / "in", "bin"), "--max-shard-size", "2GB")
+def test_tied_weights_are_stored_once(model, tmp_path) -> None:
+    output = resharded(save(model, tmp_path / "in", "bin"), "--max-shard-size", "2GB")
     assert "lm_head.weight" not in load_file(output / "model.safetensors")
 
 
@@ -137,8 +135,8 @@ def test_weights_that_only_share_memory_are_all_stored(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-def test_dtype_converts_floats_and_the_config(bloom, tmp_path, key) -> None:
-    source = save(bloom, tmp_path / "in", "single")
+def test_dtype_converts_floats_and_the_config(model, tmp_path, key) -> None:
+    source = save(model, tmp_path / "in", "single")
     config = json.loads((source / "config.json").read_text())
     config.pop("dtype")
     (source / "config.json").write_text(json.dumps({**config, key: "float32"}))
@@ -147,7 +145,7 @@ def test_dtype_converts_floats_and_the_config(bloom, tmp_path, key) -> None:
 
     assert json.loads((output / "config.json").read_text())[key] == "bfloat16"
     loaded = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
-    for name, tensor in bloom.state_dict().items():
+    for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.bfloat16()), name
 
 
@@ -244,13 +242,13 @@ def test_memory_does_not_grow_with_what_is_quantized(tmp_path, kind) -> None:
 
 @pytest.mark.parametrize("form", ["single", "sharded", "bin", "sharded bin"])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_matrices_become_integers_beside_their_scales_and_the_rest_stays(bloom, tmp_path, form, kind, capsys) -> None:
-    source = save(bloom, tmp_path / "in", form)
+def test_matrices_become_integers_beside_their_scales_and_the_rest_stays(model, tmp_path, form, kind, capsys) -> None:
+    source = save(model, tmp_path / "in", form)
     output = resharded(source, "--quantize", kind, "--max-shard-size", 15_000)
 
     small = torch.uint8 if kind == "int4" else torch.int8
     stored = {name: tensor for path in output.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    for name, tensor in bloom.state_dict().items():
+    for name, tensor in model.state_dict().items():
         if name == "lm_head.weight":
             continue
         if tensor.dim() == 1:
@@ -279,9 +277,9 @@ def test_matrices_become_integers_beside_their_scales_and_the_rest_stays(bloom, 
     assert said.startswith(f"matrices: {counts}, off by ") and "%" in said and "most in transformer." in said
 
 
-def test_names_without_the_models_prefix_as_blooms_own_checkpoints_have_them(bloom, tmp_path) -> None:
+def test_names_without_the_models_prefix_as_blooms_own_checkpoints_have_them(model, tmp_path) -> None:
     source = tmp_path / "in"
-    bloom.transformer.save_pretrained(source)
+    model.transformer.save_pretrained(source)
     config = json.loads((source / "config.json").read_text()) | {"architectures": ["BloomForCausalLM"]}
     (source / "config.json").write_text(json.dumps(config))
     stored = load_file(resharded(source, "--quantize", "int8", "--max-shard-size", "2GB") / "model.safetensors")
@@ -289,8 +287,8 @@ def test_names_without_the_models_prefix_as_blooms_own_checkpoints_have_them(blo
     assert stored["word_embeddings.weight_scale"].shape == (256,)
 
 
-def test_what_cannot_be_quantized_is_refused(bloom, tmp_path, capsys) -> None:
-    source = save(bloom, tmp_path / "in", "single")
+def test_what_cannot_be_quantized_is_refused(model, tmp_path, capsys) -> None:
+    source = save(model, tmp_path / "in", "single")
     args = ["--output-dir", tmp_path / "out", "--model-dir", source, "--quantize"]
     with pytest.raises(SystemExit):
         run(*args, "int3")
@@ -306,7 +304,7 @@ def test_what_cannot_be_quantized_is_refused(bloom, tmp_path, capsys) -> None:
     assert error.startswith("error: transformer.h.1.mlp.dense_h_to_4h.weight") and "not finite" in error
     assert not (tmp_path / "out").exists()
 
-    quantized = resharded(save(bloom, tmp_path / "again", "single"), "--quantize", "int8")
+    quantized = resharded(save(model, tmp_path / "again", "single"), "--quantize", "int8")
     again = ["--output-dir", tmp_path / "out", "--model-dir", quantized]
     fails_with(capsys, [*again, "--quantize", "int8"], "quantized already")
     fails_with(capsys, [*again, "--dtype", "float16"], "quantized", "--dtype keep")
@@ -317,8 +315,8 @@ def test_what_cannot_be_quantized_is_refused(bloom, tmp_path, capsys) -> None:
 # What goes wrong.
 
 
-def test_an_interrupted_run_leaves_nothing_and_the_next_one_succeeds(bloom, tmp_path, monkeypatch, capsys) -> None:
-    source, output = save(bloom, tmp_path / "in", "sharded"), tmp_path / "in-out"
+def test_an_interrupted_run_leaves_nothing_and_the_next_one_succeeds(model, tmp_path, monkeypatch, capsys) -> None:
+    source, output = save(model, tmp_path / "in", "sharded"), tmp_path / "in-out"
     write_shard, written = shard._write_shard, []
 
     def interrupted(path: Path, *args: Any) -> None:
@@ -334,11 +332,11 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_one_succeeds(bloom, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
 
     monkeypatch.undo()
-    assert_same_model(resharded(source), bloom)
+    assert_same_model(resharded(source), model)
 
 
-def test_a_killed_run_leaves_no_result_and_the_next_one_succeeds(bloom, tmp_path) -> None:
-    source, output = save(bloom, tmp_path / "in", "sharded"), tmp_path / "in-out"
+def test_a_killed_run_leaves_no_result_and_the_next_one_succeeds(model, tmp_path) -> None:
+    source, output = save(model, tmp_path / "in", "sharded"), tmp_path / "in-out"
     code = (
         "import os, signal; from scripts import shard;"
         "shard._set_config_dtype = lambda *args: os.kill(os.getpid(), signal.SIGKILL);"
@@ -347,12 +345,12 @@ def test_a_killed_run_leaves_no_result_and_the_next_one_succeeds(bloom, tmp_path
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert not output.exists()
-    assert_same_model(resharded(source), bloom)
+    assert_same_model(resharded(source), model)
     assert {path.name for path in tmp_path.iterdir()} == {"in", "in-out"}
 
 
-def test_a_second_run_does_nothing_and_says_so(bloom, tmp_path, capsys) -> None:
-    source = save(bloom, tmp_path / "in", "single")
+def test_a_second_run_does_nothing_and_says_so(model, tmp_path, capsys) -> None:
+    source = save(model, tmp_path / "in", "single")
     output = resharded(source)
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
     resharded(source)
@@ -360,8 +358,8 @@ def test_a_second_run_does_nothing_and_says_so(bloom, tmp_path, capsys) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
 
-def test_an_output_folder_in_use_is_refused(bloom, tmp_path, capsys) -> None:
-    source = save(bloom, tmp_path / "in", "single")
+def test_an_output_folder_in_use_is_refused(model, tmp_path, capsys) -> None:
+    source = save(model, tmp_path / "in", "single")
     output = resharded(source)
     args = ["--model-dir", source, "--output-dir"]
     fails_with(capsys, [*args, output, "--max-shard-size", "1MB"], str(output), "not empty")  # other shards
@@ -372,14 +370,14 @@ def test_an_output_folder_in_use_is_refused(bloom, tmp_path, capsys) -> None:
     fails_with(capsys, [*args, source / "shards"], "--model-dir")
 
 
-def test_a_broken_checkpoint_is_told_by_file(bloom, tmp_path, capsys) -> None:
+def test_a_broken_checkpoint_is_told_by_file(model, tmp_path, capsys) -> None:
     empty = tmp_path / "empty"
     args = ["--output-dir", tmp_path / "out", "--model-dir"]
     fails_with(capsys, [*args, empty], str(empty), "not a folder")
     empty.mkdir()
     fails_with(capsys, [*args, empty], "no weights", "model.safetensors")
 
-    source = save(bloom, tmp_path / "in", "sharded")
+    source = save(model, tmp_path / "in", "sharded")
     first = sorted(source.glob("*.safetensors"))[0]
     whole = first.read_bytes()
     for damaged in (whole[:-10], b"\xff" * 100, b""):
@@ -405,8 +403,8 @@ def test_a_bin_that_is_no_state_dict_is_refused(tmp_path, capsys) -> None:
     fails_with(capsys, args, str(file))
 
 
-def test_too_little_space_and_quantized_weights_are_refused(bloom, tmp_path, monkeypatch, capsys) -> None:
-    source = save(bloom, tmp_path / "in", "single")
+def test_too_little_space_and_quantized_weights_are_refused(model, tmp_path, monkeypatch, capsys) -> None:
+    source = save(model, tmp_path / "in", "single")
     args = ["--model-dir", source, "--output-dir", tmp_path / "out"]
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     fails_with(capsys, args, "needed", "1.00kB free")

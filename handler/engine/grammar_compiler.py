@@ -24,9 +24,15 @@ _MAX_BYTES = 64 * 1024  # of a schema or an expression
 _MAX_CHOICES = 1000
 _MAX_PENDING = 64  # grammars that are compiled or wait for it
 _SPACE = r"[\x20\x0A\x0D\x09]{1,64}"  # between the tokens of JSON; without a bound a model may never leave it
-# The library's units. One of ten formats takes 25,000 of fuel in a step, a string of at most 5,000 characters 50,000
-# states of 2 kB.
-_LIMITS = {"initial_lexer_fuel": 500_000, "step_lexer_fuel": 50_000, "max_lexer_states": 100_000}
+_LIMITS: dict[str, Any] = {  # of LLParserLimits, here and in the trial
+    # In the library's units. One of ten formats takes 25,000 of fuel in a step, a string of at most 5,000 characters
+    # 50,000 states of 2 kB.
+    "initial_lexer_fuel": 500_000,
+    "step_lexer_fuel": 50_000,
+    "max_lexer_states": 100_000,
+    "precompute_large_lexemes": False,
+    "verbose_errors": False,
+}
 # Of the processor's time, to compile. Most take 5 ms; one that needs more than the first waits for others of its kind.
 _QUICK, _SLOW = 0.1, 1.0
 _TRIALS = {_QUICK: threading.Semaphore(2), _SLOW: threading.Semaphore(1)}  # at once
@@ -103,8 +109,7 @@ def _matcher(grammar: Grammar, definition: str, refusal: str, tokenizer: LLToken
     """Of a grammar that was tried. refusal: what is wrong with it, or nothing."""
     if refusal:
         raise refused(grammar, refusal)
-    limits = LLParserLimits(**_LIMITS, precompute_large_lexemes=False, verbose_errors=False)
-    matcher = LLMatcher(tokenizer, definition, log_level=0, limits=limits)
+    matcher = LLMatcher(tokenizer, definition, log_level=0, limits=LLParserLimits(**_LIMITS))
     matcher.compute_bitmask()  # the first is the most work
     if matcher.is_error():
         raise refused(grammar, matcher.get_error())

@@ -30,7 +30,7 @@ def main(limits: str, seconds: str) -> None:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
     tokenizer = LLTokenizer(TokenizerWrapper(Bytes()))
-    parser_limits = LLParserLimits(**json.loads(limits), precompute_large_lexemes=False, verbose_errors=False)
+    parser_limits = LLParserLimits(**json.loads(limits))
     if sys.platform == "linux":  # macOS refuses it
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -8,7 +8,7 @@ from typing import Any
 _WINDOW = 8  # tokens decoded together: enough context for any decoder, and the cost of a token stays constant
 _GARBAGE = 32  # so many tokens without one clean end are bytes that are no text
 _HALF_BYTES = 3  # the most bytes an unfinished character has
-_HALF = "\N{REPLACEMENT CHARACTER}"  # how decoders show bytes that are not, or not yet, a character
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # how decoders show bytes that are not, or not yet, a character
 
 
 class Detokenizer:
@@ -63,7 +63,7 @@ class TextStream:
         self._window.append(token_id)
         text = self._decode(self._window)
         # While a run of bytes ends in half a character, byte-fallback decoders replace all of the run.
-        held = len(text) - len(text.rstrip(_HALF))
+        held = len(text) - len(text.rstrip(REPLACEMENT))
         garbage = len(self._window) - self._clean > _GARBAGE
         if garbage:
             held = min(held, _HALF_BYTES)
@@ -85,7 +85,7 @@ class TextStream:
         size = _WINDOW
         while True:
             window = [i for i in prompt[-size:] if i not in self._special]
-            if size >= len(prompt) or not self._decode(window).startswith(_HALF):
+            if size >= len(prompt) or not self._decode(window).startswith(REPLACEMENT):
                 return window
             size *= 2
 

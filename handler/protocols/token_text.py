@@ -4,7 +4,7 @@ import re
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from handler.engine.detokenizer import Detokenizer, TextStream
+from handler.engine.detokenizer import REPLACEMENT, Detokenizer, TextStream
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -15,7 +15,6 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
-_HALF = "\N{REPLACEMENT CHARACTER}"
 
 
 class Piece(NamedTuple):
@@ -40,7 +39,7 @@ class TokenText:
         """A token's text, and its bytes if they are no text on their own: "bytes:\\xf0\\x9f", as OpenAI writes it."""
         if token_id not in self._own:
             text = self._decode([*self._before, token_id])[self._skipped :]
-            data = self._bytes(token_id) if _HALF in text else None
+            data = self._bytes(token_id) if REPLACEMENT in text else None
             if data:
                 text = "bytes:" + "".join(chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" for byte in data)
             self._own[token_id] = text, data
@@ -52,7 +51,7 @@ class TokenText:
         own, data = self.own(token_id)
         if data:
             return own, data
-        return (piece.text if _HALF in own else piece.text.lstrip(_HALF)[-len(own) :]), None
+        return (piece.text if REPLACEMENT in own else piece.text.lstrip(REPLACEMENT)[-len(own) :]), None
 
     def of_prompt(self, prompt_ids: list[int]) -> list[Piece]:
         """The piece of each of the tokens."""
@@ -73,7 +72,7 @@ class TokenText:
         if not all(character in _BYTES for character in token):
             return None
         data = bytes(_BYTES[character] for character in token)
-        return None if _HALF.encode() in data else data
+        return None if REPLACEMENT.encode() in data else data
 
 
 def pieces(stream: TextStream, first: int = 0, last: int | None = None) -> list[Piece]:

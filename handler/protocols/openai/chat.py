@@ -3,6 +3,7 @@
 from typing import Any
 
 from handler.engine import InvalidRequest, PromptTooLong, Request, Sequence
+from handler.engine.detokenizer import REPLACEMENT
 from handler.protocols.base import ModelInfo, validated
 from handler.protocols.openai.call import Cursor, OpenAICall, finite
 from handler.protocols.openai.schemas import Chat
@@ -100,5 +101,5 @@ def _prompt(chat: Chat, model: ModelInfo) -> str:
 
 
 def _token_logprob(text: str, data: bytes | None, logprob: float) -> dict[str, Any]:
-    known = data if data else None if "\ufffd" in text else text.encode()
+    known = data if data else None if REPLACEMENT in text else text.encode()
     return {"token": text, "logprob": finite(logprob), "bytes": None if known is None else list(known)}

@@ -22,7 +22,7 @@ from handler.memory import device_limits, free_memory
 from handler.settings import Settings
 from handler.weights.files import weight_files
 from handler.weights.fused_gelu import fuse_gelu
-from handler.weights.placement import Placement, device_map, max_memory
+from handler.weights.placement import Placement, align_hooks, device_map, max_memory
 from handler.weights.quantized import quantize_modules
 from handler.weights.streaming import StreamedWeights, stream_weights
 
@@ -80,10 +80,17 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
 
 def _own_resident_weights(model: PreTrainedModel) -> None:
     """Copy what is on the CPU out of the mapped files, tensor by tensor: the kernel may throw pages of files out, and
-    does where memory is short and others are read."""
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()
+    does where memory is short and others are read.
+
+    Accelerate's hooks know tied weights by their addresses. These are free now, and what comes to lie there would be
+    taken for a tied weight.
+    """
+    moved = [parameter for parameter in model.parameters() if parameter.device.type == "cpu"]
+    for parameter in moved:
+        parameter.data = parameter.data.clone()
+    if moved:
+        for hook in (hook for module in model.modules() for hook in align_hooks(module)):
+            hook.tied_params_map, hook.tied_params_names = None, set()
 
 
 def read_config(folder: Path, settings: Settings) -> PreTrainedConfig:

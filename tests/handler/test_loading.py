@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 from handler.errors import CheckpointError, LoadError
 from handler.loading import load_model
 from handler.settings import Settings
+from handler.weights.placement import align_hooks
 from tests.models import SAMPLE_SETUP_CONFIG, train_tokenizer
 
 PROMPT = "My dog is cute"
@@ -53,6 +54,16 @@ def test_bin_checkpoints(own_bloom, tmp_path, limit):
     torch.save(model.state_dict(), own_bloom / "pytorch_model.bin")
     loaded = load_model(own_bloom, Settings(max_memory=limit), tmp_path / "work")
     torch.testing.assert_close(logits(loaded.model, loaded.tokenizer), logits(model, loaded.tokenizer))
+
+
+def test_no_hook_knows_an_address_that_is_free(bloom, tmp_path):
+    """BLOOM's embedding is tied to its head. What took its place in memory would be served in its stead."""
+    model = load_model(bloom, Settings(max_memory={"cpu": 100_000}), tmp_path).model
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu", "meta"}
+    held = {parameter.data_ptr() for parameter in model.parameters()}
+    assert all(
+        held.issuperset(hook.tied_params_map or ()) for module in model.modules() for hook in align_hooks(module)
+    )
 
 
 def test_bin_checkpoints_run_no_pickled_code(own_bloom, tmp_path):

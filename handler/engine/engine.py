@@ -220,7 +220,7 @@ class Engine:
         elif sequence.length == sequence.max_length:
             self._finish(sequence, "length")
         elif sequence.length - 1 == self._longrope_border:
-            sequence.num_cached_tokens = 0  # from now on all its keys are rotated by other factors
+            sequence.num_cached_tokens, sequence.has_crossed = 0, True  # its keys are now rotated by other factors
 
     # every end of a sequence: its own, its job's, or that of a step that failed
 

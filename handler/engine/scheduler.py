@@ -223,7 +223,7 @@ class Scheduler:
         """The running sequence of the same job whose prompt this one waits for, instead of computing it again."""
         if sequence.num_cached_tokens or not sequence.shared_length or sequence.needs_prompt_logprobs:
             return None
-        siblings = [other for other in self.running if other.job is sequence.job]
+        siblings = [other for other in self.running if other.job is sequence.job and not other.has_crossed]
         leader = max(siblings, key=lambda other: (other.num_cached_tokens, -other.order))
         return None if leader is sequence else leader
 

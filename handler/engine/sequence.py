@@ -59,6 +59,7 @@ class Sequence:
     row: its row in the KV cache, -1 while it waits.
     num_cached_tokens: how many of its tokens have keys and values there.
     times_passed: how often others were admitted before it because it did not fit.
+    has_crossed: whether it grew beyond longrope's border, where all its keys changed, and its siblings' maybe not yet.
     """
 
     job: Job
@@ -73,6 +74,7 @@ class Sequence:
     row: int = -1
     num_cached_tokens: int = 0
     times_passed: int = 0
+    has_crossed: bool = False
 
     @property
     def text(self) -> str:
@@ -111,9 +113,9 @@ class Sequence:
 
     @property
     def shared_length(self) -> int:
-        """How many tokens have the same keys and values in all sequences of the job. The last token is not among
-        them: the next one is sampled from its logits."""
-        return min(len(self.job.prompt_ids), self.length - 1)
+        """How many tokens have the same keys and values in all sequences of the job that share any. The last token is
+        not among them: the next one is sampled from its logits."""
+        return 0 if self.has_crossed else min(len(self.job.prompt_ids), self.length - 1)
 
     @property
     def needs_prompt_logprobs(self) -> bool:

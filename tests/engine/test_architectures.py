@@ -41,6 +41,21 @@ def test_runs_as_generate_does(case: Case):
     assert len({token for answer in answers for token in answer}) > 8  # not one word over and over
 
 
+def test_continuations_cross_longropes_border_one_after_the_other():
+    """Two begin at once, the third when one of them has crossed: their prompts' keys are no longer the same."""
+    model = next(case for case in RUNS if str(case) == "phi3, longrope").make_model()
+    engine = Engine(model, make_tokenizer(), EngineConfig(max_batch_size=3))
+    prompt, new = prompt_ids(0, BORDER - 4), 14
+    visitor = engine.submit(Request(prompt_ids(1, 5), {"max_new_tokens": 3}))
+    job = engine.submit(Request(prompt, {"max_new_tokens": new}, n=3))
+    crossed = 0
+    while engine.has_work:
+        engine.step()
+        crossed += any(s.has_crossed for s in job.sequences) and not all(s.has_crossed for s in job.sequences)
+    assert visitor.finished and crossed > 1
+    assert [sequence.token_ids for sequence in job.sequences] == [alone(model, prompt, new)] * 3
+
+
 @pytest.mark.parametrize("case", REFUSED, ids=str)
 def test_is_refused_in_one_line(case: Case):
     with pytest.raises(UnsupportedModel) as refusal:

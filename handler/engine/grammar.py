@@ -58,7 +58,8 @@ class GrammarState:
     """
 
     def __init__(self, compilation: Compilation, prompt_length: int, eos_token_ids: Iterable[int]):
-        self.compilation, self._consumed, self._eos_token_ids = compilation, prompt_length, list(eos_token_ids)
+        self.compilation, self._consumed = compilation, prompt_length
+        self._eos_token_ids = [i for i in eos_token_ids if 0 <= i < compilation.tokenizer.vocab_size]
         if not self._eos_token_ids:
             field = compilation.grammar.field
             raise InvalidRequest(f"{field}: the model has no eos token to end an answer with; send an eos_token_id")

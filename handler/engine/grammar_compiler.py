@@ -5,6 +5,7 @@ can be ended. Those that are quick do not wait for the others.
 """
 
 import json
+import secrets
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
-from llguidance.hf import from_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from .errors import InvalidRequest, QueueFull
 from .grammar import Compilation, refused
@@ -68,7 +69,7 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None
         self._unusable = ""
         try:
-            self._tokenizer = from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)))
+            self._tokenizer = _library_tokenizer(tokenizer, max(vocab_size, len(tokenizer)))
         except Exception as error:  # every request that needs it will say so
             self._unusable = str(error)
         self._threads = ThreadPoolExecutor(_MAX_PENDING, thread_name_prefix="grammar")  # most of them wait
@@ -91,6 +92,31 @@ class GrammarCompiler:
         self._pending.append(future)
         compilation = self._compilations[group, grammar] = Compilation(grammar, self._tokenizer, future)
         return compilation
+
+
+def _library_tokenizer(tokenizer: Any, vocab_size: int) -> LLTokenizer:
+    """The library's own. Raises ValueError for one that it cannot be made of.
+
+    Special tokens get names that no grammar can hold: where one asks for the text "</s>", the library would write the
+    token, which adds no text.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError("only fast tokenizers are supported")
+    described = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    model, added = described["model"], described["added_tokens"]
+    names = {token["content"]: f"<{secrets.token_hex(16)}>" for token in added if token["special"]}
+    for token in added:
+        token["content"] = names.get(token["content"], token["content"])
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {names.get(text, text): index for text, index in model["vocab"].items()}
+    elif "vocab" in model:  # with a score each
+        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+    if "merges" in model:  # old files have "a b" for ["a", "b"]
+        pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
+        model["merges"] = [pair for pair in pairs if "".join(pair) not in names]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return LLTokenizer(json.dumps(described), n_vocab=vocab_size, eos_token=tokenizer.eos_token_id)
 
 
 def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:

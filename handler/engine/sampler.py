@@ -123,7 +123,7 @@ def _library_processors(
             if scores.isnan().any() or scores.isposinf().any():
                 raise ValueError(f"{type(processor).__name__} makes scores that are not numbers")
         return processors, eos
-    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+    except (ValueError, TypeError, IndexError, RuntimeError, ArithmeticError) as error:
         raise InvalidRequest(f"parameters {', '.join(generation)}: {error}") from error
 
 
@@ -206,7 +206,7 @@ def _processed(
 def _greedy(scores: torch.Tensor) -> tuple[list[int], list[bool]]:
     # max resolves ties as argmax does, and is several times faster on bfloat16.
     best = scores.max(dim=-1)
-    return best.indices.tolist(), (~best.values.isnan()).tolist()
+    return best.indices.tolist(), (best.values > -math.inf).tolist()  # which no NaN is
 
 
 def _draw(scores: torch.Tensor, samplers: list[Sampler]) -> tuple[list[int], list[bool]]:

@@ -99,6 +99,9 @@ def resolve(
     _check_token_ids(params, specified, vocab_size)
     is_explicit = "max_new_tokens" in specified or "max_length" in specified
     max_new_tokens = _max_new_tokens(params, prompt_length, max_length, is_explicit)
+    for name, least in (("min_new_tokens", 0), ("min_length", prompt_length)):
+        most = least + max_new_tokens
+        _require(name, specified.get(name), f"at most the {most} tokens there may be", specified.get(name, 0) <= most)
     unused = _RESOLVED | ({"min_new_tokens", "min_length"} if request.ignore_eos else set())
     generation = {name: value for name, value in params.items() if name not in unused}
     return SamplingParams(
@@ -203,6 +206,10 @@ def _check_token_ids(params: Mapping[str, Any], specified: Mapping[str, Any], vo
         flat = [i for item in _as_list(value) for i in _as_list(item)]
         is_valid = all(type(i) is int and 0 <= i < vocab_size for i in flat)
         _require(name, value, f"token ids below {vocab_size}", is_valid)
+    # -1 is the library's way to say that nothing ends a continuation.
+    eos = _as_list(specified.get("eos_token_id", []))
+    is_valid = all(type(i) is int and -1 <= i < vocab_size for i in eos)
+    _require("eos_token_id", eos, f"token ids below {vocab_size}, or -1", is_valid)
 
 
 def _items(value: Any) -> Iterator[Any]:

@@ -119,7 +119,8 @@ class Strict(BaseModel):
         known = [field.alias or name for name, field in cls.model_fields.items()]
         for name in specified:
             if name not in known:
-                context = {"name": name, "known": ", ".join(known)}
+                # Half a surrogate pair is no text for pydantic.
+                context = {"name": name.encode(errors="replace").decode(), "known": ", ".join(known)}
                 raise PydanticCustomError("unknown", "this field is not supported; send only {known}", context)
         return specified
 

@@ -147,7 +147,8 @@ def spread_map(model: PreTrainedModel, limit: int) -> dict[str, int | str]:
     if sum(sizes.values()) <= limit:
         return {"": "cpu"}
     layers = {name: size for name, size in sizes.items() if _decoder_layer(f"{name}.")}
-    table = _lookup_table(model)
+    lookup = _lookup_table(model)
+    table = next((name for name in blocks if lookup and f"{lookup}.".startswith(f"{name}.")), None)
     on_cpu, left = set[str](), limit
     for name in blocks:
         if name not in layers and name != table and sizes[name] <= left:

@@ -251,6 +251,33 @@ def test_min_new_tokens_holds_where_the_grammar_may_go_on():
         assert len(job.sequences[0].token_ids) > new
 
 
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_the_text_of_a_special_token_is_text(tokenizer):
+    engine = make_engine(tokenizer=tokenizer)
+    for text in engine._tokenizer.all_special_tokens:
+        job = run(engine, Grammar("choice", json.dumps([text])))
+        assert (job.sequences[0].text, job.sequences[0].finish_reason) == (text, "stop")
+
+
+def test_a_special_token_whose_text_the_tokenizer_can_merge_is_no_obstacle():
+    tokenizer = make_tokenizer()
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["model"]["vocab"] |= {"<e": VOCAB, "os>": VOCAB + 1, "s>": VOCAB + 2}
+    described["model"]["merges"] += [["<", "e"], ["s", ">"], ["o", "s>"], ["<e", "os>"]]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(described))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    compilation = GrammarCompiler(tokenizer, len(tokenizer)).compile(Grammar("choice", '["<eos>"]'), "group")
+    state = GrammarState(compilation, 0, [tokenizer.eos_token_id])
+    bits = np.unpackbits(state.next_tokens([]), bitorder="little")
+    assert bits.any() and not bits[tokenizer.eos_token_id]
+
+
+def test_eos_tokens_outside_the_vocabulary_end_nothing():
+    for own in (-1, 2**40):
+        engine = Engine(make_model("llama"), make_tokenizer(), EngineConfig(generation={"eos_token_id": [own, 0]}))
+        assert finish(engine, engine.submit(Request(PROMPT, grammar=DIGITS))).sequences[0].finish_reason == "stop"
+
+
 def test_the_grammar_wins_over_what_forbids_all_it_allows():
     tokens = make_tokenizer()("0123456789").input_ids
     job = run(make_engine(), DIGITS, {"suppress_tokens": tokens, "forced_eos_token_id": 0, "max_new_tokens": 2})

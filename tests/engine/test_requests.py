@@ -88,6 +88,13 @@ def test_means_what_generate_means(engine, parameters):
         ({"forced_eos_token_id": -2}, "forced_eos_token_id"),
         ({"sequence_bias": [[[VOCAB + 9], 1.0]]}, "sequence_bias"),
         ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"eos_token_id": VOCAB}, "eos_token_id"),
+        ({"eos_token_id": [0, -2]}, "eos_token_id"),
+        ({"eos_token_id": [True]}, "eos_token_id"),
+        ({"exponential_decay_length_penalty": [-100, 1e18]}, "exponential_decay_length_penalty"),
+        ({"min_new_tokens": 81}, "min_new_tokens: expected at most the 80"),
+        ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens"),
+        ({"min_length": 200}, "min_length"),
         ({"seed": 1.5}, "seed"),
     ],
 )
@@ -150,6 +157,18 @@ def test_the_request_wins_over_the_defaults(model, tokenizer):
     assert run(engine, parameters={"temperature": 0}).sequences[0].token_ids == GREEDY[:4]
     assert len(run(engine, parameters={"max_length": len(PROMPT) + 9, "temperature": 0}).sequences[0].token_ids) == 9
     assert len(run(engine, parameters={"max_new_tokens": 2}).sequences[0].token_ids) == 2
+
+
+def test_a_default_of_more_tokens_than_a_request_allows_is_no_error(model, tokenizer):
+    engine = Engine(model, tokenizer, EngineConfig(generation={"min_new_tokens": 9, "eos_token_id": -1}))
+    assert len(run(engine, parameters={"max_new_tokens": 4}).sequences[0].token_ids) == 4
+
+
+def test_nothing_is_chosen_where_the_parameters_forbid_everything(engine):
+    job = engine.submit(Request(PROMPT, {"suppress_tokens": list(range(VOCAB))}))
+    while engine.has_work:
+        engine.step()
+    assert isinstance(job.error, InvalidRequest) and not job.sequences[0].token_ids
 
 
 def test_null_in_the_defaults_is_the_default(model, tokenizer):

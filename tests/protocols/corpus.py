@@ -77,14 +77,14 @@ ODD_VALUES = {
 GENERATION = [
     *("model", "temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias"),
     *("stream", "stream_options", "max_tokens", "ignore_eos", "min_tokens", "min_p", "top_k", "repetition_penalty"),
-    "user",
+    *("user", "response_format", "guided_json", "guided_regex", "guided_choice", "structured_outputs"),
 ]
 ODD_FIELDS = {
     COMPLETIONS: (["prompt", "echo", "logprobs", "best_of", *GENERATION], f'"prompt": "{PROMPT}"'),
     CHAT: (
         [
-            *("messages", "logprobs", "top_logprobs", "max_completion_tokens", "response_format", "tools"),
-            *("tool_choice", "parallel_tool_calls"),
+            *("messages", "logprobs", "top_logprobs", "max_completion_tokens", "tools", "tool_choice"),
+            "parallel_tool_calls",
             *GENERATION,
         ],
         '"messages": [{"role": "user", "content": "hello"}]',
@@ -100,7 +100,9 @@ PARAMETERS = [
     *("max_new_tokens", "max_length", "min_new_tokens", "min_length", "do_sample", "temperature", "top_k", "top_p"),
     *("typical_p", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "eos_token_id"),
     *("stop_strings", "max_time", "num_return_sequences", "seed", "return_full_text", "sequence_bias", "num_beams"),
-    "exponential_decay_length_penalty",
+    *("exponential_decay_length_penalty", "min_p", "top_h", "epsilon_cutoff", "eta_cutoff", "renormalize_logits"),
+    *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "begin_suppress_tokens", "forced_bos_token_id"),
+    *("forced_eos_token_id", "pad_token_id", "bos_token_id", "remove_invalid_values"),
 ]
 MESSAGE = ["role", "content", "name", "tool_calls", "tool_call_id", "refusal", "annotations", "audio", "function_call"]
 
@@ -132,6 +134,26 @@ def _odd_fields():
             tensor = {"name": '"t"', "shape": "[1]", "datatype": '"BYTES"', "data": '["a"]', name: value}
             source = ", ".join(f'"{field}": {one}' for field, one in tensor.items())
             yield Case(f"tensor {name}: {kind}", INFER, f'{{"inputs": [{{{source}}}]}}'.encode(), "inputs")
+
+
+def _odd_names():
+    """Names that no field has, wherever there are fields."""
+    for name in ("\\ud800", "a\\u0000", "", "__class__", "Prompt", "🐶", "1"):
+        field = f'"{name}": 1'
+        for path, (_, fields) in ODD_FIELDS.items():
+            if path != ANY:
+                yield Case(f"{path} {name!r}", path, f"{{{fields}, {field}}}".encode(), refused=True)
+        for kind, path, source in (
+            ("parameter", PREDICT, '{"instances": ["a"], "parameters": {%s}}'),
+            ("instance", PREDICT, '{"instances": [{"data": "a", %s}]}'),
+            ("tensor", INFER, '{"inputs": [{"name": "t", "shape": [1], "datatype": "BYTES", "data": ["a"], %s}]}'),
+            ("message", CHAT, '{"messages": [{"role": "user", "content": "a", %s}]}'),
+            ("part", CHAT, '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a", %s}]}]}'),
+            ("form", CHAT, '{"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "text", %s}}'),
+            ("option", COMPLETIONS, '{"prompt": "a", "stream": true, "stream_options": {%s}}'),
+            ("outputs", COMPLETIONS, '{"prompt": "a", "structured_outputs": {%s}}'),
+        ):
+            yield Case(f"{kind} {name!r}", path, (source % field).encode(), refused=True)
 
 
 def _bodies():
@@ -285,7 +307,7 @@ def _paths():
 
 
 def corpus() -> list[Case]:
-    makers = (_odd_fields, _bodies, _lists, _lengths, _odd_but_right, _forms, _paths)
+    makers = (_odd_fields, _odd_names, _bodies, _lists, _lengths, _odd_but_right, _forms, _paths)
     return [case for maker in makers for case in maker()]
 
 

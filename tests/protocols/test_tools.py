@@ -4,6 +4,8 @@ import json
 from itertools import pairwise
 
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
+from openai.types.chat import ChatCompletionChunk
 
 from handler.engine import Engine, EngineConfig
 from handler.protocols.openai.tools import certain_content, split_calls
@@ -169,6 +171,17 @@ def test_a_loop_with_a_tool(send, chat, seen, says):
     assert status == 200
     assert seen[0] == json.dumps(WEATHER) + "<user>hello"
     assert seen[1].endswith('<user>hello<assistant>weather{"city": "Bern"}<tool>rain' + made["id"])
+
+
+def test_what_openais_client_makes_of_a_stream_can_be_sent_back(send, stream, chat, says):
+    says("<tool_call>" + json.dumps({"name": "weather", "arguments": BERN}) + "</tool_call>")
+    state = ChatCompletionStreamState()
+    for chunk in stream(REQUEST, CHAT):
+        state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
+    message = state.get_final_completion().choices[0].message.to_dict()
+    assert message["tool_calls"][0]["index"] == 0
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "rain"}
+    assert send({**REQUEST, "messages": [*REQUEST["messages"], message, result]}, CHAT)[0] == 200
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import streaming
 from handler.weights.reading import READ_METHODS, Reader
+from tests.engine.architectures import RUNS
+from tests.engine.conftest import make_tokenizer
 from tests.models import save_tiny_bloom
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -156,6 +158,16 @@ def test_tensors_that_are_not_aligned_in_their_file(bloom, tmp_path, load):
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
     expected = logits(load(folder=bloom, max_memory=None).model)
     torch.testing.assert_close(logits(load(folder=folder).model), expected)
+
+
+def test_an_embedding_that_lies_in_a_larger_block(tmp_path, load):
+    model = next(case for case in RUNS if case.model_type == "modernbert-decoder").make_model()
+    model.save_pretrained(tmp_path / "own")
+    make_tokenizer().save_pretrained(tmp_path / "own")
+    for memory in (0, 60_000):
+        loaded = load(folder=tmp_path / "own", max_memory={"cpu": memory})
+        assert "disk" in loaded.device_map.values()
+        torch.testing.assert_close(logits(loaded.model), logits(model))
 
 
 def test_a_disk_error_fails_the_step_and_the_next_one_tries_again(tmp_path, load):

@@ -70,7 +70,13 @@ class StructuredOutputs(Strict):
     json_: Schema | None = Field(None, alias="json")
     regex: str | None = None
     choice: Choices | None = None
-    json_object: bool | None = None
+    json_object: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "StructuredOutputs":
+        if len(self.model_fields_set) != 1:
+            raise ValueError("send one of json, regex, choice and json_object: true")
+        return self
 
 
 class Generation(Strict):
@@ -125,7 +131,7 @@ class Generation(Strict):
 
     def grammars(self) -> list[Grammar]:
         """What the answer must be, for each field that says it."""
-        form, outputs = self.response_format, self.structured_outputs or StructuredOutputs()
+        form, outputs = self.response_format, self.structured_outputs or StructuredOutputs.model_construct()
         schema = form.json_schema.schema_ if form and form.json_schema else None
         is_object = form is not None and form.type == "json_object"
         fields: list[tuple[Literal["json_object", "json_schema", "regex", "choice"], str | None, str]] = [
@@ -230,6 +236,7 @@ class CalledFunction(Strict):
 
 
 class ToolCall(Strict):
+    index: Any = None  # without influence: OpenAI's client leaves it there when it puts a stream together
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction

@@ -120,7 +120,7 @@ class Engine:
         """
         jobs = {job.id: (job, _text_length(job)) for job in self._jobs.values()}
         self._end_expired()
-        batches = self._scheduler.schedule()
+        batches = self._schedule()
         if not batches:  # whoever steps on and on would take the time to compile in
             futures = [job.compilation.future for job in self._jobs.values() if job.compilation]
             wait(futures, _COMPILE_WAIT, FIRST_COMPLETED)
@@ -171,6 +171,15 @@ class Engine:
 
     # step: run the scheduler's batches, then give each sequence what came of it
 
+    def _schedule(self) -> list[Batch]:
+        """This step's forwards; none where rows cannot be moved. Some may be then, so all are computed again."""
+        try:
+            return self._scheduler.schedule()
+        except Exception as error:
+            self._fail_batch(Batch(list(self._scheduler.running)), _as_engine_error(error))
+            self._scheduler.preempt_all()
+            return []
+
     def _run(self, batch: Batch) -> torch.Tensor | EngineError:
         """Logits [sum(batch.logits_to_keep), vocab], or what went wrong for all of the batch."""
         start = time.monotonic()
@@ -220,7 +229,7 @@ class Engine:
         elif sequence.length == sequence.max_length:
             self._finish(sequence, "length")
         elif sequence.length - 1 == self._longrope_border:
-            sequence.num_cached_tokens, sequence.has_crossed = 0, True  # its keys are now rotated by other factors
+            sequence.num_cached_tokens, sequence.shares_prompt = 0, False  # its keys are now rotated by other factors
 
     # every end of a sequence: its own, its job's, or that of a step that failed
 
@@ -240,7 +249,8 @@ class Engine:
         if job.finished:
             return
         job.error = _as_engine_error(error)
-        self._cache.zero_rows([sequence.row for sequence in self._scheduler.running if sequence.job is job])
+        rows = [sequence.row for sequence in self._scheduler.running if sequence.job is job]
+        self._cache.zero_rows([row for row in rows if row >= 0])
         self._end(job, "error")
 
     def _end_expired(self) -> None:

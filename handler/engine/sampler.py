@@ -4,6 +4,7 @@ Processors that look at a row's tokens run row by row. Those that look at scores
 for all rows with the same settings, and on the few candidates that can win: the vocabulary may be large.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

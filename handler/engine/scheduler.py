@@ -1,5 +1,6 @@
 """Who runs, in which row of the KV cache, and how many tokens of each go into the next forward."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from .capacity import Capacity
 from .errors import InvalidRequest, QueueFull
 from .kv_cache import KVCache
 from .sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 _MARGIN = 32  # tokens, or an eighth of a sequence: so far all may grow before the next has to be preempted
 _MAX_PASSED = 8  # so often is one passed who does not fit; and so many requests are looked at for one who does
@@ -115,6 +118,11 @@ class Scheduler:
         for batch in batches:
             batch.cache_shape = self._cache_shape(chunk)
         return batches
+
+    def preempt_all(self) -> None:
+        """Let all who run begin again, because what is in their rows is not known."""
+        for sequence in list(self.running):
+            self._preempt(sequence)
 
     def release_finished(self) -> None:
         """After the forwards: let the others have what was computed for them too, and take finished sequences out."""
@@ -223,7 +231,7 @@ class Scheduler:
         """The running sequence of the same job whose prompt this one waits for, instead of computing it again."""
         if sequence.num_cached_tokens or not sequence.shared_length or sequence.needs_prompt_logprobs:
             return None
-        siblings = [other for other in self.running if other.job is sequence.job and not other.has_crossed]
+        siblings = [other for other in self.running if other.job is sequence.job and other.shares_prompt]
         leader = max(siblings, key=lambda other: (other.num_cached_tokens, -other.order))
         return None if leader is sequence else leader
 
@@ -232,8 +240,12 @@ class Scheduler:
         for sequence in self.running:
             leader, length = self._leader(sequence), sequence.shared_length
             if leader and leader.num_cached_tokens >= length and sequence.row < self._cache.num_rows:
-                self._cache.copy_rows([leader.row], [sequence.row], length)
-                sequence.num_cached_tokens = length
+                try:
+                    self._cache.copy_rows([leader.row], [sequence.row], length)
+                    sequence.num_cached_tokens = length
+                except Exception:  # no memory to copy in: it computes its prompt itself
+                    logger.exception("a prompt could not be shared")
+                    sequence.shares_prompt = False
 
     def _cache_shape(self, chunk: int) -> tuple[int, int]:
         """Rows and columns that the running sequences fill at most after a step with chunks of this size."""

@@ -59,7 +59,8 @@ class Sequence:
     row: its row in the KV cache, -1 while it waits.
     num_cached_tokens: how many of its tokens have keys and values there.
     times_passed: how often others were admitted before it because it did not fit.
-    has_crossed: whether it grew beyond longrope's border, where all its keys changed, and its siblings' maybe not yet.
+    shares_prompt: whether its prompt has the same keys and values as its siblings'. Not once it has grown beyond
+        longrope's border: that changes all its keys, and theirs maybe not yet.
     """
 
     job: Job
@@ -74,7 +75,7 @@ class Sequence:
     row: int = -1
     num_cached_tokens: int = 0
     times_passed: int = 0
-    has_crossed: bool = False
+    shares_prompt: bool = True
 
     @property
     def text(self) -> str:
@@ -115,7 +116,7 @@ class Sequence:
     def shared_length(self) -> int:
         """How many tokens have the same keys and values in all sequences of the job that share any. The last token is
         not among them: the next one is sampled from its logits."""
-        return 0 if self.has_crossed else min(len(self.job.prompt_ids), self.length - 1)
+        return min(len(self.job.prompt_ids), self.length - 1) if self.shares_prompt else 0
 
     @property
     def needs_prompt_logprobs(self) -> bool:

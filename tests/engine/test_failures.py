@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from handler.engine import Engine, EngineConfig, ModelError, OutOfMemory, Request
+from handler.engine.kv_cache import KVCache
 from handler.engine.model_runner import ModelRunner
 
 from .conftest import make_model, prompt_ids, reference
@@ -98,6 +99,40 @@ def test_another_error_fails_the_jobs_of_that_forward(engine, monkeypatch, caplo
         assert type(job.error) is ModelError and "ValueError" in str(job.error) and "/mnt" not in str(job.error)
         assert job in changed
     finish(engine, decoding, submit(engine, 3))
+
+
+@pytest.fixture
+def half_copied(monkeypatch):
+    """The next copy of rows fails when the keys of the first layer are copied. The list then holds the error."""
+    copy, errors = KVCache.copy_rows, []
+
+    def failing(cache, sources, destinations, length):
+        if errors:
+            return copy(cache, sources, destinations, length)
+        keys = cache.layers[0].keys
+        keys[destinations, :, :length] = keys[sources, :, :length]
+        errors.append(torch.OutOfMemoryError("CUDA out of memory."))
+        raise errors[0]
+
+    monkeypatch.setattr(KVCache, "copy_rows", failing)
+    return errors
+
+
+def test_rows_that_are_half_moved_are_computed_again(engine, half_copied):
+    first, second, third = (submit(engine, seed, new=20) for seed in range(3))
+    for _ in range(3):
+        engine.step()
+    engine.cancel(first.id)  # somebody moves to its row
+    changed = engine.step()
+    assert half_copied and changed == [third] and isinstance(third.error, OutOfMemory)
+    finish(engine, second, submit(engine, 3))
+
+
+def test_who_gets_no_copy_of_a_prompt_computes_it(engine, half_copied):
+    job = engine.submit(Request(prompt_ids(0, 12), {"max_new_tokens": 10}, n=3))
+    finish(engine, job)
+    assert half_copied
+    assert all(sequence.token_ids == job.sequences[0].token_ids for sequence in job.sequences)
 
 
 def test_a_failed_choice_ends_the_whole_job(engine, monkeypatch):

@@ -5,6 +5,7 @@ reply stays open. Plain mode wants a whole batch answered before it hands over t
 """
 
 import gc
+import threading
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from typing import Any
 
 from ts.context import Context
 from ts.handler_utils.utils import send_intermediate_predict_response
-from ts.metrics.dimension import Dimension
+from ts.metrics.caching_metric import CachingMetric
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
@@ -21,12 +22,13 @@ from handler.checkpoint import open_checkpoint, work_folder
 from handler.engine import Engine
 from handler.loading import load_model
 from handler.memory import page_cache_room, with_kv_cache_limit
+from handler.metrics import CLIENT_GONE, Metric, Metrics
 from handler.protocols.base import ModelInfo
 from handler.protocols.open_request import OpenRequest, Reply
 from handler.protocols.router import OPERATOR
 from handler.settings import read_settings
 
-METRICS_PERIOD = 1  # seconds between two reports of the engine's gauges while it works
+METRICS_PERIOD = 1.0  # seconds between two reports of what has changed
 PACKAGES = ("torchserve", "torch", "transformers", "accelerate")
 
 
@@ -38,6 +40,7 @@ class LargeModelHandler(BaseHandler):
 
         Raises SettingsError, CheckpointError or LoadError; TorchServe then tries again, and logs each try.
         """
+        began = time.monotonic()
         model_dir = Path(context.system_properties["model_dir"])
         self.settings = read_settings(model_dir / "setup_config.json")
         self.loaded = load_model(open_checkpoint(model_dir), self.settings, work_folder(model_dir))
@@ -57,7 +60,9 @@ class LargeModelHandler(BaseHandler):
         )
         self.continuous = bool((context.model_yaml_config or {}).get("continuousBatching"))
         self.open_requests: dict[str, OpenRequest] = {}  # by TorchServe's request id
-        self.last_report = 0.0
+        self.metrics = Metrics(self.engine, self.loaded, time.monotonic() - began, self._emit)
+        self.metrics.report()
+        threading.Thread(target=self.metrics.report_forever, args=[METRICS_PERIOD], daemon=True).start()
         # What is loaded stays: without this the collector walks over all of it now and then, for 150 ms.
         gc.collect()
         gc.freeze()
@@ -68,14 +73,15 @@ class LargeModelHandler(BaseHandler):
         self.context = context
         requests = self.preprocess(data)
         self.inference(requests)
-        self._report()
         return self.postprocess(requests)
 
     def preprocess(self, data: list[dict]) -> list[OpenRequest]:
         """The batch's requests, in order: known ones go on, new ones begin, missing ones are cancelled."""
         ids = [self.context.get_request_id(index) for index in range(len(data))]
         for gone in self.open_requests.keys() - set(ids):
-            self.open_requests.pop(gone).cancel()
+            request = self.open_requests.pop(gone)
+            request.cancel()
+            self.metrics.finished(gone, request, CLIENT_GONE)
         for index, (request_id, entry) in enumerate(zip(ids, data, strict=True)):
             if request_id not in self.open_requests:
                 path = self._path(index)
@@ -106,6 +112,7 @@ class LargeModelHandler(BaseHandler):
         for request_id, request in zip(list(self.context.request_ids.values()), requests, strict=True):
             if request.finished:
                 del self.open_requests[request_id]
+                self.metrics.finished(request_id, request, request.status)
         return self._write(replies, len(requests))
 
     def describe_handle(self) -> dict[str, Any]:
@@ -134,26 +141,10 @@ class LargeModelHandler(BaseHandler):
             "share_waited": round(streamed.wait_seconds / max(self.engine.forward_seconds, 1e-9), 3),
         }
 
-    def _report(self) -> None:
-        """Set gauges among TorchServe's metrics; always when the engine has run dry, because nobody calls again before
-        the next request."""
-        now = time.monotonic()
-        if self.engine.has_work and now < self.last_report + METRICS_PERIOD:
-            return
-        self.last_report = now
-        gauges: list[tuple[str, str, float]] = [
-            ("RunningSequences", "count", self.engine.num_running),
-            ("WaitingSequences", "count", self.engine.num_waiting),
-        ]
-        if streamed := self.loaded.streamed:
-            gauges += [
-                ("StreamedBytes", "bytes", streamed.reader.bytes_read),
-                ("StreamWaitSeconds", "seconds", streamed.wait_seconds),
-                ("ForwardSeconds", "seconds", self.engine.forward_seconds),
-            ]
-        for name, unit, value in gauges:
-            dimensions = [Dimension("ModelName", self.model_info.name), Dimension("Level", "Model")]
-            self.context.metrics.add_metric(name, value, unit, dimensions=dimensions, metric_type=MetricTypes.GAUGE)
+    def _emit(self, metric: Metric, labels: tuple[str, ...], value: float) -> None:
+        """Write the line of log that TorchServe makes a sample for Prometheus of."""
+        caching = CachingMetric(metric.name, metric.unit, ["model_name", *metric.labels], MetricTypes(metric.type))
+        caching.add_or_update(value, [self.model_info.name, *labels])
 
     def _run(self, requests: list[OpenRequest]) -> None:
         """Step until the time slice is over, or somebody has a first token or a whole answer to be sent."""

@@ -1,7 +1,8 @@
 """Put an archive and its config.properties where KServe's storage initializer looks for them.
 
-STORAGE_URI/model-store/NAME.mar (or the files of a no-archive folder), then STORAGE_URI/config/config.properties,
-which names it. What is there already is not sent again, and an upload that broke off goes on where it stopped.
+STORAGE_URI/model-store/NAME.mar (or the files of a no-archive folder), then STORAGE_URI/config/metrics.yaml and
+STORAGE_URI/config/config.properties, which names both. What is there already is not sent again, and an upload that
+broke off goes on where it stopped.
 """
 
 import argparse
@@ -19,9 +20,10 @@ from scripts.console import UserError, run
 from scripts.stores import open_store
 from scripts.stores.base import UNFINISHED, WORKERS, Store, parts_of
 from scripts.zip import files_in, progress_bar
-from server.config_properties import cluster_properties
+from server.config_properties import METRICS, cluster_properties
 
 STORE, CONFIG = "model-store", "config/config.properties"
+METRICS_CONFIG = "config/metrics.yaml"
 
 
 @dataclass
@@ -47,6 +49,7 @@ def upload(archive: Path, storage_uri: str, delete: bool = False) -> Summary:
         with progress_bar(list(files.values()), archive.name) as bar:
             for key, path in files.items():
                 _send(store, key, path, pool, bar, summary)
+            _send(store, METRICS_CONFIG, METRICS, pool, bar, summary)
             with tempfile.NamedTemporaryFile("w", suffix=".properties") as config:
                 config.write(cluster_properties(archive))
                 config.flush()

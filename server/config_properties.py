@@ -18,6 +18,8 @@ CLUSTER_PORTS = {
     "grpc_inference": 7070,
     "grpc_management": 7071,
 }
+METRICS = Path(__file__).with_name("metrics.yaml")  # what TorchServe tells Prometheus
+CLUSTER_METRICS = "/mnt/models/config/metrics.yaml"  # where KServe's own runtime finds it; our image has it itself
 PORTS = tuple(CLUSTER_PORTS)  # on a laptop: PORT, PORT+1, …
 
 WORKER_DEFAULTS = {  # TorchServe's own, for what model-config.yaml leaves out
@@ -33,12 +35,12 @@ WORKER_DEFAULTS = {  # TorchServe's own, for what model-config.yaml leaves out
 def laptop_properties(archive: Path, port: int) -> str:
     """For an archive on this machine: five ports from `port` on, on the loopback interface only."""
     ports = {name: port + offset for offset, name in enumerate(PORTS)}
-    return _render(archive, archive.parent, ports, "127.0.0.1")
+    return _render(archive, archive.parent, METRICS, ports, "127.0.0.1")
 
 
 def cluster_properties(archive: Path) -> str:
     """For an archive in KServe's container: all but management is open to the pod's network."""
-    return _render(archive, Path(CLUSTER_STORE), CLUSTER_PORTS, "0.0.0.0")
+    return _render(archive, Path(CLUSTER_STORE), Path(CLUSTER_METRICS), CLUSTER_PORTS, "0.0.0.0")
 
 
 def model_config(archive: Path) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def model_config(archive: Path) -> dict[str, Any]:
     return yaml.safe_load(_read(archive, "model-config.yaml"))
 
 
-def _render(archive: Path, model_store: Path, ports: dict[str, int], host: str) -> str:
+def _render(archive: Path, model_store: Path, metrics: Path, ports: dict[str, int], host: str) -> str:
     name = archive.name.removesuffix(".mar")
     version = json.loads(_read(archive, "MAR-INF/MANIFEST.json"))["model"]["modelVersion"]
     config = model_config(archive)
@@ -64,7 +66,8 @@ def _render(archive: Path, model_store: Path, ports: dict[str, int], host: str) 
         # A snapshot, not load_models: KServe's wrapper takes the model's name from it.
         "model_snapshot": json.dumps(snapshot, separators=(",", ":")),
         "metrics_mode": "prometheus",
-        "model_metrics_auto_detect": "true",  # publishes RunningSequences and WaitingSequences of the handler
+        "metrics_config": metrics,
+        "model_metrics_auto_detect": "true",  # for a handler that is newer than that file
         "vmargs": "-Xmx1g",  # Java would take up to a quarter of the machine's memory, which the model needs
         "job_queue_size": 1000,
         # TorchServe's worker parses JSON before the handler sees it, and nobody else is served meanwhile: 50 ms for the

@@ -37,6 +37,7 @@ def serve(ts_config: Path, changes: dict[str, str]) -> int:
 
     Set here is what follows from the container: its port, the folders that can be written to, and its environment.
     """
+    from server.config_properties import METRICS
     from server.torchserve import command, environment
 
     if not ts_config.is_file():
@@ -48,7 +49,11 @@ def serve(ts_config: Path, changes: dict[str, str]) -> int:
         return 1
     model_store = ts_config.parents[1] / "model-store"
     # Knative names the port in PORT.
-    values = {"inference_address": f"http://0.0.0.0:{os.environ.get('PORT', '8080')}", "model_store": str(model_store)}
+    values = {
+        "inference_address": f"http://0.0.0.0:{os.environ.get('PORT', '8080')}",
+        "model_store": str(model_store),
+        "metrics_config": str(METRICS),
+    }
     # The volume outlives a container that dies: it would leave gigabytes, and a process id that is another's by now.
     shutil.rmtree(_work_folder(), ignore_errors=True)
     _work_folder().mkdir()

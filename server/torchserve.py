@@ -20,6 +20,7 @@ from server.config_properties import PORTS, laptop_properties
 from server.errors import LaunchError
 from server.java import find_java_home
 
+LOGGING = Path(__file__).with_name("log4j2.xml")
 MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's path on Linux
 # What TorchServe's worker logs right before the traceback of a failure, and what it logs right after it.
 FAILURE = re.compile(r"MODEL_LOG - (Failed to load model|Load model .* OOM|Backend worker process died)")
@@ -155,6 +156,7 @@ def environment(temporary: Path, logs: Path) -> dict[str, str]:
         "TMPDIR": str(temporary),
         "LOG_LOCATION": str(logs),
         "METRICS_LOCATION": str(logs),
+        "LOG4J_CONFIGURATION_FILE": f"log4j2.xml,{LOGGING}",
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -27,6 +27,7 @@ from .sampling_params import checked, resolve
 from .scheduler import Batch, Scheduler
 from .self_check import check_rows
 from .sequence import FinishReason, Job, Sequence
+from .stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Engine:
         self.max_queue = config.max_queue
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
         self.forward_seconds = 0.0  # for how long the model has run so far
+        self.stats = EngineStats()
         self._jobs: dict[str, Job] = {}  # those that are not finished
         self._order = itertools.count()
 
@@ -82,6 +84,16 @@ class Engine:
     def num_waiting(self) -> int:
         """Sequences that wait for one, or for their grammar."""
         return len(self._scheduler.waiting)
+
+    @property
+    def kv_tokens_used(self) -> int:
+        """Tokens of the cache that nobody else can have: as many for each running sequence as the longest one has."""
+        return self._scheduler.used_tokens
+
+    @property
+    def kv_tokens_free(self) -> int:
+        """Tokens that the cache has besides."""
+        return max(0, self._cache.capacity_tokens - self.kv_tokens_used)
 
     def encode(self, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt that fits, for a `Request`. May be called from any thread: a long text takes long.
@@ -106,7 +118,7 @@ class Engine:
             job.compilation = self._grammars.compile(params.grammar, job.group)
         job.sequences = self._make_sequences(job)
         self._scheduler.add(job.sequences)
-        job.waiting_since = time.monotonic()
+        job.submitted_at = job.waiting_since = time.monotonic()
         if params.max_time is not None:
             job.deadline = job.waiting_since + params.max_time
         self._jobs[job.id] = job
@@ -121,6 +133,7 @@ class Engine:
         jobs = {job.id: (job, _text_length(job)) for job in self._jobs.values()}
         self._end_expired()
         batches = self._schedule()
+        self._note_started()
         if not batches:  # whoever steps on and on would take the time to compile in
             futures = [job.compilation.future for job in self._jobs.values() if job.compilation]
             wait(futures, _COMPILE_WAIT, FIRST_COMPLETED)
@@ -180,6 +193,13 @@ class Engine:
             self._scheduler.preempt_all()
             return []
 
+    def _note_started(self) -> None:
+        now = time.monotonic()
+        for job in {sequence.job.id: sequence.job for sequence in self._scheduler.running}.values():
+            if job.started_at is None:
+                job.started_at = now
+                self.stats.queue.observe(now - job.submitted_at)
+
     def _run(self, batch: Batch) -> torch.Tensor | EngineError:
         """Logits [sum(batch.logits_to_keep), vocab], or what went wrong for all of the batch."""
         start = time.monotonic()
@@ -224,12 +244,24 @@ class Engine:
         if isinstance(token, Exception):
             raise token
         sequence.token_ids.append(token)
+        self._note_token(sequence)
         if sequence.text_stream.push(token) or token in sequence.eos_token_ids:
             self._finish(sequence, "stop")
         elif sequence.length == sequence.max_length:
             self._finish(sequence, "length")
         elif sequence.length - 1 == self._longrope_border:
             sequence.num_cached_tokens, sequence.shares_prompt = 0, False  # its keys are now rotated by other factors
+
+    def _note_token(self, sequence: Sequence) -> None:
+        now, job, stats = time.monotonic(), sequence.job, self.stats
+        stats.generated_tokens += 1
+        if job.first_token_at is None:
+            job.first_token_at = now
+            stats.prompt_tokens += len(job.prompt_ids)
+            stats.first_token.observe(now - job.submitted_at)
+        if sequence.last_token_at is not None:
+            stats.between_tokens.observe(now - sequence.last_token_at)
+        sequence.last_token_at = now
 
     # every end of a sequence: its own, its job's, or that of a step that failed
 

@@ -79,6 +79,12 @@ class Scheduler:
         self._cache, self._config, self._capacity = cache, config, capacity
         self._mixed_batch, self._pass_columns = mixed_batch, pass_columns
 
+    @property
+    def used_tokens(self) -> int:
+        """Rows x columns of the cache, a rectangle, that the running sequences fill."""
+        running = list(self.running)
+        return len(running) * max((sequence.length for sequence in running), default=0)
+
     def check_queue_room(self, count: int) -> None:
         """Raises InvalidRequest when so many sequences may never wait together, QueueFull when they may not now."""
         if count > self._config.max_queue:

@@ -19,7 +19,9 @@ class Job:
 
     sequences: one for each of the `n` continuations.
     prompt_logprobs: if asked for, one entry a prompt token; the first is None as nothing predicts it.
-    waiting_since: `time.monotonic()` seconds at which it was submitted, or when something of its group ran last.
+    submitted_at, started_at, first_token_at: `time.monotonic()` seconds at which it was submitted, one of its sequences
+        got a row for the first time, and one had a first token; None before.
+    waiting_since: the same clock when it was submitted, or when something of its group ran last.
     deadline: `time.monotonic()` seconds after which it ends with finish_reason "time", or None.
     compilation: of the request's grammar, if it has one.
     """
@@ -27,6 +29,9 @@ class Job:
     request: Request
     params: SamplingParams
     prompt_ids: list[int]
+    submitted_at: float = 0.0
+    started_at: float | None = None
+    first_token_at: float | None = None
     waiting_since: float = 0.0
     deadline: float | None = None
     compilation: Compilation | None = None
@@ -54,6 +59,7 @@ class Sequence:
     index: its place among the job's sequences.
     order: counts up in the order of submission.
     token_ids: every generated token, including the eos token or the one that completed a stop string.
+    last_token_at: `time.monotonic()` seconds at which it got the last of them, or None.
     logprobs: if asked for, one entry a generated token, from the model's raw logits in float32.
     finish_reason: None while it waits or runs.
     row: its row in the KV cache, -1 while it waits.
@@ -70,6 +76,7 @@ class Sequence:
     eos_token_ids: frozenset[int]
     order: int
     token_ids: list[int] = field(default_factory=list)
+    last_token_at: float | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     row: int = -1

@@ -54,6 +54,7 @@ class Call(ABC):
     """One HTTP request. What `request` makes of each of its prompts goes to the engine, in order; the jobs come back
     in the same order."""
 
+    protocol = "unknown"  # its name, for whoever counts requests
     prompts: Collection[str | list[int]] = ()
     add_special_tokens = True  # whether the tokenizer adds its own to a text
     stream = False

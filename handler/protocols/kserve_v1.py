@@ -32,6 +32,8 @@ def split_full_text(parameters: dict[str, Any], model: ModelInfo) -> tuple[bool,
 class PredictCall(Call):
     """One prediction an instance, in order: a string, or the list of them with num_return_sequences > 1."""
 
+    protocol = "kserve_v1"
+
     def __init__(self, body: dict[str, Any], model: ModelInfo):
         predict = validated(Predict, body)
         self._model = model

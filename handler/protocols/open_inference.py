@@ -66,6 +66,8 @@ def flatten(data: list[Any]) -> Any:
 class InferCall(Call):
     """One text a prompt, in the input's shape; with num_return_sequences > 1, in one more dimension."""
 
+    protocol = "open_inference"
+
     def __init__(self, body: dict[str, Any], model: ModelInfo):
         infer = validated(Infer, body)
         if infer.model_name not in (None, model.name):

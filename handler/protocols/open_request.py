@@ -1,7 +1,8 @@
 """One HTTP request from its first byte to its last: what to reply now, and whether more follows."""
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -45,6 +46,7 @@ class OpenRequest:
     def __init__(self, entry: dict[str, Any], path: Any, model: ModelInfo, engine: Engine):
         """Parse the request and submit its jobs, all or none: at once, or for a large one when another thread has
         parsed it. What is wrong with it becomes its reply."""
+        self.received_at = time.monotonic()
         self._engine = engine
         self._jobs: list[Job] = []
         self._started = False  # the first part is sent: the status is fixed, and a hang-up is noticed
@@ -79,6 +81,22 @@ class OpenRequest:
     @property
     def finished(self) -> bool:
         return self._error is not None or (self._parsed is None and all(job.finished for job in self._jobs))
+
+    @property
+    def jobs(self) -> Collection[Job]:
+        """What the engine has of it."""
+        return self._jobs
+
+    @property
+    def protocol(self) -> str:
+        """The name of its wire format; "unknown" before it is parsed, and of one that could not be."""
+        return self._call.protocol
+
+    @property
+    def status(self) -> int:
+        """HTTP's, of how it has ended; of an error in the middle of an answer too, whose client has read 200."""
+        error = self._error or failure(self._jobs)
+        return status_and_type(error)[0] if error else 200
 
     def cancel(self) -> None:
         """Nobody waits for it any more."""

@@ -7,6 +7,7 @@ from handler.protocols.base import Call, ModelInfo
 class TextCall(Call):
     """`POST /predictions/M` with text, a form part `data`, or `{"data": "…"}`: answered with text, as the sample."""
 
+    protocol = "plain_text"
     content_type = "text/plain; charset=utf-8"
 
     def __init__(self, text: object, model: ModelInfo):

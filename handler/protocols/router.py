@@ -34,6 +34,8 @@ NO_FORM = (
 class InformationCall(Call):
     """An answer that needs no generation."""
 
+    protocol = "information"
+
     def __init__(self, answer: dict[str, Any]):
         self._answer = answer
 

@@ -4,7 +4,7 @@ import pytest
 
 from scripts.archive import archive
 from scripts.upload import upload
-from server.config_properties import cluster_properties
+from server.config_properties import METRICS, cluster_properties
 from tests.clouds import files
 from tests.e2e.conftest import fetch
 
@@ -19,7 +19,11 @@ def mounted(made):
     """Path -> bytes of all that the container must find under its mount."""
     packed = {"": made.read_bytes()} if made.is_file() else {f"/{name}": data for name, data in files(made).items()}
     archived = {f"model-store/{made.name}{name}": data for name, data in packed.items()}
-    return archived | {"config/config.properties": cluster_properties(made).encode()}
+    config = {
+        "config/config.properties": cluster_properties(made).encode(),
+        "config/metrics.yaml": METRICS.read_bytes(),
+    }
+    return archived | config
 
 
 def test_from_a_cloud_store(cloud, made, mounted, tmp_path):

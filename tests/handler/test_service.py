@@ -3,6 +3,8 @@
 import gc
 import itertools
 import json
+import logging
+import re
 import time
 
 import pytest
@@ -16,13 +18,6 @@ from handler.weights import streaming
 SETTINGS = {"max_new_tokens": 6, "max_batch_size": 4, "max_queue": 6}
 PROMPT = "My dog is cute"
 ids = itertools.count()
-
-
-class Metrics(dict):
-    """TorchServe's metrics, as far as gauges go."""
-
-    def add_metric(self, name, value, unit, dimensions, metric_type):
-        self[name] = value
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +35,13 @@ def continuous(request):
 
 
 @pytest.fixture
-def make_handler(model_dir):
+def make_handler(model_dir, monkeypatch):
+    monkeypatch.setattr(service, "METRICS_PERIOD", 10**6)  # reports come when a test asks for them
+
     def make_handler(continuous):
         manifest = {"model": {"modelVersion": "1.0"}}
         config = {"continuousBatching": continuous}
         context = Context("bloom", str(model_dir), manifest, 8, None, "0.12.0", model_yaml_config=config)
-        context.metrics = Metrics()
         handler = LargeModelHandler()
         handler.initialize(context)
         return Frontend(handler, context)
@@ -200,18 +196,70 @@ def test_a_request_that_waits_too_long_is_503_and_says_when_to_come_again(make_h
     assert len(frontend.open) == 4  # those who run
 
 
-def test_gauges_tell_what_runs_and_what_waits(make_handler):
+@pytest.fixture
+def reported(caplog):
+    """reported(frontend) -> {name: what is new} of metrics without labels of their own, as TorchServe reads them."""
+    caplog.set_level(logging.INFO)
+
+    def reported(frontend):
+        frontend.handler.metrics.report()
+        line = re.compile(r"\[METRICS\](\w+)\.\w+:([0-9\-,.e]+)\|#model_name:bloom\|#type:\w+\|#hostname:[^,]+,\d+")
+        found = [line.fullmatch(record.getMessage()) for record in caplog.records]
+        caplog.clear()
+        return {match[1]: float(match[2]) for match in found if match}
+
+    return reported
+
+
+def finished(caplog):
+    """What the log says of finished requests."""
+    return [json.loads(record.getMessage()) for record in caplog.records if '"event": "request"' in record.getMessage()]
+
+
+def test_metrics_tell_what_runs_and_what_waits(make_handler, reported):
     frontend = make_handler(True)
+    assert reported(frontend)["llm_running_sequences"] == 0  # before anybody has asked for anything
     sent = [frontend.send(instances(PROMPT, max_new_tokens=500)) for _ in range(6)]
     frontend.call()
-    assert frontend.context.metrics == {"RunningSequences": 4, "WaitingSequences": 2}
+    new = reported(frontend)
+    assert (new["llm_running_sequences"], new["llm_waiting_sequences"]) == (4, 2)
     for one in sent:
         frontend.hang_up(one)
     frontend.answer(frontend.send(instances(PROMPT)))
-    assert frontend.context.metrics == {"RunningSequences": 0, "WaitingSequences": 0}
+    new = reported(frontend)
+    assert (new["llm_running_sequences"], new["llm_waiting_sequences"]) == (0, 0)
 
 
-def test_what_comes_from_disk_is_told(make_handler, monkeypatch):
+def test_each_finished_request_is_a_line_without_its_prompt(make_handler, continuous, caplog):
+    caplog.set_level(logging.INFO)
+    frontend = make_handler(continuous)
+    good = frontend.send({"prompt": PROMPT, "max_tokens": 5, "ignore_eos": True})
+    bad = frontend.send({"no": PROMPT})
+    frontend.answer(good), frontend.answer(bad)
+    lines = {line.pop("id"): line for line in finished(caplog)}
+    assert lines.keys() == {good, bad} and PROMPT not in caplog.text
+    times = [lines[good].pop(f"{name}_seconds") for name in ("queued", "first_token", "total")]
+    assert 0 <= times[0] <= times[1] <= times[2]
+    tokens = len(frontend.handler.loaded.tokenizer(PROMPT)["input_ids"])
+    assert lines[good] == {
+        "event": "request", "protocol": "openai_completions", "status": 200,
+        "prompt_tokens": tokens, "generated_tokens": 5,
+    }  # fmt: skip
+    assert (lines[bad]["status"], lines[bad]["queued_seconds"], lines[bad]["generated_tokens"]) == (400, None, 0)
+
+
+def test_a_client_that_hung_up_is_a_line_too(make_handler, caplog):
+    caplog.set_level(logging.INFO)
+    frontend = make_handler(True)
+    gone = frontend.send(instances(PROMPT, max_new_tokens=500))
+    frontend.call()
+    frontend.hang_up(gone)
+    frontend.answer(frontend.send({}, url_path="health"))
+    (line,) = (line for line in finished(caplog) if line["id"] == gone)
+    assert (line["status"], line["protocol"]) == (499, "kserve_v1") and line["generated_tokens"]
+
+
+def test_what_comes_from_disk_is_told(make_handler, monkeypatch, reported):
     frontend = make_handler(True)
     assert frontend.answer(frontend.send({}, describe="True"))[1]["streaming"] is None
     monkeypatch.setattr(streaming, "_SMALL", 0)
@@ -224,9 +272,9 @@ def test_what_comes_from_disk_is_told(make_handler, monkeypatch):
     disk = frontend.handler.loaded.placement.tiers["disk"].bytes
     assert told["bytes_read"] >= read + 4 * disk // 2
     assert told["method"] and told["measured_bytes_per_second"] > 0 and 0 < told["share_waited"] < 1
-    gauges = frontend.context.metrics
-    assert read < gauges["StreamedBytes"] <= frontend.handler.loaded.streamed.reader.bytes_read
-    assert 0 < gauges["StreamWaitSeconds"] < gauges["ForwardSeconds"]
+    new = reported(frontend)
+    assert new["llm_streamed_bytes_total"] >= 4 * disk // 2
+    assert 0 < new["llm_stream_wait_seconds_total"] < new["llm_forward_seconds_total"]
 
 
 def test_describe(make_handler, continuous):

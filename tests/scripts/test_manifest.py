@@ -140,7 +140,7 @@ def test_autoscaling_and_canary(plan):
     keda = render(plan, "keda")["InferenceService"]
     assert keda["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] == "RawDeployment"
     (metric,) = keda["spec"]["predictor"]["autoScaling"]["metrics"]
-    assert metric["external"]["metric"]["query"] == 'sum(WaitingSequences{ModelName="bloom-7b1"})'
+    assert metric["external"]["metric"]["query"] == 'sum(llm_waiting_sequences{model_name="bloom-7b1"})'
     assert render(plan, "canary")["InferenceService"]["spec"]["predictor"]["canaryTrafficPercent"] == 10
 
 

@@ -15,10 +15,12 @@ from scripts.console import UserError
 from scripts.stores import base, open_store
 from scripts.stores.folder import FolderStore, _FolderUpload
 from scripts.upload import find_archive
+from server.config_properties import METRICS
 from tests.clouds import files, objects
 
 PART_BYTES = 5 * 2**20  # the least that S3 takes
 SIZE = 4 * PART_BYTES + 12345
+CONFIG = {"config/config.properties", "config/metrics.yaml"}
 
 
 @pytest.fixture(autouse=True)
@@ -51,19 +53,21 @@ def folder(bloom, tmp_path_factory):
 def test_a_mar_and_its_config_are_put_where_kserve_looks(cloud, mar):
     summary = upload.upload(mar, cloud.uri)
     there = objects(cloud)
-    assert there.keys() == {"model-store/bloom.mar", "config/config.properties"}
+    assert there.keys() == {"model-store/bloom.mar", *CONFIG}
     assert there["model-store/bloom.mar"] == mar.read_bytes()
+    assert there["config/metrics.yaml"] == METRICS.read_bytes()
     properties = dict(line.split("=", 1) for line in there["config/config.properties"].decode().splitlines())
     assert properties["model_store"] == "/mnt/models/model-store"
+    assert properties["metrics_config"] == "/mnt/models/config/metrics.yaml"
     assert json.loads(properties["model_snapshot"])["models"]["bloom"]["1.0"]["marName"] == "bloom.mar"
-    assert (summary.sent, summary.skipped, summary.stale) == (2, 0, ())
+    assert (summary.sent, summary.skipped, summary.stale) == (3, 0, ())
     assert summary.bytes == sum(map(len, there.values()))
 
 
 def test_a_folder_is_uploaded_with_what_its_links_point_to(cloud, folder):
     upload.upload(folder, cloud.uri)
     there = objects(cloud)
-    assert there.pop("config/config.properties")
+    assert all(there.pop(name) for name in CONFIG)
     assert there == {f"model-store/bloom/{name}": data for name, data in files(folder).items()}
     assert any(name.endswith("model/config.json") for name in there)
 
@@ -99,12 +103,12 @@ def test_a_broken_upload_says_so_and_the_next_goes_on_where_it_stopped(cloud, ma
         upload.upload(mar, cloud.uri)
     assert re.search("did not take it .*: run the same command again to go on where it stopped$", str(error.value))
     cloud.proxy.break_after = None
-    assert "model-store/bloom.mar" not in objects(cloud) and "config/config.properties" not in objects(cloud)
+    assert not objects(cloud).keys() & {"model-store/bloom.mar", *CONFIG}
     summary = upload.upload(mar, cloud.uri)
     assert PART_BYTES < summary.bytes < mar.stat().st_size - PART_BYTES / 2
     there = objects(cloud)
     assert there["model-store/bloom.mar"] == mar.read_bytes()
-    assert there.keys() == {"model-store/bloom.mar", "config/config.properties"}
+    assert there.keys() == {"model-store/bloom.mar", *CONFIG}
     assert not upload.upload(mar, cloud.uri).sent
 
 
@@ -217,9 +221,9 @@ def test_a_folder_goes_on_where_it_stopped_too(mar, tmp_path, monkeypatch):
     summary = upload.upload(mar, uri)
     assert summary.bytes < SIZE - PART_BYTES
     assert (tmp_path / "there/model-store/bloom.mar").read_bytes() == mar.read_bytes()
-    assert (tmp_path / "there/config/config.properties").is_file()
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["bloom.mar", "config.properties"]
-    assert (upload.upload(mar, uri).sent, upload.upload(mar, uri).skipped) == (0, 2)
+    assert all((tmp_path / "there" / name).is_file() for name in CONFIG)
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == 3
+    assert (upload.upload(mar, uri).sent, upload.upload(mar, uri).skipped) == (0, 3)
     (tmp_path / "there/model-store/bloom").mkdir()
     (tmp_path / "there/model-store/bloom/old").touch()
     assert upload.upload(mar, uri, delete=True).stale == ("model-store/bloom/old",)
@@ -263,7 +267,7 @@ def test_the_command_says_what_it_did(mar, tmp_path):
     command = [sys.executable, "-m", "scripts.upload", "--model-name", "bloom", "--model-store", str(mar.parent)]
     command += ["--storage-uri", f"file://{tmp_path}"]
     first, second = (subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2))
-    assert first.stdout == f"file://{tmp_path}: sent 2 files (0.02 GB), 0 were there already\n"
-    assert second.stdout == f"file://{tmp_path}: sent 0 files (0.00 GB), 2 were there already\n"
+    assert first.stdout == f"file://{tmp_path}: sent 3 files (0.02 GB), 0 were there already\n"
+    assert second.stdout == f"file://{tmp_path}: sent 0 files (0.00 GB), 3 were there already\n"
     wrong = subprocess.run([*command[:-1], "s3://bucket"], capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: STORAGE_URI is 's3://bucket'")

@@ -44,6 +44,7 @@ def test_a_laptop_listens_on_loopback_alone(archive_path):
     assert addresses == [f"http://127.0.0.1:{port}" for port in (9000, 9001, 9002)]
     assert values["grpc_inference_address"] == "127.0.0.1"
     assert values["model_store"] == str(archive_path.parent)
+    assert values["metrics_config"] == str(ROOT / "server/metrics.yaml")
 
 
 def test_a_cluster_reaches_all_but_management(archive_path):
@@ -52,6 +53,7 @@ def test_a_cluster_reaches_all_but_management(archive_path):
     assert values["management_address"] == "http://127.0.0.1:8086"
     assert values["metrics_address"] == "http://0.0.0.0:8082"
     assert values["model_store"] == "/mnt/models/model-store"
+    assert values["metrics_config"] == "/mnt/models/config/metrics.yaml"
     assert values["enable_envvars_config"] == values["enable_model_api"] == "false"
 
 

@@ -15,6 +15,7 @@ class ChatCall(OpenAICall):
 
     add_special_tokens = False
 
+    protocol = "openai_chat"
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, body: dict[str, Any], model: ModelInfo):

@@ -13,6 +13,7 @@ from handler.protocols.token_text import Piece
 class CompletionCall(OpenAICall):
     """`v1/completions`: one prompt or several, as text or as token ids."""
 
+    protocol = "openai_completions"
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, body: dict[str, Any], model: ModelInfo):

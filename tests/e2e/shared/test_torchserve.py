@@ -1,8 +1,6 @@
 """What the real TorchServe does with our handler, in both of its batching modes."""
 
-import concurrent.futures
 import json
-import re
 import socket
 import time
 
@@ -44,30 +42,6 @@ def test_an_answer_that_is_complete_at_once(server, generated):
     assert predict(server.url, PROMPT, max_new_tokens=1).json() == {"predictions": [generated(new_tokens=1)]}
     assert requests.get(f"{server.url}/predictions/bloom/1.0/health", timeout=20).json() == {"status": "ok"}
     assert requests.get(f"{server.url}/predictions/bloom/1.0/v1/models", timeout=20).json()["data"][0]["id"] == "bloom"
-
-
-def gauge(server, name):
-    """Its value in what Prometheus would scrape; None before the first report."""
-    scraped = requests.get(f"http://127.0.0.1:{server.port + 2}/metrics", timeout=20).text
-    found = re.search(rf'^{name}{{[^}}]*ModelName="bloom"[^}}]*}} (\S+)$', scraped, re.MULTILINE)
-    return found and float(found[1])
-
-
-def test_prometheus_sees_what_runs_and_what_waits(continuous):
-    open_ones = [start_endless(continuous, stream=True) for _ in range(4)]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(predict, continuous.url, PROMPT, max_new_tokens=4) for _ in range(2)]
-        deadline = time.monotonic() + 30
-        while (gauge(continuous, "RunningSequences"), gauge(continuous, "WaitingSequences")) != (4, 2):
-            assert time.monotonic() < deadline and not all(future.done() for future in waiting)
-            time.sleep(0.2)
-        for connection in open_ones:
-            connection.close()
-        assert all(future.result().ok for future in waiting)
-    deadline = time.monotonic() + 30
-    while (gauge(continuous, "RunningSequences"), gauge(continuous, "WaitingSequences")) != (0, 0):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_one_connection_for_many_answers(server):

@@ -114,3 +114,16 @@ def test_tokens_and_rows_are_told_while_the_engine_steps(reports):
         reports.engine.step()
     new = reports.report()
     assert new["llm_generated_tokens_total"] == 2 and new["llm_running_sequences"] == 0
+
+
+def test_a_report_that_fails_is_not_the_last(reports, monkeypatch, caplog):
+    outcomes = iter([ValueError("once"), None, SystemExit()])
+
+    def report():
+        if outcome := next(outcomes):
+            raise outcome
+
+    monkeypatch.setattr(reports.metrics, "report", report)
+    with pytest.raises(SystemExit):  # which ends the loop for this test
+        reports.metrics.report_forever(0)
+    assert "once" in caplog.text

@@ -20,8 +20,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from handler.errors import LoadError, first_line
 from handler.memory import device_limits, free_memory
 from handler.settings import Settings
+from handler.weights.cpu_linear import cpu_lacks
 from handler.weights.files import weight_files
 from handler.weights.fused_gelu import fuse_gelu
+from handler.weights.packed import pack_weights
 from handler.weights.placement import Placement, align_hooks, device_map, max_memory
 from handler.weights.quantized import quantize_modules
 from handler.weights.streaming import StreamedWeights, stream_weights
@@ -36,6 +38,7 @@ class LoadedModel:
     device_map: dict[str, int | str]
     placement: Placement
     streamed: StreamedWeights | None  # what the disk tier is read through
+    products: str  # what matrices are multiplied in, and how
 
 
 def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedModel:
@@ -51,8 +54,7 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     config = read_config(folder, settings)
     tokenizer = _load_tokenizer(folder, settings)
     gpus = torch.cuda.device_count()
-    empty = meta_model(config, settings, files)
-    limits = max_memory(settings, gpus) or device_limits(empty, settings, free_memory(gpus))
+    settings, empty, limits = _computed_as(config, settings, files, gpus)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=settings.dtype,
@@ -71,23 +73,58 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     placement = Placement.of(model, placed)
     for device, tier in placement.tiers.items():
         logger.info("%s holds %d layers, %.2f GB", device, tier.layers, tier.bytes / 1e9)
+    packed = pack_weights(model) if settings.pack_weights else 0
     _own_resident_weights(model)
+    products = _products(model, placement, packed)
+    logger.info("products: %s", products)
     streamed = stream_weights(model, placement.read_ahead_bytes)
     if streamed is not None:
         logger.info("what is on disk is read with %s, %.2f GB/s", streamed.reader.method, streamed.rate / 1e9)
-    return LoadedModel(model, tokenizer, placed, placement, streamed)
+    return LoadedModel(model, tokenizer, placed, placement, streamed, products)
+
+
+def _computed_as(
+    config: PreTrainedConfig, settings: Settings, files: Sequence[Path], gpus: int
+) -> tuple[Settings, PreTrainedModel, dict[int | str, int]]:
+    """The settings, the model without weights, and the bytes that each device may hold: in float32 where this CPU
+    computes, has no instructions for the dtype, and can hold all of it so."""
+
+    def planned(settings: Settings) -> tuple[Settings, PreTrainedModel, dict[int | str, int]]:
+        empty = meta_model(config, settings, files)
+        return settings, empty, max_memory(settings, gpus) or device_limits(empty, settings, free_memory(gpus))
+
+    plan = _, empty, _ = planned(settings)
+    if gpus or not settings.pack_weights or not cpu_lacks(empty.dtype) or getattr(config, "quantization_config", None):
+        return plan
+    _, wide, limits = float32 = planned(settings.model_copy(update={"dtype": "float32"}))
+    named = settings.device_map.values() if isinstance(settings.device_map, dict) else ()
+    fits = "disk" not in named and sum(p.nbytes for p in wide.parameters()) <= limits.get("cpu", 0)
+    return float32 if fits else plan
+
+
+def _products(model: PreTrainedModel, placement: Placement, packed: int) -> str:
+    """What matrices are multiplied in, and how, in words."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    if placement.main_device != "cpu":
+        return dtype
+    if getattr(model, "is_quantized", False):
+        return f"integers, for {dtype}"
+    if packed:
+        return f"{dtype}, {packed / 1e9:.2f} GB packed"
+    return f"{dtype}, of many rows in blocks of float32" if cpu_lacks(model.dtype) else dtype
 
 
 def _own_resident_weights(model: PreTrainedModel) -> None:
     """Copy what is on the CPU out of the mapped files, tensor by tensor: the kernel may throw pages of files out, and
-    does where memory is short and others are read.
+    does where memory is short and others are read. What is packed is a copy already.
 
     Accelerate's hooks know tied weights by their addresses. These are free now, and what comes to lie there would be
     taken for a tied weight.
     """
     moved = [parameter for parameter in model.parameters() if parameter.device.type == "cpu"]
     for parameter in moved:
-        parameter.data = parameter.data.clone()
+        if parameter.layout == torch.strided:
+            parameter.data = parameter.data.clone()
     if moved:
         for hook in (hook for module in model.modules() for hook in align_hooks(module)):
             hook.tied_params_map, hook.tied_params_names = None, set()

@@ -120,6 +120,7 @@ class LargeModelHandler(BaseHandler):
         return {
             "model_type": self.model.config.model_type,
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "products": self.loaded.products,
             "memory_footprint": self.model.get_memory_footprint(),
             "max_sequence_length": self.engine.capacity.max_sequence_length,
             "engine": {"running": self.engine.num_running, "waiting": self.engine.num_waiting},

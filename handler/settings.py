@@ -116,6 +116,11 @@ class Settings(EngineConfig):
         validation_alias=AliasChoices("dtype", "torch_dtype"),
         description='What the weights are computed in; "auto": as they are stored. `torch_dtype` is its old name.',
     )
+    pack_weights: bool = Field(
+        True,
+        description="Hold what a CPU computes with in its kernels' order; 16 bits that it has no instructions for in "
+        "float32, if all fit.",
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
 
     return_full_text: bool = Field(True, description="Answer with the prompt and its continuation, as the sample.")

@@ -50,9 +50,15 @@ class QuantizedEmbedding(nn.Embedding):
     weight_scale: nn.Parameter
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = self.weight[input] * self.weight_scale[input].unsqueeze(-1)
-        factor = getattr(self, "embed_scale", 1)  # of the library's many classes of scaled embeddings
-        return rows * (factor.to(rows.dtype) if isinstance(factor, torch.Tensor) else factor)
+        return scaled(self, self.weight[input] * self.weight_scale[input].unsqueeze(-1))
+
+
+def scaled(embedding: nn.Embedding, rows: torch.Tensor) -> torch.Tensor:
+    """Rows [..., hidden] of an embedding as its forward gives them: the library has many classes of scaled ones."""
+    factor = getattr(embedding, "embed_scale", None)
+    if factor is None:
+        return rows
+    return rows * (factor.to(rows.dtype) if isinstance(factor, torch.Tensor) else factor)
 
 
 _LINEAR: dict[type[nn.Module], type[nn.Module]] = {

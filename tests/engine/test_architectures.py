@@ -1,9 +1,10 @@
-"""Every architecture of the table runs as `generate` does, token for token, or is refused with its reason."""
+"""Every architecture of the table runs as `generate` does, token for token, packed; or is refused with its reason."""
 
 import pytest
 import torch
 
 from handler.engine import Engine, EngineConfig, Request, UnsupportedModel
+from handler.weights.packed import pack_weights
 
 from .architectures import BORDER, PAGE, REFUSED, RUNS, WINDOW, Case, make_page
 from .conftest import make_tokenizer, prompt_ids
@@ -23,8 +24,10 @@ def alone(model, prompt: list[int], new: int) -> list[int]:
 @pytest.mark.parametrize("case", RUNS, ids=str)
 def test_runs_as_generate_does(case: Case):
     model = case.make_model()
-    engine = Engine(model, make_tokenizer(), EngineConfig(prefill_chunk=7, max_batch_size=4))
     prompts = [prompt_ids(seed, length) for seed, (length, _) in enumerate(VISITORS)]
+    expected = [alone(model, prompt, new) for prompt, (_, new) in zip(prompts, VISITORS, strict=True)]
+    pack_weights(model)
+    engine = Engine(model, make_tokenizer(), EngineConfig(prefill_chunk=7, max_batch_size=4))
     waiting = [Request(prompt, {"max_new_tokens": new}) for prompt, (_, new) in zip(prompts, VISITORS, strict=True)]
     passer_by = engine.submit(Request(prompt_ids(9, 25), {"max_new_tokens": 40}))
     jobs, steps = [], 0
@@ -37,7 +40,7 @@ def test_runs_as_generate_does(case: Case):
         if steps == 6:
             engine.cancel(passer_by.id)
     answers = [job.sequences[0].token_ids for job in jobs]
-    assert answers == [alone(model, prompt, new) for prompt, (_, new) in zip(prompts, VISITORS, strict=True)]
+    assert answers == expected
     assert len({token for answer in answers for token in answer}) > 8  # not one word over and over
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from handler.engine import Engine, EngineConfig, Request, scheduler
 from handler.engine.scheduler import Scheduler
+from handler.weights.packed import pack_weights
 
 from .conftest import KINDS, make_model, make_tokenizer, prompt_ids, reference
 
@@ -20,7 +21,7 @@ OFFLOADS = ((), (1,), (0, 1, 2))  # which layers are on disk
 
 @functools.cache
 def offloaded_model(kind: str, on_disk: tuple[int, ...]):
-    """The same weights through Accelerate: layers `on_disk` are read anew in every forward."""
+    """The same weights through Accelerate: layers `on_disk` are read anew in every forward, the others are packed."""
     model = make_model(kind)
     if not on_disk:
         return model
@@ -30,9 +31,11 @@ def offloaded_model(kind: str, on_disk: tuple[int, ...]):
     stack = "h" if hasattr(model.base_model, "h") else "layers"
     places = {f"{base}.{name}": "cpu" for name, _ in model.base_model.named_children() if name != stack}
     places |= {f"{base}.{stack}.{i}": "disk" if i in on_disk else "cpu" for i in range(3)}
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, device_map=places | {"lm_head": "cpu"}, offload_folder=tempfile.mkdtemp()
     )
+    assert pack_weights(model)
+    return model
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_bin_checkpoints_take_their_offloaded_layers_once_more_of_disk(tiny, tmp
 
 
 def test_a_config_without_dtype_is_computed_in_what_is_stored(tiny, tmp_path):
-    model = load_model(tiny, Settings(dtype="bfloat16"), tmp_path).model
+    model = load_model(tiny, Settings(dtype="bfloat16", pack_weights=False), tmp_path).model
     model.save_pretrained(tmp_path / "bf16")
     load_model(tiny, Settings(), tmp_path).tokenizer.save_pretrained(tmp_path / "bf16")
     config = json.loads((tmp_path / "bf16/config.json").read_text())
@@ -153,7 +153,7 @@ def test_a_config_without_dtype_is_computed_in_what_is_stored(tiny, tmp_path):
     (tmp_path / "bf16/config.json").write_text(json.dumps(config))
     plan = make_plan(tmp_path / "bf16", Settings(), [])
     assert plan.dtype == "bfloat16"
-    assert load_model(tmp_path / "bf16", Settings(), tmp_path).model.dtype == model.dtype
+    assert load_model(tmp_path / "bf16", Settings(pack_weights=False), tmp_path).model.dtype == model.dtype
 
 
 def test_where_both_kinds_of_weights_lie_safetensors_are_read_and_both_are_archived(tiny, tmp_path):

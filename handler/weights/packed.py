@@ -1,0 +1,115 @@
+"""Matrices in the order that oneDNN's kernels for this CPU read them in, from the start.
+
+`linear` gets a matrix row by row and brings it into that order for each product, or reads it in one that is slow.
+Packed, a matrix has as many bytes as before (rows are filled up to a block of at most 64), and stays `weight` of its
+module: a tensor of its shape and dtype whose numbers only oneDNN's products can read.
+
+A tied embedding looks its rows up in the packed head. A block of `height` rows lies there column by column, `depth`
+columns together: [out / height, in / depth, height, depth]. oneDNN does not say so; it is tried, and every number
+compared, before the rows are thrown away.
+"""
+
+import ctypes
+import itertools
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from handler.weights.cpu_linear import cpu_lacks
+from handler.weights.quantized import matrices, scaled
+
+_ROWS = 256  # in a product, that the order is chosen for: also the fastest for one (python -m benchmarks.packed)
+_HEIGHTS, _DEPTHS = (64, 48, 32, 24, 16, 8), (1, 2, 4)
+_COMPARED_ROWS = 4096  # at a time
+
+
+@torch.no_grad()
+def pack_weights(model: PreTrainedModel) -> int:
+    """Pack the linear layers that are in this CPU's memory and compute there, one at a time; bytes of what is packed.
+
+    Left as they are: what streams from disk or to a GPU, integers, dtypes that this CPU has no instructions for,
+    matrices that another module's code multiplies by itself, and a tied embedding whose packed rows are not found.
+    """
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX") or getattr(model.config, "slow_but_exact", False):
+        return 0
+    users: dict[nn.Parameter, list[nn.Module]] = {}
+    for name in matrices(model, None):
+        module = model.get_submodule(name)
+        users.setdefault(cast(nn.Parameter, module.weight), []).append(module)
+    return sum(_pack(weight, modules) for weight, modules in users.items())
+
+
+def _pack(weight: nn.Parameter, users: list[nn.Module]) -> int:
+    """Pack a matrix for all modules that use it, or none; its bytes, or 0."""
+    linear = [module for module in users if not isinstance(module, nn.Embedding)]
+    can = (
+        weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and not cpu_lacks(weight.dtype)
+    )
+    if not can or not linear:
+        return 0
+    rows = weight.t() if isinstance(linear[0], Conv1D) else weight
+    packed = torch.ops.mkldnn._reorder_linear_weight(rows.contiguous(), _ROWS)
+    blocks = None
+    if len(linear) < len(users) and (blocks := _blocks(packed, rows)) is None:
+        return 0
+    parameter = nn.Parameter(packed, requires_grad=False)
+    for module in users:
+        module.weight = parameter
+        if blocks is None or module in linear:
+            _replace_forward(module, _product(packed, cast(torch.Tensor | None, module.bias)))
+        else:
+            _replace_forward(module, _lookup(packed, blocks, cast(nn.Embedding, module)))
+    return torch.ops.mkldnn._nbytes(packed)
+
+
+def _product(packed: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        return multiply(input, packed, bias, "none", [], "")
+
+    return forward
+
+
+def _lookup(packed: torch.Tensor, blocks: torch.Tensor, module: nn.Embedding) -> Callable[[torch.Tensor], torch.Tensor]:
+    height = blocks.shape[2]
+
+    def forward(input: torch.Tensor, keep: torch.Tensor = packed) -> torch.Tensor:  # `blocks` is its memory
+        return scaled(module, blocks[input // height, :, input % height].flatten(-2))
+
+    return forward
+
+
+def _blocks(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+    """The packed matrix's memory as [out / height, in / depth, height, depth], or None if it is not in such an order.
+
+    rows: [out, in], the matrix.
+    """
+    size = torch.ops.mkldnn._nbytes(packed)
+    memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed))
+    numbers = torch.frombuffer(memory, dtype=packed.dtype)
+    for height, depth in itertools.product(_HEIGHTS, _DEPTHS):
+        count = -(-len(rows) // height)
+        if rows.shape[1] % depth == 0 and count * height * rows.shape[1] == len(numbers):
+            blocks = numbers.view(count, rows.shape[1] // depth, height, depth)
+            if all(torch.equal(ours, theirs) for ours, theirs in _compared(blocks, rows)):
+                return blocks
+    return None
+
+
+def _compared(blocks: torch.Tensor, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A part of the rows after the other, out of the blocks and as they are."""
+    step = max(1, _COMPARED_ROWS // blocks.shape[2])
+    for start in range(0, len(blocks), step):
+        part = blocks[start : start + step].transpose(1, 2).flatten(0, 1).flatten(1)
+        theirs = rows[start * blocks.shape[2] :][: len(part)]
+        yield part[: len(theirs)], theirs
+
+
+def _replace_forward(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Below Accelerate's hook, where there is one."""
+    setattr(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward", forward)

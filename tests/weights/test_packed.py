@@ -1,0 +1,167 @@
+"""Packed matrices: their products, tied embeddings, and what is left alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
+
+from handler import loading
+from handler.loading import load_model
+from handler.settings import Settings
+from handler.weights import packed
+from handler.weights.cpu_linear import cpu_lacks
+from tests.engine.conftest import KINDS, make_model
+
+DTYPES = [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(cpu_lacks(torch.bfloat16), reason="no bfloat16 here")),
+]
+IDS = torch.tensor([[5, 7, 319, 0, 5], [64, 65, 63, 128, 2]])
+
+
+def packed_modules(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if is_packed(module)]
+
+
+def is_packed(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.layout == torch._mkldnn
+
+
+class Holder(nn.Module):
+    def __init__(self, matrix: nn.Module):
+        super().__init__()
+        self.matrix = matrix
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [nn.Linear, FalconLinear, Conv1D])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("sizes", [(24, 50), (37, 64), (96, 1)])
+@pytest.mark.parametrize("rows", [(0,), (1,), (2, 0), (3, 5), (70,)])
+def test_products(dtype, kind, biased, sizes, rows):
+    torch.manual_seed(0)
+    width, height = sizes
+    module = Conv1D(height, width) if kind is Conv1D else kind(width, height, bias=biased)
+    module = module.to(dtype)
+    inputs = torch.randn(*rows, width).to(dtype)
+    rows_of = module.weight.t() if kind is Conv1D else module.weight
+    with torch.inference_mode():
+        exact = linear(inputs.double(), rows_of.double(), None if module.bias is None else module.bias.double())
+        assert packed._pack(module.weight, [module]) and is_packed(module)
+        product = module(inputs)
+    assert product.dtype == dtype
+    torch.testing.assert_close(product.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_has_as_many_bytes_as_before_and_tied_embeddings_once(kind, dtype):
+    plain = copy.deepcopy(make_model(kind)).to(dtype)
+    model = copy.deepcopy(plain)
+    assert packed.pack_weights(model) > 0
+    assert model.get_memory_footprint() == plain.get_memory_footprint()
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert is_packed(head)
+    assert (inputs.weight is head.weight) == (
+        plain.get_input_embeddings().weight is plain.get_output_embeddings().weight
+    )
+    with torch.inference_mode():
+        assert torch.equal(inputs(IDS), plain.get_input_embeddings()(IDS))
+        torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=1e-2, atol=1e-2)
+    assert set(model.state_dict()) == set(plain.state_dict())
+
+
+def test_a_scaled_tied_embedding():
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = Gemma2Config(vocab_size=323, hidden_size=32, intermediate_size=40, **shape)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.inference_mode():
+        expected = model.get_input_embeddings()(IDS)
+        packed.pack_weights(model)
+        assert is_packed(model.get_input_embeddings())
+        assert torch.equal(model.get_input_embeddings()(IDS), expected)
+
+
+def test_a_tied_matrix_whose_rows_are_not_found_is_left(monkeypatch):
+    model = copy.deepcopy(make_model("bloom"))
+    monkeypatch.setattr(packed, "_HEIGHTS", ())
+    packed.pack_weights(model)
+    assert packed_modules(model)
+    assert not is_packed(model.get_output_embeddings()) and not is_packed(model.get_input_embeddings())
+
+
+def test_rows_that_differ_in_one_number_are_not_found():
+    rows = torch.randn(5000, 32)
+    order = torch.ops.mkldnn._reorder_linear_weight(rows, 256)
+    assert packed._blocks(order, rows) is not None
+    rows[4999, 31] += 1
+    assert packed._blocks(order, rows) is None
+
+
+def test_what_this_cpu_cannot_multiply_and_embeddings_alone_are_left():
+    llama = copy.deepcopy(make_model("llama"))
+    packed.pack_weights(llama)
+    assert not is_packed(llama.get_input_embeddings())  # not tied: a step looks up a few rows
+    double = copy.deepcopy(make_model("llama")).double()
+    assert packed.pack_weights(double) == 0 and not packed_modules(double)
+    exact = copy.deepcopy(make_model("bloom"))
+    exact.config.slow_but_exact = True  # its code takes weights in its own hands
+    assert packed.pack_weights(exact) == 0
+
+
+def test_layers_that_stream_are_left_and_hooks_go_on(bloom, tmp_path):
+    plain = load_model(bloom, Settings(pack_weights=False), tmp_path)
+    assert not packed_modules(plain.model) and plain.products == "float32"
+    places = {"transformer.word_embeddings": "cpu", "transformer.word_embeddings_layernorm": "cpu", "lm_head": "cpu"}
+    places |= {f"transformer.h.{i}": "disk" if i % 2 else "cpu" for i in range(4)} | {"transformer.ln_f": "cpu"}
+    loaded = load_model(bloom, Settings(device_map=places), tmp_path)
+    names = packed_modules(loaded.model)
+    assert "lm_head" in names and "transformer.h.0.mlp.dense_h_to_4h" in names
+    assert not any(name.startswith(("transformer.h.1", "transformer.h.3")) for name in names)
+    assert "packed" in loaded.products
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.model(ids).logits, plain.model(ids).logits)
+
+
+@pytest.fixture
+def lacking(monkeypatch):
+    """A CPU without 16-bit instructions, for who loads."""
+    for module in (loading, packed):
+        monkeypatch.setattr(module, "cpu_lacks", lambda dtype: dtype in (torch.bfloat16, torch.float16))
+
+
+@pytest.fixture(scope="module")
+def bloom_bfloat16(bloom, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bloom-bfloat16")
+    loaded = load_model(bloom, Settings(dtype="bfloat16", pack_weights=False), folder)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
+def test_16_bits_that_a_cpu_has_no_instructions_for_are_held_in_float32(lacking, bloom_bfloat16, tmp_path, dtype):
+    loaded = load_model(bloom_bfloat16, Settings(dtype=dtype), tmp_path)
+    assert loaded.model.dtype == torch.float32
+    assert loaded.products.startswith("float32") and "packed" in loaded.products
+    off = load_model(bloom_bfloat16, Settings(dtype=dtype, pack_weights=False), tmp_path)
+    assert off.model.dtype == getattr(torch, "bfloat16" if dtype == "auto" else dtype)
+
+
+def test_unless_they_do_not_fit_so(lacking, bloom_bfloat16, tmp_path):
+    size = load_model(bloom_bfloat16, Settings(pack_weights=False), tmp_path).model.get_memory_footprint()
+    for settings in (
+        Settings(max_memory={"cpu": 2 * size - 1}),
+        Settings(device_map={"transformer": "disk", "lm_head": "disk"}),
+    ):
+        loaded = load_model(bloom_bfloat16, settings, tmp_path)
+        assert loaded.model.dtype == torch.bfloat16
+        assert loaded.products == "bfloat16, of many rows in blocks of float32"
+    assert load_model(bloom_bfloat16, Settings(max_memory={"cpu": 2 * size}), tmp_path).model.dtype == torch.float32

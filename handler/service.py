@@ -27,6 +27,7 @@ from handler.protocols.base import ModelInfo
 from handler.protocols.open_request import OpenRequest, Reply
 from handler.protocols.router import OPERATOR
 from handler.settings import read_settings
+from handler.threads import FreeCores
 
 METRICS_PERIOD = 1.0  # seconds between two reports of what has changed
 PACKAGES = ("torchserve", "torch", "transformers", "accelerate")
@@ -63,6 +64,7 @@ class LargeModelHandler(BaseHandler):
         self.metrics = Metrics(self.engine, self.loaded, time.monotonic() - began, self._emit)
         self.metrics.report()
         threading.Thread(target=self.metrics.report_forever, args=[METRICS_PERIOD], daemon=True).start()
+        self.free_cores = FreeCores()
         # What is loaded stays: without this the collector walks over all of it now and then, for 150 ms.
         gc.collect()
         gc.freeze()
@@ -153,6 +155,7 @@ class LargeModelHandler(BaseHandler):
         deadline = time.monotonic() + seconds
         for request in requests:
             request.poll(0 if self.engine.has_work else seconds)
+        self.free_cores.match()
         while self.engine.has_work and time.monotonic() < deadline:
             if any(job.finished or len(job.sequences[0].token_ids) == 1 for job in self.engine.step()):
                 return

@@ -1,0 +1,58 @@
+import os
+
+import pytest
+import torch
+
+from handler import threads
+from handler.threads import FreeCores
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(others, own): a second passes in which others and this process keep so many of four cores busy; the
+    threads then."""
+    seconds = {"clock": 0.0, "busy": 0.0, "own": 0.0}
+    monkeypatch.setattr(threads, "_cores", lambda: {0, 1, 2, 3})
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    cores = FreeCores(lambda: (seconds["busy"], seconds["own"]), lambda: seconds["clock"])
+
+    def after(others: float, own: float, passed: float = 1.0) -> int:
+        seconds["clock"] += passed
+        seconds["busy"] += passed * (others + own)
+        seconds["own"] += passed * own
+        cores.match()
+        return torch.get_num_threads()
+
+    yield after
+    torch.set_num_threads(before)
+
+
+def test_threads_leave_cores_that_others_use_and_come_back(machine):
+    assert machine(0, 4) == 4
+    assert machine(0.3, 3.7) == 4  # Java and clients
+    assert machine(0.7, 3.3) == 3  # a busy process that had to share
+    assert machine(1, 3) == 3
+    assert machine(3, 1) == 1
+    assert machine(4, 0) == 1
+    assert machine(0, 1) == 4
+
+
+def test_short_steps_measure_nothing(machine):
+    assert [machine(4, 0, 0.2) for _ in range(3)] == [4, 4, 4]
+
+
+def test_no_more_threads_than_at_the_beginning(machine):
+    torch.set_num_threads(2)
+    cores = FreeCores(lambda: (0.0, 0.0), iter([0.0, 2.0]).__next__)
+    cores.match()
+    assert torch.get_num_threads() == 2
+
+
+def test_own_time_is_not_that_of_others():
+    (busy, own), started = threads._used(), os.times().elapsed
+    while os.times().elapsed < started + 0.3:
+        pass
+    busy_after, own_after = threads._used()
+    assert own_after - own > 0
+    assert busy_after - busy > own_after - own - 0.1  # ticks of 10 ms

@@ -1,0 +1,56 @@
+import os
+
+import pytest
+
+from server import torchserve
+from server.torchserve import cpu_quota, environment
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def groups(tmp_path):
+    """groups(line of /proc/self/cgroup) -> the quota; groups.root: where control groups lie."""
+
+    def quota(line):
+        write(tmp_path / "self", f"{line}\n")
+        return cpu_quota(tmp_path / "root", tmp_path / "self")
+
+    quota.root = tmp_path / "root"
+    return quota
+
+
+def test_version_2_the_least_of_a_group_and_those_above_it(groups):
+    write(groups.root / "pod/container/cpu.max", "max 100000\n")
+    assert groups("0::/pod/container") is None
+    write(groups.root / "pod/cpu.max", "250000 100000\n")
+    assert groups("0::/pod/container") == 2.5
+    write(groups.root / "pod/container/cpu.max", "50000 100000\n")
+    assert groups("0::/pod/container") == 0.5
+
+
+def test_version_1(groups):
+    write(groups.root / "cpu/pod/cpu.cfs_quota_us", "-1\n")
+    write(groups.root / "cpu/pod/cpu.cfs_period_us", "100000\n")
+    assert groups("4:cpu,cpuacct:/pod") is None
+    write(groups.root / "cpu/cpu.cfs_quota_us", "150000\n")  # what a container sees as the root
+    write(groups.root / "cpu/cpu.cfs_period_us", "100000\n")
+    assert groups("4:cpu,cpuacct:/pod") == 1.5
+    assert groups("4:memory:/pod") is None
+
+
+def test_no_control_groups(tmp_path):
+    assert cpu_quota(tmp_path, tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("quota, threads", [(None, None), (0.5, "1"), (3.9, "3")])
+def test_no_more_threads_than_the_quota_has_cpus(monkeypatch, tmp_path, quota, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torchserve, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(torchserve, "find_java_home", lambda: tmp_path)
+    assert environment(tmp_path, tmp_path).get("OMP_NUM_THREADS") == threads
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "7")
+    assert environment(tmp_path, tmp_path)["OMP_NUM_THREADS"] == "7"

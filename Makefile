@@ -116,6 +116,7 @@ bench: $(READY) ## the measurements of the README
 	@$(RUN) benchmarks.packing
 	@$(RUN) benchmarks.load_memory
 	@$(RUN) benchmarks.serving
+	@$(RUN) benchmarks.peers
 
 lock: $(READY) ## resolve the newest allowed versions into the lock files
 	.venv/bin/pip install --quiet uv

@@ -81,10 +81,17 @@ def served(folder: Path, **settings: object) -> Iterator[TorchServe]:
 def load(
     server: TorchServe, folder: Path, profile: str, requests: int, output: str = f"output_tokens={NEW_TOKENS}"
 ) -> dict:
-    """Tokens a second, and medians in milliseconds of time to first token and between tokens, of one load."""
+    """`measure` on TorchServe."""
+    return measure(f"{server.url}/predictions/bloom/1.0", folder, profile, requests, output)
+
+
+def measure(
+    target: str, folder: Path, profile: str, requests: int, output: str = f"output_tokens={NEW_TOKENS}"
+) -> dict:
+    """Tokens a second of an OpenAI endpoint under one load, and medians in milliseconds of time to first token and
+    between tokens."""
     report = WORK / "guidellm.json"
     command = [str(guidellm()), "run", "--profile", profile, "--constraint", f"kind=max_requests,count={requests}"]
-    target = f"{server.url}/predictions/bloom/1.0"
     command += ["--backend", f"kind=openai_http,target={target},request_format=/v1/completions"]
     command += ["--tokenizer", f"kind=hf_auto,model={folder.resolve()}"]
     command += ["--data", f"kind=synthetic_text,prompt_tokens={PROMPT_TOKENS},{output}"]

@@ -52,5 +52,6 @@ def test_no_more_threads_than_the_quota_has_cpus(monkeypatch, tmp_path, quota, t
     monkeypatch.setattr(torchserve, "cpu_quota", lambda: quota)
     monkeypatch.setattr(torchserve, "find_java_home", lambda: tmp_path)
     assert environment(tmp_path, tmp_path).get("OMP_NUM_THREADS") == threads
+    assert environment(tmp_path, tmp_path)["GOMP_SPINCOUNT"] == "20000"
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "7")
     assert environment(tmp_path, tmp_path)["OMP_NUM_THREADS"] == "7"

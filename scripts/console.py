@@ -13,6 +13,12 @@ from handler.errors import CheckpointError, LoadError, SettingsError
 from handler.settings import parse_size
 from server.errors import LaunchError
 
+# GiB that CUDA has on a card, which is less than its name says: nvidia-smi's figure.
+GPU_GIBIBYTES = {
+    "T4": 15.0, "V100": 16.0, "A10": 22.5, "A10G": 22.5, "L4": 22.5, "RTX4090": 24.0, "A100-40": 40.0, "L40S": 45.0,
+    "A100-80": 80.0, "H100": 79.6, "H200": 140.4,
+}  # fmt: skip
+
 
 class UserError(Exception):
     """Something that the person at the terminal can mend; the message is one line that says how."""
@@ -42,14 +48,17 @@ def parse_size_option(name: str, text: str) -> int:
 
 
 def parse_gpus(text: str) -> list[int]:
-    """Bytes of each GPU in `2x16GiB`, `16GiB,24GiB` or `0` (none). Raises UserError for anything else."""
+    """Bytes of each GPU in `2xT4`, `2x16GiB`, `16GiB,24GiB` or `0` (none). Raises UserError for anything else."""
     sizes: list[int] = []
     for part in text.split(",") if text.strip() not in ("", "0") else ():
         match = re.fullmatch(r"\s*(?:(\d+)\s*x)?(.+)", part)
         try:
-            sizes += [parse_size(match[2])] * int(match[1] or 1)  # type: ignore[index]
+            name = match[2].strip().upper()  # type: ignore[index]
+            size = int(GPU_GIBIBYTES[name] * 2**30) if name in GPU_GIBIBYTES else parse_size(match[2])  # type: ignore[index]
+            sizes += [size] * int(match[1] or 1)  # type: ignore[index]
         except (ValueError, TypeError):
-            raise UserError(f"GPUS is {text!r}: write 2x16GiB, or 16GiB,24GiB, or 0 for none") from None
+            known = ", ".join(GPU_GIBIBYTES)
+            raise UserError(f"GPUS is {text!r}: write 2x16GiB, or 16GiB,24GiB, 1xT4 ({known}), or 0 for none") from None
     return sizes
 
 

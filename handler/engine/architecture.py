@@ -9,6 +9,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from .errors import UnsupportedModel
 
 _LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+_MLP_NAMES = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _POSITIONS_FROM_MASK = ("bloom",)  # no position_ids: ALiBi counts the ones in the 2D attention mask
 
 
@@ -22,6 +23,13 @@ class Architecture:
     kv_bytes_per_token: of the keys and values in all layers, as far as the config tells.
     takes_position_ids: whether its forward is told positions; otherwise it counts them in the attention mask.
     longrope_border: most tokens of a sequence that is rotated by longrope's short factors, or None.
+    num_layers: layers that store keys and values.
+    hidden_size, intermediate_size, qkv_size: numbers that a token is between layers, within an MLP (of all experts
+        that it goes to), and in queries, keys and values of one layer.
+    copied_layers: layers' worth of the keys and values that attention copies at most: those of rows that are put
+        beside new tokens, and once more for each query head where several share one.
+    keeps_scores: whether attention's scores become tensors, as in "eager" attention; SDPA makes them in pieces.
+    itemsize: bytes of a number in activations.
     """
 
     vocab_size: int
@@ -31,6 +39,13 @@ class Architecture:
     kv_bytes_per_token: int
     takes_position_ids: bool
     longrope_border: int | None = None
+    num_layers: int = 1
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    qkv_size: int = 0
+    copied_layers: int = 1
+    keeps_scores: bool = True
+    itemsize: int = 4
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Architecture":
@@ -56,18 +71,39 @@ class Architecture:
             raise UnsupportedModel(f"{name} has longrope in layers of one type only")
         storing = [layer for kind, layer in zip(layer_types, config.per_layer_config, strict=True) if kind != "dummy"]
         limits = [getattr(config, limit, None) for limit in _LENGTH_NAMES]
+        kv_widths = [_kv_width(layer) for layer in storing]
+        heads_size = config.num_attention_heads * _head_size(config)
+        shared_by = heads_size // max(1, max(kv_widths, default=1))
         return cls(
             vocab_size=config.vocab_size,
             num_attention_heads=config.num_attention_heads,
             max_length=next((limit for limit in limits if isinstance(limit, int)), None),
             sliding_window=min(windows, default=None),
             longrope_border=rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None,
-            kv_bytes_per_token=2 * sum(_kv_width(layer) for layer in storing) * model.dtype.itemsize,
+            kv_bytes_per_token=2 * sum(kv_widths) * model.dtype.itemsize,
             takes_position_ids=takes_position_ids,
+            num_layers=len(storing),
+            hidden_size=config.hidden_size,
+            intermediate_size=_intermediate_size(config),
+            qkv_size=heads_size + 2 * max(kv_widths, default=0),
+            copied_layers=1 + (shared_by if shared_by > 1 else 0),
+            keeps_scores=config._attn_implementation == "eager",
+            itemsize=model.dtype.itemsize,
         )
 
 
 def _kv_width(layer: PreTrainedConfig) -> int:
     """Numbers in a token's keys in one layer, and again in its values."""
     heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
-    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+    return heads * _head_size(layer)
+
+
+def _head_size(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _intermediate_size(config: PreTrainedConfig) -> int:
+    named = (getattr(config, name, None) for name in _MLP_NAMES)
+    size = next((size for size in named if isinstance(size, int)), 4 * config.hidden_size)
+    experts = getattr(config, "num_experts_per_tok", None)
+    return size * experts if isinstance(experts, int) else size

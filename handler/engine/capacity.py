@@ -14,6 +14,10 @@ logger = logging.getLogger(__name__)
 
 _FALLBACK_LENGTH = 2048  # tokens, for a model whose config names no limit
 _IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
+# Prompt positions whose logits are kept in a step, for log-probabilities, and of which float32 is made at once.
+PROMPT_LOGPROB_TOKENS, PROMPT_LOGPROB_ROWS = 128, 32
+# Bytes that kernels take for themselves, whatever the model: blocks that matrix products repack, a thread each.
+_KERNEL_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -24,17 +28,23 @@ class Capacity:
     max_prompt_tokens: most tokens of a prompt.
     prefill_chunk, idle_prefill_chunk: most prompt tokens in a step that others decode in, and in one that nobody
         decodes in.
+    padded_tokens: most rows x new columns of a forward, whose rows are padded to the one with the most new tokens.
     kv_cache_tokens, kv_cache_bytes: most rows x columns of the KV cache, and its most bytes.
-    workspace_bytes: about the most bytes of activations on a device that computes.
+    activation_bytes: the most bytes of activations on a device that computes.
+    copied_layers: layers' worth of the keys and values that attention copies besides.
+    kv_copy_bytes: bytes of those copies.
     """
 
     max_sequence_length: int
     max_prompt_tokens: int
     prefill_chunk: int
     idle_prefill_chunk: int
+    padded_tokens: int
     kv_cache_tokens: int
     kv_cache_bytes: int
-    workspace_bytes: int
+    activation_bytes: int
+    copied_layers: int
+    kv_copy_bytes: int
 
     @classmethod
     def of(cls, architecture: Architecture, config: EngineConfig) -> "Capacity":
@@ -44,19 +54,43 @@ class Capacity:
         kv_cache_bytes = tokens * architecture.kv_bytes_per_token
         if config.kv_cache_memory is not None:
             kv_cache_bytes = min(kv_cache_bytes, config.kv_cache_memory)
-        # Float32 scores of a prompt's chunk against a whole sequence, twice, as eager attention makes them, or the
-        # logits of a full batch, twice in float32, for the samplers.
-        scores = 2 * architecture.num_attention_heads * min(idle_chunk, length) * length * 4
-        logits = 2 * config.max_batch_size * architecture.vocab_size * 4
+        padded = max(idle_chunk, config.max_batch_size)
+        columns = min(length, kv_cache_bytes // architecture.kv_bytes_per_token)
         return cls(
             max_sequence_length=length,
             max_prompt_tokens=config.max_prompt_tokens or length,
             prefill_chunk=chunk,
             idle_prefill_chunk=idle_chunk,
+            padded_tokens=padded,
             kv_cache_tokens=tokens,
             kv_cache_bytes=kv_cache_bytes,
-            workspace_bytes=max(scores, logits),
+            activation_bytes=_activation_bytes(architecture, config.max_batch_size, padded, columns),
+            copied_layers=architecture.copied_layers,
+            kv_copy_bytes=kv_cache_bytes * architecture.copied_layers // max(1, architecture.num_layers),
         )
+
+
+def _activation_bytes(architecture: Architecture, rows: int, padded: int, columns: int) -> int:
+    """The most bytes of tensors that live at the same time in a step, but for weights and all keys and values.
+
+    rows: that are sampled for. padded: rows x new columns of its forward. columns: of the longest row, old and new.
+    Counted in the forwards of BLOOM, Llama and GPT-2 by which tensors live at the peak;
+    python -m benchmarks.plan_memory measures it.
+    """
+    item, hidden, inner = architecture.itemsize, architecture.hidden_size, architecture.intermediate_size
+    # The residual and its norm, the product with the fused matrix and its parts; the mask as booleans and as numbers.
+    attention = padded * (item * (3 * hidden + 2 * architecture.qkv_size) + columns * (1 + item))
+    if architecture.keeps_scores:
+        # The last layer's probabilities, this one's scores, and the same masked; then their softmax in float32, for
+        # which 16-bit scores are widened first.
+        each = 3 * item + (4 if item == 4 else 8)
+        attention += padded * columns * architecture.num_attention_heads * each
+    # An activation function in steps has four of the inner size; 16-bit inputs are widened where the CPU lacks them.
+    mlp = padded * (item * (5 * hidden + 4 * inner) + (4 * inner if item < 4 else 0))
+    # Logits of prompts, some of their rows in float32 with their logarithms; those that are sampled from are sorted.
+    prompt = architecture.vocab_size * (item * PROMPT_LOGPROB_TOKENS + 12 * PROMPT_LOGPROB_ROWS)
+    sampled = architecture.vocab_size * rows * (item + 28)
+    return max(attention, mlp, prompt, sampled) + _KERNEL_BYTES
 
 
 def _max_sequence_length(architecture: Architecture, config: EngineConfig) -> int:

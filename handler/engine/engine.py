@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from handler.settings import EngineConfig
 
 from .architecture import Architecture
-from .capacity import Capacity
+from .capacity import PROMPT_LOGPROB_ROWS, Capacity
 from .detokenizer import Detokenizer
 from .errors import EngineError, InvalidRequest, ModelError, OutOfMemory, QueueTimeout
 from .grammar_compiler import GrammarCompiler
@@ -32,7 +32,6 @@ from .stats import EngineStats
 logger = logging.getLogger(__name__)
 
 _COMPILE_WAIT = 0.01  # seconds that a step with nothing to run waits for a grammar
-_PROMPT_LOGPROB_ROWS = 32  # prompt positions whose float32 scores are held at once
 
 
 class Engine:
@@ -343,8 +342,8 @@ def _report_prompt_logprobs(sequence: Sequence, logits: torch.Tensor) -> None:
     job, start = sequence.job, sequence.num_cached_tokens
     if start == 0:
         job.prompt_logprobs = [None]  # anew, if it was preempted in the middle of its prompt
-    for at in range(0, len(logits), _PROMPT_LOGPROB_ROWS):
-        targets = job.prompt_ids[start + at + 1 :][: min(_PROMPT_LOGPROB_ROWS, len(logits) - at)]
+    for at in range(0, len(logits), PROMPT_LOGPROB_ROWS):
+        targets = job.prompt_ids[start + at + 1 :][: min(PROMPT_LOGPROB_ROWS, len(logits) - at)]
         job.prompt_logprobs += logprobs(logits[at : at + len(targets)], targets, job.params.logprobs or 0)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from handler.settings import EngineConfig
 
-from .capacity import Capacity
+from .capacity import PROMPT_LOGPROB_TOKENS, Capacity
 from .errors import InvalidRequest, QueueFull
 from .kv_cache import KVCache
 from .sequence import Sequence
@@ -107,15 +107,23 @@ class Scheduler:
         long, short, prefill = Batch(), Batch(), Batch()
         anyone_decodes = any(not sequence.is_prefilling for sequence in self.running)
         chunk = budget = self._capacity.prefill_chunk if anyone_decodes else self._capacity.idle_prefill_chunk
+        num_decoding, reported = 0, PROMPT_LOGPROB_TOKENS
         for sequence in self.running:
-            batch, limit = (long if sequence.row < num_long else short), 1
-            if sequence.is_prefilling:
-                batch, limit = prefill, 0 if self._leader(sequence) else budget
-            count = min(sequence.length - sequence.num_cached_tokens, limit)
+            if not sequence.is_prefilling:
+                batch, count = (long if sequence.row < num_long else short), 1
+                num_decoding += 1
+            else:
+                batch, limit = prefill, min(budget, self._room(prefill, num_decoding))
+                if sequence.needs_prompt_logprobs:
+                    limit = min(limit, reported)
+                if self._leader(sequence):
+                    limit = 0
+                count = min(sequence.length - sequence.num_cached_tokens, limit)
+                reported -= count if sequence.needs_prompt_logprobs else 0
+                budget = budget - count if count else 0  # a forward's rows are neighbours
             if count:
                 batch.sequences.append(sequence)
                 batch.num_scheduled_tokens.append(count)
-                budget -= count if sequence.is_prefilling else 0
         batches = [long, short, prefill]
         if self._mixed_batch:
             num_tokens = long.num_scheduled_tokens + short.num_scheduled_tokens + prefill.num_scheduled_tokens
@@ -129,6 +137,12 @@ class Scheduler:
         """Let all who run begin again, because what is in their rows is not known."""
         for sequence in list(self.running):
             self._preempt(sequence)
+
+    def _room(self, prefill: Batch, num_decoding: int) -> int:
+        """Of how many tokens a prompt's next chunk may be in a forward that is padded to its longest row."""
+        rows = 1 + len(prefill.sequences) + (num_decoding if self._mixed_batch else 0)
+        room = self._capacity.padded_tokens // rows
+        return room if room >= max(prefill.num_scheduled_tokens, default=1) else 0
 
     def release_finished(self) -> None:
         """After the forwards: let the others have what was computed for them too, and take finished sequences out."""

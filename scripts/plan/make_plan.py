@@ -17,7 +17,7 @@ from handler.engine.architecture import Architecture
 from handler.engine.capacity import Capacity
 from handler.errors import CheckpointError, LoadError
 from handler.loading import meta_model, read_config
-from handler.memory import device_limits
+from handler.memory import RESERVE, device_limits
 from handler.settings import Settings
 from handler.weights.files import weight_files
 from handler.weights.placement import Placement, Tier, device_map, max_memory
@@ -27,6 +27,12 @@ from .plan import Bandwidth, Device, Plan
 
 # Java and a worker with an imported torch, without a model: 0.75 GB resident, and Java's heap may grow to 1 GB.
 RUNTIME_BYTES = 1_500_000_000
+# CUDA's libraries and context in the host's memory, once the worker uses a GPU; and its context and the workspace of
+# its matrix library in the GPU's. Round figures for the wheels of torch 2.13; nvidia-smi shows yours.
+GPU_HOST_BYTES, GPU_CONTEXT_BYTES = 2_000_000_000, 600_000_000
+# Tokens of keys and values that a plan asks for in each row, where nobody set kv_cache_memory: the engine takes what
+# memory is left for, up to rows of full length, which for a long-context model may be more than any machine has.
+TOKENS_A_ROW = 2048
 SHARD_BYTES = 2_000_000_000  # MAX_SHARD_SIZE of `make shard`, for a folder without weights
 UNLIMITED = 2**62
 ARCHIVED = ("*.safetensors", "pytorch_model*.bin")  # all weights are archived, also those that the loader passes over
@@ -77,7 +83,7 @@ def _make_plan(
     placement = Placement.of(model, placed)
     parts = placement.parts
     architecture = Architecture.of(model)
-    capacity = Capacity.of(architecture, settings)
+    capacity = _capacity(architecture, settings)
     stored = sum(path.stat().st_size for path in files)
     archived = sum(path.stat().st_size for pattern in ARCHIVED for path in model_dir.glob(pattern))
     weights = sum(part.bytes for part in parts)
@@ -101,6 +107,17 @@ def _make_plan(
     )
 
 
+def _capacity(architecture: Architecture, settings: Settings) -> Capacity:
+    """With as many keys and values as the model is worth serving with: one row of full length, or all with
+    TOKENS_A_ROW each."""
+    capacity = Capacity.of(architecture, settings)
+    if settings.kv_cache_memory is not None:
+        return capacity
+    tokens = max(capacity.max_sequence_length, settings.max_batch_size * TOKENS_A_ROW)
+    limit = tokens * architecture.kv_bytes_per_token
+    return Capacity.of(architecture, settings.model_copy(update={"kv_cache_memory": limit}))
+
+
 def _weight_files(model_dir: Path) -> list[Path]:
     """The files that the loader reads; none when the folder does not hold all of them, as before a download."""
     try:
@@ -114,8 +131,10 @@ def _place(
 ) -> dict[str, int | str]:
     limits = max_memory(settings, len(gpus))
     if limits is None:
-        free: dict[int | str, int] = {index: UNLIMITED if size is None else size for index, size in enumerate(gpus)}
-        free["cpu"] = UNLIMITED if cpu is None else max(0, cpu - RUNTIME_BYTES)
+        free: dict[int | str, int] = {
+            index: UNLIMITED if size is None else max(0, size - GPU_CONTEXT_BYTES) for index, size in enumerate(gpus)
+        }
+        free["cpu"] = UNLIMITED if cpu is None else max(0, cpu - RUNTIME_BYTES - (GPU_HOST_BYTES if gpus else 0))
         limits = device_limits(model, settings, free)
     return _get_device_map(model, device_map(settings, len(gpus), model, limits), limits, None)
 
@@ -127,18 +146,28 @@ def _devices(placement: Placement, capacity: Capacity, gpus: Sequence[int | None
     devices = []
     for name, size in [*((f"gpu {index}", size) for index, size in enumerate(gpus)), ("cpu", cpu), ("disk", None)]:
         tier = placement.tiers.get(name, none)
-        workspace = capacity.workspace_bytes if name in computed else 0
+        workspace = capacity.activation_bytes if name in computed else 0
         workspace += placement.streaming_bytes if name == placement.main_device else 0
         workspace += placement.read_ahead_bytes if name == "cpu" != placement.main_device else 0
+        kv_cache = capacity.kv_cache_bytes * computed.get(name, 0) // num_layers
+        kv_copies = capacity.kv_copy_bytes if name in computed else 0
+        runtime = reserve = 0
+        if name == "cpu":
+            runtime = RUNTIME_BYTES + (GPU_HOST_BYTES if gpus else 0)
+        elif name in computed:  # the engine leaves as much free, and fragments of PyTorch's allocator take it
+            runtime = GPU_CONTEXT_BYTES
+            reserve = int((kv_cache + kv_copies + workspace) * RESERVE / (1 - RESERVE))
         devices.append(
             Device(
                 name=name,
                 size=size,
                 layers=tier.layers,
                 weights=tier.bytes,
-                kv_cache=capacity.kv_cache_bytes * computed.get(name, 0) // num_layers,
+                kv_cache=kv_cache,
+                kv_copies=kv_copies,
                 workspace=workspace,
-                runtime=RUNTIME_BYTES if name == "cpu" else 0,
+                runtime=runtime,
+                reserve=reserve,
             )
         )
     return devices

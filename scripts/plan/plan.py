@@ -20,19 +20,32 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class Device:
-    """What a device will hold, in bytes. size: how much it has; None when that was not named."""
+    """What a device will hold, in bytes. size: how much it has; None when that was not named.
+
+    kv_cache, kv_copies: keys and values, and what attention copies of them. workspace: activations, and weights on the
+    way. runtime: what is there without a model. reserve: what a GPU has to keep free, for fragments.
+    """
 
     name: str
     size: int | None
     layers: int
     weights: int
     kv_cache: int = 0
+    kv_copies: int = 0
     workspace: int = 0
     runtime: int = 0
+    reserve: int = 0
 
     @property
     def needed(self) -> int:
-        return self.weights + self.kv_cache + self.workspace + self.runtime
+        return self.weights + self.kv_cache + self.kv_copies + self.workspace + self.runtime + self.reserve
+
+    @property
+    def kv_share(self) -> float:
+        """How many of its keys and values it has room for, at most 1; below 0 when it lacks room even without them."""
+        kept = self.kv_cache + self.kv_copies
+        kept += self.reserve * kept // (kept + self.workspace) if kept else 0
+        return (kept - self.missing) / kept if kept else float(not self.missing)
 
     @property
     def missing(self) -> int:
@@ -116,8 +129,7 @@ class Plan:
     @property
     def kv_cache_that_fits(self) -> int:
         """Bytes of keys and values that every device has room for; 0 when a device lacks room even without them."""
-        shares = [(d.kv_cache - d.missing) / d.kv_cache if d.kv_cache else float(not d.missing) for d in self.devices]
-        return int(self.kv_cache * max(0.0, min(shares)))
+        return int(self.kv_cache * max(0.0, min(device.kv_share for device in self.devices)))
 
     @property
     def verdict(self) -> str:

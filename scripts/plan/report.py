@@ -7,9 +7,10 @@ from .plan import Plan, gigabytes
 
 def format_table(plan: Plan) -> str:
     """The plan as a table for people, and its verdict."""
-    rows = [["", "has", "layers", "weights", "KV cache", "workspace", "runtime", "left"]]
+    rows = [["", "has", "layers", "weights", "KV cache", "workspace", "runtime", "reserve", "left"]]
     for device in plan.devices:
-        sizes = [device.weights, device.kv_cache, device.workspace, device.runtime]
+        workspace = device.workspace + device.kv_copies
+        sizes = [device.weights, device.kv_cache, workspace, device.runtime, device.reserve]
         left = "" if device.size is None else gigabytes(device.size - device.needed)
         has = "" if device.size is None else gigabytes(device.size)
         rows.append([device.name, has, str(device.layers), *(gigabytes(s) if s else "" for s in sizes), left])
@@ -61,7 +62,7 @@ def draw_picture(plan: Plan, path: Path) -> None:
         end = 0.0
         held = [part for part in plan.parts if part.device == device.name]
         blocks = [(part.bytes, "layers" if part.is_layer else "outside") for part in held]
-        blocks += [(device.kv_cache, "KV cache"), (device.workspace + device.runtime, "other")]
+        blocks += [(device.kv_cache, "KV cache"), (device.needed - device.weights - device.kv_cache, "other")]
         for count, kind in blocks:
             axes.barh(row, count / 1e9, left=end, color=colors[kind], edgecolor="white", linewidth=0.5)
             end += count / 1e9

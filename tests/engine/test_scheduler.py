@@ -130,13 +130,25 @@ def test_who_is_alone_runs_whatever_the_cache_says():
 
 def test_a_chunk_is_shared_in_order_and_is_larger_while_nobody_decodes():
     scheduler, _ = make_scheduler(prefill_chunk=4)
-    scheduler.add([sequence(10), sequence(20), sequence(3)])
-    assert plan(scheduler) == [[(0, 10), (1, 6)]]  # four times 4
+    scheduler.add([sequence(8), sequence(20), sequence(3)])
+    assert plan(scheduler) == [[(0, 8), (1, 8)]]  # four times 4
     step(scheduler)
     assert plan(scheduler) == [[(0, 1)], [(1, 4)]]
     step(scheduler)
     scheduler.add([sequence(1)])
     assert plan(scheduler) == [[(0, 1)], [(1, 4)]]
+
+
+def test_a_forward_is_padded_to_no_more_than_there_is_memory_for():
+    """One long prompt beside many short ones: all rows of a forward are as wide as the widest."""
+    for mixed_batch in (False, True):
+        scheduler, _ = make_scheduler(prefill_chunk=4, max_batch_size=8, mixed_batch=mixed_batch)
+        scheduler.add([sequence(1), sequence(1), sequence(60), *(sequence(1) for _ in range(5))])
+        assert [batch.num_scheduled_tokens for batch in scheduler.schedule()] == [[1, 1, 5]]
+        while any(row.is_prefilling for row in scheduler.running):
+            for batch in scheduler.schedule():
+                assert len(batch.sequences) * max(batch.num_scheduled_tokens) <= 16
+            step(scheduler)
 
 
 def test_decoding_and_prefilling_share_a_forward_where_weights_are_streamed():
@@ -151,7 +163,7 @@ def test_short_rows_decode_apart_from_long_ones_where_that_saves_two_passes():
         (93, [[(0, 1)], [(1, 1), (2, 1), (3, 1)]]),
         (94, [[(0, 1), (1, 1), (2, 1), (3, 1)]]),
     ]:
-        scheduler, cache = make_scheduler(prefill_chunk=64, pass_columns=pass_columns)
+        scheduler, cache = make_scheduler(prefill_chunk=128, pass_columns=pass_columns)
         several = [sequence(4), sequence(4), sequence(67), sequence(5)]
         scheduler.add(several)
         step(scheduler)  # all are one token longer
@@ -162,7 +174,7 @@ def test_short_rows_decode_apart_from_long_ones_where_that_saves_two_passes():
 
 
 def test_long_rows_stay_with_the_others_where_a_pass_streams_weights():
-    scheduler, _ = make_scheduler(prefill_chunk=64, mixed_batch=True, pass_columns=1)
+    scheduler, _ = make_scheduler(prefill_chunk=128, mixed_batch=True, pass_columns=1)
     scheduler.add([sequence(4), sequence(4), sequence(67), sequence(5)])
     step(scheduler)
     assert plan(scheduler) == [[(0, 1), (1, 1), (2, 1), (3, 1)]]
@@ -173,8 +185,8 @@ def test_the_cache_gets_the_shape_that_all_running_rows_fill():
     scheduler.add([sequence(3), sequence(40)])
     assert [batch.cache_shape for batch in scheduler.schedule()] == [(2, 16)]
     step(scheduler)
-    assert [row.num_cached_tokens for row in scheduler.running] == [3, 13]
-    assert [batch.cache_shape for batch in scheduler.schedule()] == [(2, 17), (2, 17)]
+    assert [row.num_cached_tokens for row in scheduler.running] == [3, 8]
+    assert [batch.cache_shape for batch in scheduler.schedule()] == [(2, 12), (2, 12)]
 
 
 def test_gaps_are_closed_and_prefilling_rows_stay_in_order_behind_decoding_ones():
@@ -187,7 +199,7 @@ def test_gaps_are_closed_and_prefilling_rows_stay_in_order_behind_decoding_ones(
     scheduler.release_finished()
     assert plan(scheduler) == [[(0, 1), (1, 1)], [(2, 8)]]
     assert scheduler.running == [short[2], short[1], long]
-    assert cache.copies == [([2, 3], [0, 2], 26)]  # from rows, to rows, tokens
+    assert cache.copies == [([2, 3], [0, 2], 8)]  # from rows, to rows, tokens
 
 
 def test_continuations_of_one_prompt_prefill_it_once():
@@ -252,7 +264,7 @@ def test_the_queue_has_room_for_all_or_says_so():
 
 
 def test_logits_are_kept_where_a_token_is_sampled_or_the_prompt_is_reported():
-    scheduler, _ = make_scheduler(prefill_chunk=4)
+    scheduler, _ = make_scheduler(prefill_chunk=8)
     reported = {"logprobs": 0, "prompt_logprobs": True}
     scheduler.add([sequence(2), sequence(5, **reported), sequence(9), sequence(9, **reported)])
     (batch,) = scheduler.schedule()
@@ -262,6 +274,15 @@ def test_logits_are_kept_where_a_token_is_sampled_or_the_prompt_is_reported():
     scheduler.add([sequence(9), sequence(9, **reported)])
     (batch,) = scheduler.schedule()
     assert (batch.num_scheduled_tokens, batch.logits_to_keep, batch.completes(0)) == ([4], [0], False)
+
+
+def test_reported_prompts_go_in_small_chunks_and_their_rows_stay_neighbours():
+    """Their logits are kept, and a vocabulary is large."""
+    scheduler, _ = make_scheduler(prefill_chunk=256)
+    reported = {"logprobs": 0, "prompt_logprobs": True}
+    scheduler.add([sequence(100, **reported), sequence(90, **reported), sequence(9, **reported), sequence(9)])
+    (batch,) = scheduler.schedule()
+    assert (batch.num_scheduled_tokens, sum(batch.logits_to_keep)) == ([100, 28], 128)
 
 
 def test_a_sequence_that_lost_its_row_is_prefilled_with_all_of_its_tokens():

@@ -154,3 +154,31 @@ def test_remote_code_is_not_run_unless_allowed(own_bloom, tmp_path):
         ).model.config.model_type
         == "ours"
     )
+
+
+@pytest.mark.parametrize(
+    "cuda, message",
+    [
+        (None, "REQUIRE_GPUS is 2 and PyTorch sees 0: this PyTorch is built for CPUs"),
+        ("13.0", "built for CUDA 13.0, for which the node needs NVIDIA driver 580 or newer"),
+        ("12.8", "driver 525 or newer"),
+    ],
+)
+def test_gpus_that_are_asked_for_and_not_there_fail_the_load(bloom, tmp_path, monkeypatch, cuda, message):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setenv("REQUIRE_GPUS", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(LoadError, match=message):
+        load_model(bloom, Settings(), tmp_path)
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_no_gpus_are_asked_for(bloom, tmp_path, monkeypatch, value):
+    monkeypatch.setenv("REQUIRE_GPUS", value)
+    assert load_model(bloom, Settings(), tmp_path).placement.tiers
+
+
+def test_a_number_of_gpus_that_is_none(bloom, tmp_path, monkeypatch):
+    monkeypatch.setenv("REQUIRE_GPUS", "all")
+    with pytest.raises(LoadError, match="REQUIRE_GPUS is 'all': give a number"):
+        load_model(bloom, Settings(), tmp_path)

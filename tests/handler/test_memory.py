@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,21 +67,27 @@ def test_a_real_group():
         group.rmdir()
 
 
+def needs(activation_bytes, copied_layers=0):
+    return SimpleNamespace(activation_bytes=activation_bytes, copied_layers=copied_layers)
+
+
 def test_a_gpus_room_is_shared_by_the_layers_that_it_computes(monkeypatch):
     free = {0: 1000, 1: 5000}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index], 10**6))
     devices = ["gpu 0"] * 2 + ["gpu 1"] * 4 + ["cpu", "disk"]
     layers = [Part(f"h.{index}", device, 0) for index, device in enumerate(devices)]
     # The first computes what is on the CPU and on disk too: 4 of 8 layers in 900 bytes.
-    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), 0) == 1800
-    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), 500) == 900
-    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), 5000) == 0
+    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), needs(0)) == 1800
+    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), needs(500)) == 900
+    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), needs(5000)) == 0
+    # Where attention copies two layers' keys and values at a time, 6 of 8 must fit.
+    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), needs(0, copied_layers=2)) == 1200
 
 
 def test_what_is_streamed_has_room_beside_keys_and_values(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10_000, 10**6))
     layers = [Part("h.0", "gpu 0", 70), Part("h.1", "cpu", 50), Part("head", "disk", 3_000)]
-    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), 1_000) == (10_000 - 1_000 - 3_000) * 9 // 10
+    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), needs(1_000)) == (10_000 - 1_000 - 3_000) * 9 // 10
 
 
 @pytest.fixture
@@ -117,7 +124,8 @@ def bloom_560m():
 
 
 WEIGHTS = 1_118_425_088  # of BLOOM-560m
-WORKSPACE = 2 * 16 * 1024 * 2048 * 4  # float32 scores: heads, idle chunk, length
+# Of 1024 tokens: 14 bytes for each score of BLOOM-560m's 16 heads, 3 for the mask, and what a token is on its way.
+WORKSPACE = 1024 * (2048 * (16 * 14 + 3) + 2 * (3 * 1024 + 2 * 3 * 1024)) + 32 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -125,9 +133,9 @@ WORKSPACE = 2 * 16 * 1024 * 2048 * 4  # float32 scores: heads, idle chunk, lengt
     [
         # Keys and values take a fifth at most, or what is set.
         ({}, {"cpu": 10**10}, {"cpu": (10**10 - WORKSPACE) * 0.9 * 0.8}),
-        ({"kv_cache_memory": 10**9}, {"cpu": 10**10}, {"cpu": (10**10 - WORKSPACE) * 0.9 - 10**9}),
+        ({"kv_cache_memory": 10**9}, {"cpu": 10**10}, {"cpu": (10**10 - WORKSPACE) * 0.9 - 10**9 * 25 / 24}),
         # What does not fit is read ahead: a tensor of a layer and 64 MiB.
-        ({}, {"cpu": 12 * 10**8}, {"cpu": (12 * 10**8 - WORKSPACE) * 0.9 * 0.8 - 4 * 1024 * 1024 * 2 - 2**26}),
+        ({}, {"cpu": 17 * 10**8}, {"cpu": (17 * 10**8 - WORKSPACE) * 0.9 * 0.8 - 4 * 1024 * 1024 * 2 - 2**26}),
         # If the embedding has to be read too, which is the output's too, that needs all that there is.
         ({}, {"cpu": 10**9}, {"cpu": 0}),
         ({}, {"cpu": 10**6}, {"cpu": 0}),
@@ -135,7 +143,11 @@ WORKSPACE = 2 * 16 * 1024 * 2048 * 4  # float32 scores: heads, idle chunk, lengt
         (
             {"kv_cache_memory": 10**9},
             {0: 10**10, 1: 5 * 10**9, "cpu": 10**9},
-            {0: (10**10 - WORKSPACE) * 0.9 - 5e8, 1: (5 * 10**9 - WORKSPACE) * 0.9 - 5e8, "cpu": 10**9},
+            {
+                0: (10**10 - WORKSPACE) * 0.9 - 5e8 - 1e9 / 24,
+                1: (5 * 10**9 - WORKSPACE) * 0.9 - 5e8 - 1e9 / 24,
+                "cpu": 10**9,
+            },
         ),
     ],
 )
@@ -150,5 +162,6 @@ def test_the_rest_of_the_memory_is_the_page_caches(loaded, monkeypatch):
     settings = Settings(kv_cache_memory=10**8)
     room = memory.page_cache_room(settings, loaded.model, loaded.placement)
     full_rows = 32 * 2048 * 1024  # bytes, less than the limit
-    workspace = 2 * 4 * 1024 * 2048 * 4
-    assert room == int((10**9 - workspace) * 0.9) - full_rows
+    # Of 1024 tokens: 16 bytes for each score of 4 heads, 5 for the mask, and what a token is on its way.
+    activations = 1024 * (2048 * (4 * 16 + 5) + 4 * (3 * 32 + 2 * 3 * 32)) + 32 * 2**20
+    assert room == int((10**9 - activations) * 0.9) * 4 // 5 - full_rows  # of 4 layers, of which one is copied

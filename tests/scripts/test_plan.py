@@ -6,13 +6,15 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, T5Config
 
 from handler.engine import Engine
-from handler.loading import load_model
+from handler.engine.architecture import Architecture
+from handler.engine.capacity import Capacity
+from handler.loading import load_model, meta_model, read_config
 from handler.memory import RESERVE
 from handler.settings import Settings
 from scripts.console import UserError, parse_gpus
 from scripts.plan import Bandwidth, make_plan
 from scripts.plan.__main__ import main
-from scripts.plan.make_plan import RUNTIME_BYTES
+from scripts.plan.make_plan import GPU_CONTEXT_BYTES, GPU_HOST_BYTES, RUNTIME_BYTES
 from scripts.plan.remedies import remedies
 from tests.models import save_bloom_7b1_config, train_tokenizer
 
@@ -31,6 +33,10 @@ def tiny(bloom):
 @pytest.fixture(scope="module")
 def bloom_7b1(tmp_path_factory):
     return save_bloom_7b1_config(tmp_path_factory.mktemp("bloom-7b1"))
+
+
+def capacity(folder, settings=Settings()):  # noqa: B008  # it is frozen
+    return Capacity.of(Architecture.of(meta_model(read_config(folder, settings), settings, [])), settings)
 
 
 def sizes(limits):
@@ -66,7 +72,7 @@ def test_bloom_7b1_on_the_samples_two_gpus_of_10_gb_does_not_fit_with_32_long_se
     assert not cpu.weights and not disk.weights
     assert set(plan.missing) == {"gpu 0", "gpu 1"}
     assert plan.verdict.startswith("does not fit: ")
-    assert plan.memory_request == RUNTIME_BYTES + 2 * GB  # a shard passes through
+    assert plan.memory_request == RUNTIME_BYTES + GPU_HOST_BYTES + 2 * GB  # a shard passes through
 
 
 def test_it_fits_with_fewer_keys_and_values_as_the_remedy_says(bloom_7b1):
@@ -85,7 +91,7 @@ def test_hardware_that_is_not_named_is_what_is_needed(bloom_7b1):
     plan = make_plan(bloom_7b1, sizes({0: 10 * GB, "cpu": 10 * GB}))
     assert [device.name for device in plan.devices] == ["gpu 0", "cpu", "disk"]
     assert not plan.missing
-    assert plan.verdict.endswith(f"given {plan.gpus[0].needed / 1e9:.2f} GB of gpu 0, given 8.33 GB of cpu")
+    assert plan.verdict.endswith(f"given {plan.gpus[0].needed / 1e9:.2f} GB of gpu 0, given 10.33 GB of cpu")
 
 
 def test_layers_on_the_cpu_come_over_pcie_and_keep_their_keys_on_the_gpu(bloom_7b1):
@@ -98,7 +104,7 @@ def test_layers_on_the_cpu_come_over_pcie_and_keep_their_keys_on_the_gpu(bloom_7
     assert plan.tokens_per_second(8) == pytest.approx(8 * 10e9 / cpu.weights)
     assert gpu.kv_cache == 512 * KV_BYTES_PER_TOKEN and not cpu.kv_cache
     assert plan.verdict.startswith("fits with offload at about ")
-    assert plan.memory_request == cpu.weights + RUNTIME_BYTES + 2 * GB
+    assert plan.memory_request == cpu.weights + RUNTIME_BYTES + GPU_HOST_BYTES + 2 * GB
 
 
 def test_without_gpus_layers_on_disk_are_read_and_then_multiplied(bloom_7b1):
@@ -111,16 +117,17 @@ def test_without_gpus_layers_on_disk_are_read_and_then_multiplied(bloom_7b1):
 
 
 def test_a_node_must_hold_the_shard_that_is_being_read(bloom_7b1):
-    plan = make_plan(bloom_7b1, sizes({0: 80 * GB}), [80 * GB], 3 * GB)
+    plan = make_plan(bloom_7b1, sizes({0: 80 * GB}), [80 * GB], 5 * GB)
     assert plan.verdict == "does not fit: 0.50 GB on cpu missing"
-    assert remedies(plan, bloom_7b1) == ["it fits on 3.50 GB of cpu instead of 3.00 GB"]
+    assert remedies(plan, bloom_7b1) == ["it fits on 5.50 GB of cpu instead of 5.00 GB"]
 
 
 def test_without_max_memory_one_gpu_keeps_a_fifth_for_keys_and_values_and_two_are_balanced(bloom_7b1):
     one = make_plan(bloom_7b1, Settings(), [12 * GB])
-    limit = (12 * GB - one.devices[0].workspace) * (1 - RESERVE) * (1 - 0.2)
+    usable = 12 * GB - GPU_CONTEXT_BYTES - capacity(bloom_7b1).activation_bytes
+    limit = usable * (1 - RESERVE) * (1 - 0.2)
     assert limit - 2 * LAYER_BYTES < one.devices[0].weights <= limit + LAYER_BYTES
-    two = make_plan(bloom_7b1, Settings(), [80 * GB, 80 * GB], 4 * GB)
+    two = make_plan(bloom_7b1, Settings(), [80 * GB, 80 * GB], 6 * GB)
     assert abs(two.devices[0].layers - two.devices[1].layers) <= 8
     assert two.verdict == "fits"
 
@@ -173,12 +180,12 @@ def test_the_plan_has_the_engines_own_limits(tmp_path):
     shape |= {"num_key_value_heads": 2, "sliding_window": 512, "max_position_embeddings": 4096}
     config = MistralConfig(vocab_size=300, **shape)
     config.save_pretrained(tmp_path)
-    settings = Settings(prefill_chunk=256, max_batch_size=4)
+    settings = Settings(prefill_chunk=256, max_batch_size=2)
     limits = Engine(AutoModelForCausalLM.from_config(config), train_tokenizer(), settings).capacity
-    plan = make_plan(tmp_path, settings, gpus=[])
+    plan = make_plan(tmp_path, settings.model_copy(update={"kv_cache_memory": limits.kv_cache_bytes}), gpus=[])
     assert plan.max_sequence_length == limits.max_sequence_length == 4096
-    assert plan.kv_cache == limits.kv_cache_bytes == 4 * 4096 * plan.kv_bytes_per_token
-    assert plan.cpu.workspace == limits.workspace_bytes == 2 * 2 * 1024 * 4096 * 4
+    assert plan.kv_cache == limits.kv_cache_bytes == 2 * 4096 * plan.kv_bytes_per_token
+    assert plan.cpu.workspace + plan.cpu.kv_copies == limits.activation_bytes + limits.kv_copy_bytes
 
 
 def test_shared_heads_make_keys_and_values_small(tmp_path):
@@ -188,8 +195,57 @@ def test_shared_heads_make_keys_and_values_small(tmp_path):
     assert make_plan(tmp_path, Settings(), []).kv_bytes_per_token == 2 * 32 * 8 * 128 * 2
 
 
+@pytest.fixture(scope="module")
+def llama_8b(tmp_path_factory):
+    """Llama-3.1-8B's shape: 131,072 tokens of 131,072 bytes each."""
+    folder = tmp_path_factory.mktemp("llama-8b")
+    shape = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+    LlamaConfig(**shape, **heads, dtype="bfloat16").save_pretrained(folder)
+    return folder
+
+
+def test_a_long_context_model_asks_for_one_whole_row_and_not_for_32(llama_8b):
+    plan = make_plan(llama_8b, Settings(), [])
+    assert plan.kv_cache == 131072 * 131072
+    assert plan.memory_request < 45 * GB  # and not the 561 GiB of 32 rows
+    # Each of 32 query heads gets a copy of its group's keys and values, a layer at a time.
+    assert plan.cpu.kv_copies == plan.kv_cache * (1 + 4) // 32
+    explicit = make_plan(llama_8b, Settings(kv_cache_memory=100 * GB), [])
+    assert explicit.kv_cache == 100 * GB
+
+
+def test_a_long_context_model_is_advised_shorter_or_fewer_sequences(llama_8b):
+    gpu = parse_gpus("1xA10G")
+    plan = make_plan(llama_8b, Settings(max_memory={0: 20 * GB}), gpu, 32 * GB)
+    assert "gpu 0" in plan.missing
+    advised = json.loads("{" + remedies(plan, llama_8b)[0].removeprefix("with ").partition(" in setup_config")[0] + "}")
+    assert advised["max_sequence_length"] == 32768 and "kv_cache_memory" in advised
+    better = make_plan(llama_8b, Settings(**{"max_memory": {0: 20 * GB}} | advised), gpu, 32 * GB)
+    assert better.verdict == "fits"
+    many = Settings(max_memory={0: 20 * GB}, max_sequence_length=2048, max_batch_size=64)
+    fewer = remedies(make_plan(llama_8b, many, gpu, 32 * GB), llama_8b)
+    assert any('with "max_batch_size": 16 ' in line for line in fewer)
+
+
+def test_a_gpu_keeps_a_reserve(bloom_7b1):
+    """For CUDA's context, and for the fragments of PyTorch's allocator."""
+    gpu, other, cpu, _ = make_plan(bloom_7b1, sizes({0: 80 * GB}), [80 * GB] * 2, 32 * GB).devices
+    assert gpu.runtime == GPU_CONTEXT_BYTES
+    assert gpu.reserve == (gpu.kv_cache + gpu.kv_copies + gpu.workspace) // 9
+    assert not other.needed
+    assert cpu.runtime == RUNTIME_BYTES + GPU_HOST_BYTES
+
+
 @pytest.mark.parametrize(
-    "text, expected", [("2x16GiB", [2**34] * 2), ("16GB, 1x8GB", [16 * GB, 8 * GB]), ("0", []), ("", [])]
+    "text, expected",
+    [
+        ("1xT4, A10G", [15 * 2**30, 45 * 2**29]),
+        ("2x16GiB", [2**34] * 2),
+        ("16GB, 1x8GB", [16 * GB, 8 * GB]),
+        ("0", []),
+        ("", []),
+    ],
 )
 def test_gpus_as_people_write_them(text, expected):
     assert parse_gpus(text) == expected

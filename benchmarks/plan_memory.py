@@ -1,0 +1,123 @@
+"""What `make plan` says that a model needs on a CPU, against the peak that a process then has, over models, settings
+and tiers. Each in a process of its own, with all rows prefilled to their full length.
+
+python -m benchmarks.plan_memory
+
+Counted is what comes on top of the imports: weights, keys and values, their copies, activations, weights on their way.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from benchmarks.checkpoints import WORK
+from handler.settings import Settings
+from scripts.plan import make_plan
+from tests.models import train_tokenizer
+
+LENGTH, ROWS, VOCAB = 1024, 8, 16_000
+WIDE = {"vocab_size": VOCAB, "hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16}
+MODELS: dict[str, PreTrainedConfig] = {
+    "bloom": BloomConfig(**WIDE, pad_token_id=3),
+    "llama": LlamaConfig(**WIDE, intermediate_size=2816, num_key_value_heads=4, max_position_embeddings=LENGTH),
+    "qwen2": Qwen2Config(**WIDE, intermediate_size=2816, num_key_value_heads=16, max_position_embeddings=LENGTH),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=1024, n_layer=6, n_head=16, n_positions=LENGTH),
+}
+CASES = [
+    # model, dtype, rows, tokens of a row, share of the weights that stays in memory
+    ("bloom", "float32", ROWS, LENGTH, 1.0),
+    ("bloom", "bfloat16", ROWS, LENGTH, 1.0),
+    ("bloom", "bfloat16", ROWS, LENGTH, 0.5),
+    ("bloom", "bfloat16", 2, 512, 0.0),
+    ("llama", "float32", ROWS, LENGTH, 1.0),
+    ("llama", "bfloat16", 4 * ROWS, LENGTH // 2, 1.0),
+    ("llama", "bfloat16", ROWS, LENGTH, 0.5),
+    ("qwen2", "bfloat16", ROWS, LENGTH, 1.0),
+    ("gpt2", "float32", ROWS, LENGTH, 0.5),
+    ("gpt2", "bfloat16", 2 * ROWS, LENGTH, 1.0),
+]
+
+CHILD = """
+import json, pathlib, re, sys
+import torch
+from handler.engine import Engine, Request
+from handler.loading import load_model
+from handler.settings import Settings
+
+def memory(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+
+def serve(folder, settings):
+    loaded = load_model(folder, settings, folder.parent)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: mapped files are let go of
+    engine = Engine(loaded.model, loaded.tokenizer, settings)
+    rows, length = settings.max_batch_size, settings.max_sequence_length
+    generator = torch.Generator().manual_seed(0)
+    for row in range(rows):  # of different length: ragged rows are put beside their new tokens
+        prompt = torch.randint(4, 300, (length - 3 - row,), generator=generator).tolist()
+        engine.submit(Request(prompt, {"max_new_tokens": 3, "ignore_eos": True}))
+    while engine.has_work:
+        engine.step()
+
+folder, settings = pathlib.Path(sys.argv[1]), Settings.model_validate_json(sys.argv[2])
+torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+imported = memory("VmRSS")
+serve(folder, settings)
+print(json.dumps(memory("VmHWM") - imported))
+"""
+
+
+def checkpoint(model: str, dtype: str) -> Path:
+    """A folder with random weights."""
+    folder = WORK / f"plan-{model}-{dtype}"
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(MODELS[model], dtype=getattr(torch, dtype))
+        made.save_pretrained(folder, max_shard_size="50MB")
+        train_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def compare(model: str, dtype: str, rows: int, length: int, resident: float) -> dict:
+    """Bytes planned and measured, and their ratio."""
+    folder = checkpoint(model, dtype)
+    weights = make_plan(folder, Settings(), []).weights
+    settings = Settings(
+        max_memory=None if resident == 1 else {"cpu": int(weights * resident)},
+        max_batch_size=rows,
+        max_sequence_length=length,
+        kv_cache_memory="1TB",
+    )
+    cpu = make_plan(folder, settings, []).cpu
+    planned = cpu.needed - cpu.runtime
+    command = [sys.executable, "-c", CHILD, str(folder), settings.model_dump_json()]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(ended.stderr)
+    measured = json.loads(ended.stdout.splitlines()[-1])
+    return {
+        "model": model, "dtype": dtype, "rows": rows, "length": length, "resident": resident,
+        "weights_MB": cpu.weights // 10**6, "kv_cache_MB": cpu.kv_cache // 10**6,
+        "workspace_MB": (cpu.workspace + cpu.kv_copies) // 10**6,
+        "planned_MB": planned // 10**6, "measured_MB": measured // 10**6, "ratio": round(planned / measured, 3),
+    }  # fmt: skip
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    chosen = [case for case in CASES if not sys.argv[1:] or case[0] in sys.argv[1:]]
+    results = []
+    for case in chosen:
+        results.append(compare(*case))
+        print(" ".join(f"{key}={value}" for key, value in results[-1].items()), flush=True)
+    ratios = [result["ratio"] for result in results]
+    print(f"planned / measured: {min(ratios)} to {max(ratios)}; never under, at most 15 % over: ", end="")
+    print("yes" if min(ratios) >= 1 and max(ratios) <= 1.15 else "no")
+
+
+if __name__ == "__main__":
+    main()

@@ -90,16 +90,21 @@ MANIFEST = $(RUN) scripts.manifest --model-name "$(MODEL_NAME)" --model-dir "$(o
 	    memory and disk are reckoned from the checkpoint))" \
 	    --storage-uri "$(or $(STORAGE_URI),$(error STORAGE_URI=… is missing: where make upload put the archive))" \
 	    --setup-config "$(SETUP_CONFIG)" --archive-format "$(ARCHIVE_FORMAT)" $(if $(VARIANT),--variant "$(VARIANT)") \
-	    $(if $(GPUS),--gpus "$(GPUS)") $(if $(CPUS),--cpus "$(CPUS)") $(if $(REPLICAS),--replicas "$(REPLICAS)") \
+	    $(if $(GPUS),--gpus "$(GPUS)") $(if $(GPU_RESOURCE),--gpu-resource "$(GPU_RESOURCE)") \
+	    $(if $(CPUS),--cpus "$(CPUS)") $(if $(CPU),--cpu "$(CPU)") $(if $(REPLICAS),--replicas "$(REPLICAS)") \
 	    $(if $(MAX_REPLICAS),--max-replicas "$(MAX_REPLICAS)") $(if $(IMAGE),--image "$(IMAGE)") \
-	    $(if $(NAMESPACE),--namespace "$(NAMESPACE)")
+	    $(if $(NAMESPACE),--namespace "$(NAMESPACE)") $(if $(SERVICE_ACCOUNT),--service-account "$(SERVICE_ACCOUNT)") \
+	    $(if $(NODE_SELECTOR),--node-selector "$(NODE_SELECTOR)") $(if $(TOLERATIONS),--tolerations "$(TOLERATIONS)") \
+	    $(if $(SOURCE_URI),--source-uri "$(SOURCE_URI)") $(if $(S3_REGION),--s3-region "$(S3_REGION)") \
+	    $(if $(S3_ENDPOINT),--s3-endpoint "$(S3_ENDPOINT)") $(if $(S3_ROLE),--s3-role "$(S3_ROLE)") \
+	    $(if $(NODE_GROUP),--node-group "$(NODE_GROUP)") $(if $(PROMETHEUS),--prometheus "$(PROMETHEUS)") \
+	    $(if $(FORCE),--force)
 
-manifest: $(READY) ## print the InferenceService of STORAGE_URI, sized for MODEL_DIR; VARIANT=classic, keda, canary, …
+manifest: $(READY) ## print the InferenceService of STORAGE_URI, sized for MODEL_DIR; VARIANT=s3,keda,monitoring, …
 	@$(MANIFEST)
 
 deploy: $(READY) ## the same, applied with kubectl
-	@command -v kubectl > /dev/null || { echo "error: kubectl is not on the PATH; make manifest prints what it would apply"; exit 1; }
-	@mkdir -p .run && $(MANIFEST) > .run/manifest.yaml && kubectl apply -f .run/manifest.yaml
+	@$(MANIFEST) --apply
 
 test: $(READY) $(READY_KSERVE) ## every test, the real TorchServe among them
 	$(PYTEST)

@@ -3,9 +3,11 @@ and tiers. Each in a process of its own, with all rows prefilled to their full l
 
 python -m benchmarks.plan_memory
 
-Counted is what comes on top of the imports: weights, keys and values, their copies, activations, weights on their way.
+Counted is what comes on top of a process that has served a tiny model of the same kind: weights, keys and values, their
+copies, activations, weights on their way.
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -25,7 +27,9 @@ MODELS: dict[str, PreTrainedConfig] = {
     "bloom": BloomConfig(**WIDE, pad_token_id=3),
     "llama": LlamaConfig(**WIDE, intermediate_size=2816, num_key_value_heads=4, max_position_embeddings=LENGTH),
     "qwen2": Qwen2Config(**WIDE, intermediate_size=2816, num_key_value_heads=16, max_position_embeddings=LENGTH),
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=1024, n_layer=6, n_head=16, n_positions=LENGTH),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB, n_embd=1024, n_layer=6, n_head=16, n_positions=LENGTH, bos_token_id=1, eos_token_id=2
+    ),
 }
 CASES = [
     # model, dtype, rows, tokens of a row, share of the weights that stays in memory
@@ -42,7 +46,7 @@ CASES = [
 ]
 
 CHILD = """
-import json, pathlib, re, sys
+import ctypes, gc, json, pathlib, re, sys
 import torch
 from handler.engine import Engine, Request
 from handler.loading import load_model
@@ -56,27 +60,41 @@ def serve(folder, settings):
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: mapped files are let go of
     engine = Engine(loaded.model, loaded.tokenizer, settings)
     rows, length = settings.max_batch_size, settings.max_sequence_length
+    length = min(length, engine.capacity.max_sequence_length)
     generator = torch.Generator().manual_seed(0)
     for row in range(rows):  # of different length: ragged rows are put beside their new tokens
         prompt = torch.randint(4, 300, (length - 3 - row,), generator=generator).tolist()
-        engine.submit(Request(prompt, {"max_new_tokens": 3, "ignore_eos": True}))
+        engine.submit(Request(prompt, {"max_new_tokens": 3}))
     while engine.has_work:
         engine.step()
 
-folder, settings = pathlib.Path(sys.argv[1]), Settings.model_validate_json(sys.argv[2])
-torch.ones(1000, 1000) @ torch.ones(1000, 1000)
-imported = memory("VmRSS")
-serve(folder, settings)
-print(json.dumps(memory("VmHWM") - imported))
+settings = Settings.model_validate_json(sys.argv[3])
+serve(pathlib.Path(sys.argv[1]), settings.model_copy(update={"max_memory": None, "max_batch_size": 2}))
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+before = memory("VmRSS")
+serve(pathlib.Path(sys.argv[2]), settings)
+print(json.dumps(memory("VmHWM") - before))
 """
 
 
-def checkpoint(model: str, dtype: str) -> Path:
+TINY = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+def checkpoint(model: str, dtype: str, tiny: bool = False) -> Path:
     """A folder with random weights."""
-    folder = WORK / f"plan-{model}-{dtype}"
+    folder = WORK / f"plan-{model}-{dtype}{'-tiny' * tiny}"
     if not (folder / "config.json").is_file():
         torch.manual_seed(0)
-        made = AutoModelForCausalLM.from_config(MODELS[model], dtype=getattr(torch, dtype))
+        config = copy.deepcopy(MODELS[model])
+        config.update(TINY if tiny else {})
+        made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         made.save_pretrained(folder, max_shard_size="50MB")
         train_tokenizer().save_pretrained(folder)
     return folder
@@ -94,7 +112,8 @@ def compare(model: str, dtype: str, rows: int, length: int, resident: float) -> 
     )
     cpu = make_plan(folder, settings, []).cpu
     planned = cpu.needed - cpu.runtime
-    command = [sys.executable, "-c", CHILD, str(folder), settings.model_dump_json()]
+    before = checkpoint(model, dtype, tiny=True)
+    command = [sys.executable, "-c", CHILD, str(before), str(folder), settings.model_dump_json()]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         raise RuntimeError(ended.stderr)

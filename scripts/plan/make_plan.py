@@ -5,6 +5,7 @@ here. A folder with nothing but config.json in it is enough.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,7 +83,7 @@ def _make_plan(
     placed = _place(model, settings, gpus, cpu)
     placement = Placement.of(model, placed)
     parts = placement.parts
-    architecture = Architecture.of(model)
+    architecture, config = Architecture.of(model), model.config.get_text_config()
     capacity = _capacity(architecture, settings)
     stored = sum(path.stat().st_size for path in files)
     archived = sum(path.stat().st_size for pattern in ARCHIVED for path in model_dir.glob(pattern))
@@ -102,6 +103,8 @@ def _make_plan(
         largest_shard=max((path.stat().st_size for path in files), default=min(weights, SHARD_BYTES)),
         checkpoint_bytes=archived or weights,
         offload_bytes=0 if in_place else on_disk,
+        head_groups=math.gcd(config.num_attention_heads, getattr(config, "num_key_value_heads", None) or 0),
+        quantization=(getattr(model.config, "quantization_config", None) or {}).get("quant_method"),
         # Safetensors are read as they are stored, which may be wider than what is computed in.
         streamed=_streamed(placement, stored / weights if stored and in_place else 1.0),
     )

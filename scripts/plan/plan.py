@@ -68,6 +68,8 @@ class Plan:
     largest_shard: int
     checkpoint_bytes: int
     offload_bytes: int  # written to offload_folder
+    head_groups: int  # into how many equal parts attention can be dealt out
+    quantization: str | None  # the method that config.json names
     streamed: dict[str, int]  # bytes read for each step over "disk", "pcie" and "ram", the names in Bandwidth
 
     @property

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from .parallel import parallel
 from .plan import Plan, gigabytes
 
 
@@ -40,7 +41,12 @@ def format_table(plan: Plan) -> str:
     idle = [device.name for device in plan.gpus if not device.needed]
     if idle:
         lines.append(f"idle             {', '.join(idle)}: max_memory in setup_config.json does not name it")
-    return "\n".join([*lines, "", f"verdict          {plan.verdict}"])
+    lines += ["", f"verdict          {plan.verdict}"]
+    other = parallel(plan)
+    if other and (plan.missing or plan.offloaded):
+        nodes = f"{other.pipeline} such node{'s' if other.pipeline > 1 else ''}"
+        lines.append(f"all on GPUs      {nodes}, {other.tensor} GPUs each, on vLLM: make manifest VARIANT=distributed")
+    return "\n".join(lines)
 
 
 def _aligned(rows: list[list[str]]) -> str:

@@ -1,6 +1,6 @@
 """Hold manifests against the models of PyPI's kserve and kubernetes; print what they do not know, a line each.
 
-Run with the Python of .venv-kserve, the documents as JSON on standard input.
+Run with the Python of .venv-kserve; on standard input JSON, lists of documents by a name that comes first in the line.
 """
 
 import json
@@ -16,6 +16,8 @@ KINDS = {
     "PersistentVolumeClaim": "V1PersistentVolumeClaim",
     "NetworkPolicy": "V1NetworkPolicy",
     "Secret": "V1Secret",
+    "Job": "V1Job",
+    "LLMInferenceService": "V1alpha1LLMInferenceService",
     "ServiceAccount": "V1ServiceAccount",
 }
 
@@ -54,6 +56,7 @@ def lost(before, after, path):
         yield f"{path}: {before!r} became {after!r}"
 
 
-for document in json.load(sys.stdin):
-    if kind := KINDS.get(document["kind"]):
-        print(*problems(document, kind, document["kind"]), sep="\n")
+for name, documents in json.load(sys.stdin).items():
+    for document in documents:
+        if kind := KINDS.get(document["kind"]):
+            print(*problems(document, kind, f"{name}: {document['kind']}"), sep="\n")

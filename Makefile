@@ -19,7 +19,11 @@ RUN := .venv/bin/python -m
 PYTEST := .venv/bin/pytest -n 2 --no-loadscope-reorder
 READY := .venv/.ready
 READY_KSERVE := .venv-kserve/.ready
-PIP_INSTALL := bin/pip install --quiet --disable-pip-version-check -r
+# A lock file has all that is needed, each by its hash. torch has none: the wheels of one version differ, for CPUs, for
+# each CUDA, and where one lies on a machine's disk.
+PIP := bin/pip install --quiet --disable-pip-version-check
+PIP_INSTALL := $(PIP) --no-deps -r
+COMPILE := .venv/bin/uv pip compile --universal --generate-hashes --no-annotate --no-header --quiet
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve stop predict download shard zip archive upload plan manifest deploy test test-fast lint lock bench clean
@@ -29,11 +33,12 @@ help: ## this list
 
 setup: $(READY) ## .venv with locked versions, and Java where there is none
 
-$(READY): requirements-dev.lock requirements-java.lock
+$(READY): requirements-dev.lock requirements-torch.lock requirements-java.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: Python 3.11 or newer is needed (transformers 5.23 needs it): make setup PYTHON=python3.11"; exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/$(PIP_INSTALL) requirements-dev.lock
+	.venv/$(PIP) -r requirements-torch.lock
 	$(RUN) server.java || .venv/$(PIP_INSTALL) requirements-java.lock
 	@touch $@
 
@@ -125,10 +130,13 @@ bench: $(READY) ## the measurements of the README
 
 lock: $(READY) ## resolve the newest allowed versions into the lock files
 	.venv/bin/pip install --quiet uv
-	.venv/bin/uv pip compile pyproject.toml --universal --no-annotate --no-header -q -o requirements.lock
-	.venv/bin/uv pip compile pyproject.toml --extra scripts --extra dev -c requirements.lock --universal --no-annotate --no-header -q \
-	    -o requirements-dev.lock
-	.venv/bin/uv pip compile requirements-kserve.in --universal --no-annotate --no-header -q -o requirements-kserve.lock
+	$(COMPILE) pyproject.toml --no-emit-package torch -o requirements.lock
+	.venv/bin/uv pip compile pyproject.toml -c requirements.lock --universal --no-annotate --no-header --quiet | \
+	    grep '^torch==' > requirements-torch.lock
+	$(COMPILE) pyproject.toml --extra scripts --extra dev -c requirements.lock -c requirements-torch.lock \
+	    --no-emit-package torch -o requirements-dev.lock
+	$(COMPILE) requirements-java.in -o requirements-java.lock
+	$(COMPILE) requirements-kserve.in -o requirements-kserve.lock
 
 clean: ## what was made here, but for downloaded models and .venv
 	rm -rf .run model_store model.zip plan.json plan.svg .pytest_cache .mypy_cache .ruff_cache .hypothesis

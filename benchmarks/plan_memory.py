@@ -62,9 +62,10 @@ def serve(folder, settings):
     rows, length = settings.max_batch_size, settings.max_sequence_length
     length = min(length, engine.capacity.max_sequence_length)
     generator = torch.Generator().manual_seed(0)
+    new = length // 8  # so many that the first rows are still there when the last is prefilled
     for row in range(rows):  # of different length: ragged rows are put beside their new tokens
-        prompt = torch.randint(4, 300, (length - 3 - row,), generator=generator).tolist()
-        engine.submit(Request(prompt, {"max_new_tokens": 3}))
+        prompt = torch.randint(4, 300, (length - new - row,), generator=generator).tolist()
+        engine.submit(Request(prompt, {"max_new_tokens": new, "min_new_tokens": new}))
     while engine.has_work:
         engine.step()
 

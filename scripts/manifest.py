@@ -186,7 +186,6 @@ def _fill_inference_service(document: dict[str, Any], service: Service, base: st
     predictor, annotations = document["spec"]["predictor"], document["metadata"]["annotations"]
     model = predictor.get("pytorch") or predictor["model"]
     predictor["minReplicas"] = service.replicas
-    predictor["timeout"] = service.longest_answer
     if service.service_account:
         predictor["serviceAccountName"] = service.service_account
     if service.node_selector:
@@ -196,6 +195,7 @@ def _fill_inference_service(document: dict[str, Any], service: Service, base: st
     if base == "distributed":
         _fill_distributed(predictor, service)
         return
+    predictor["timeout"] = service.longest_answer
     predictor["maxReplicas"] = service.max_replicas or max(predictor["maxReplicas"], service.replicas)
     model["resources"] = _resources(service)
     model["storageUri"] = service.storage_uri

@@ -18,8 +18,8 @@ _IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
 PROMPT_LOGPROB_TOKENS, PROMPT_LOGPROB_ROWS = 128, 32
 # Bytes that kernels take for themselves, whatever the model: blocks that matrix products repack, a thread each.
 _KERNEL_BYTES = 32 << 20
-# The C library keeps blocks of up to 32 MiB that were freed (M_MMAP_THRESHOLD), where the next ones may not fit in; a
-# forward has a few of them.
+# The C library keeps blocks of up to 32 MiB that were freed (M_MMAP_THRESHOLD), and the next ones may not fit in:
+# measured half as much as lives at the peak, up to four blocks.
 _KEPT_BYTES = 4 * (32 << 20)
 
 
@@ -94,7 +94,7 @@ def _activation_bytes(architecture: Architecture, rows: int, padded: int, column
     prompt = architecture.vocab_size * (item * PROMPT_LOGPROB_TOKENS + 12 * PROMPT_LOGPROB_ROWS)
     sampled = architecture.vocab_size * rows * (item + 28)
     most = max(attention, mlp, prompt, sampled)
-    return most + min(most, _KEPT_BYTES) + _KERNEL_BYTES
+    return most + min(most // 2, _KEPT_BYTES) + _KERNEL_BYTES
 
 
 def _max_sequence_length(architecture: Architecture, config: EngineConfig) -> int:

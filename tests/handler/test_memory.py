@@ -164,5 +164,5 @@ def test_the_rest_of_the_memory_is_the_page_caches(loaded, monkeypatch):
     room = memory.page_cache_room(settings, loaded.model, loaded.placement)
     full_rows = 32 * 2048 * 1024  # bytes, less than the limit
     # Of 1024 tokens: 16 bytes for each score of 4 heads, 5 for the mask, and what a token is on its way.
-    activations = 1024 * (2048 * (4 * 16 + 5) + 4 * (3 * 32 + 2 * 3 * 32)) + ALLOCATOR
+    activations = 1024 * (2048 * (4 * 16 + 5) + 4 * (3 * 32 + 2 * 3 * 32)) * 3 // 2 + 32 * 2**20
     assert room == int((10**9 - activations) * 0.9) * 4 // 5 - full_rows  # of 4 layers, of which one is copied

@@ -446,6 +446,7 @@ def test_several_nodes(bloom_7b1):
     worker = predictor["workerSpec"]
     assert (worker["tensorParallelSize"], worker["pipelineParallelSize"]) == (2, 2)
     assert service["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "none"
+    assert predictor["timeout"] == 600  # nothing is streamed there
     for pod in (merged_pod(MULTINODE, service), merged_worker(MULTINODE, service)):
         assert not refused_by_kubernetes(pod)
         assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "2"
@@ -536,11 +537,15 @@ def test_the_command_prints_yaml_that_is_applied_by_deploy(bloom_7b1, tmp_path):
     assert list(yaml.safe_load_all((tmp_path / "applied").read_text())) == documents
 
 
-def test_a_plan_that_does_not_fit_ends_with_an_error(bloom_7b1, capsys):
+def test_a_plan_that_does_not_fit_ends_with_an_error(bloom_7b1, capsys, monkeypatch):
     arguments = ["--model-dir", str(bloom_7b1), "--model-name", "bloom", "--storage-uri", "gs://b/p", "--cpu", "8GiB"]
     for more in ([], ["--apply"]):
         with pytest.raises(UserError, match=r"does not fit: .*FORCE=1 goes on"):
             main([*arguments, *more])
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="kubectl is not on the PATH"):
+        main([*arguments, "--force", "--apply"])
+    monkeypatch.undo()
     main([*arguments, "--force"])
     assert capsys.readouterr().out.startswith("apiVersion")
     assert "--force" in subprocess.run(

@@ -285,6 +285,7 @@ def test_the_command_writes_a_table_json_and_a_picture(bloom_7b1, tmp_path, caps
     printed = capsys.readouterr()
     assert "gpu 1: max_memory in setup_config.json does not name it" in printed.out
     assert "verdict          does not fit" in printed.out
+    assert "all on GPUs      2 such nodes, 2 GPUs each, on vLLM" in printed.out
     assert not printed.err
     plan = json.loads(numbers.read_text())
     assert plan["weights"] == TOTAL_BYTES

@@ -45,6 +45,9 @@ METRICS = {
         Metric("llm_requests_total", "counter", "requests", ("protocol", "status")),
         Metric("llm_prompt_tokens_total", "counter", "tokens"),
         Metric("llm_generated_tokens_total", "counter", "tokens"),
+        Metric("llm_reused_prompt_tokens_total", "counter", "tokens"),
+        Metric("llm_draft_tokens_total", "counter", "tokens"),
+        Metric("llm_accepted_draft_tokens_total", "counter", "tokens"),
         *(Metric(f"{name}_bucket", "counter", "observations", ("le",)) for name in HISTOGRAMS),
         *(Metric(f"{name}_sum", "counter", "seconds") for name in HISTOGRAMS),
         *(Metric(f"{name}_count", "counter", "observations") for name in HISTOGRAMS),
@@ -114,6 +117,9 @@ class Metrics:
             yield "llm_requests_total", labels, count
         yield "llm_prompt_tokens_total", (), stats.prompt_tokens
         yield "llm_generated_tokens_total", (), stats.generated_tokens
+        yield "llm_reused_prompt_tokens_total", (), engine.num_reused_tokens
+        yield "llm_draft_tokens_total", (), engine.speculator.num_drafted
+        yield "llm_accepted_draft_tokens_total", (), engine.speculator.num_accepted
         histograms = (stats.queue, stats.first_token, stats.between_tokens)
         for name, histogram in zip(HISTOGRAMS, histograms, strict=True):
             yield from _of_histogram(name, histogram)

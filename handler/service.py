@@ -134,7 +134,8 @@ class LargeModelHandler(BaseHandler):
 
     def _streaming(self) -> dict[str, Any] | None:
         """How weights come from disk: how they are read, how fast that was when it was measured, what was read so far,
-        and for what share of the model's time it has waited for them. None when nothing is on disk."""
+        for what share of the model's time it has waited for them, and what speculation has come to. None when nothing
+        is on disk."""
         if not (streamed := self.loaded.streamed):
             return None
         return {
@@ -142,6 +143,8 @@ class LargeModelHandler(BaseHandler):
             "measured_bytes_per_second": int(streamed.rate),
             "bytes_read": streamed.reader.bytes_read,
             "share_waited": round(streamed.wait_seconds / max(self.engine.forward_seconds, 1e-9), 3),
+            "draft_tokens": self.engine.speculator.num_drafted,
+            "accepted_draft_tokens": self.engine.speculator.num_accepted,
         }
 
     def _emit(self, metric: Metric, labels: tuple[str, ...], value: float) -> None:

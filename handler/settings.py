@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -92,6 +93,14 @@ class EngineConfig(BaseModel):
     )
     prefill_chunk: PositiveInt = Field(
         256, description="Most prompt tokens in one step, so that nobody stalls; four times that while nobody decodes."
+    )
+    num_speculative_tokens: NonNegativeInt = Field(
+        16, description="Most tokens guessed ahead for a sequence in a step, where steps read weights; 0 for none."
+    )
+    prefix_cache: Literal["off", "salted", "shared"] = Field(
+        "shared",
+        description="Who shares keys and values of prompts that begin the same: nobody, who sends the same cache_salt, "
+        "or also those who send none.",
     )
     max_queue: PositiveInt = Field(192, description="Most sequences that wait; more are refused with 429.")
     max_wait: PositiveFloat = Field(60, description="Seconds after which a request that still waits ends with 503.")

@@ -13,6 +13,7 @@ from .architecture import Architecture
 logger = logging.getLogger(__name__)
 
 _FALLBACK_LENGTH = 2048  # tokens, for a model whose config names no limit
+_MOST_DRAFTS = 32  # of all sequences in a step
 _IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
 # Prompt positions whose logits are kept in a step, for log-probabilities, and of which float32 is made at once.
 PROMPT_LOGPROB_TOKENS, PROMPT_LOGPROB_ROWS = 128, 32
@@ -36,6 +37,7 @@ class Capacity:
     activation_bytes: the most bytes of activations on a device that computes.
     copied_layers: layers' worth of the keys and values that attention copies besides.
     kv_copy_bytes: bytes of those copies.
+    max_logits: most positions in a step whose logits are computed to be sampled from.
     """
 
     max_sequence_length: int
@@ -48,6 +50,7 @@ class Capacity:
     activation_bytes: int
     copied_layers: int
     kv_copy_bytes: int
+    max_logits: int
 
     @classmethod
     def of(cls, architecture: Architecture, config: EngineConfig) -> "Capacity":
@@ -70,6 +73,7 @@ class Capacity:
             activation_bytes=_activation_bytes(architecture, config.max_batch_size, padded, columns),
             copied_layers=architecture.copied_layers,
             kv_copy_bytes=kv_cache_bytes * architecture.copied_layers // max(1, architecture.num_layers),
+            max_logits=config.max_batch_size + _MOST_DRAFTS,
         )
 
 
@@ -92,7 +96,7 @@ def _activation_bytes(architecture: Architecture, rows: int, padded: int, column
     mlp = padded * (item * (5 * hidden + 4 * inner) + (4 * inner if item < 4 else 0))
     # Logits of prompts, some of their rows in float32 with their logarithms; those that are sampled from are sorted.
     prompt = architecture.vocab_size * (item * PROMPT_LOGPROB_TOKENS + 12 * PROMPT_LOGPROB_ROWS)
-    sampled = architecture.vocab_size * rows * (item + 28)
+    sampled = architecture.vocab_size * (item * (rows + _MOST_DRAFTS) + 28 * rows)
     most = max(attention, mlp, prompt, sampled)
     return most + min(most // 2, _KEPT_BYTES) + _KERNEL_BYTES
 

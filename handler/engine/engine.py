@@ -16,7 +16,8 @@ from handler.settings import EngineConfig
 from .architecture import Architecture
 from .capacity import PROMPT_LOGPROB_ROWS, Capacity
 from .detokenizer import Detokenizer
-from .errors import EngineError, InvalidRequest, ModelError, OutOfMemory, QueueTimeout
+from .errors import EngineError, InvalidRequest, OutOfMemory, QueueTimeout, as_engine_error
+from .forward_cost import ForwardCost
 from .grammar_compiler import GrammarCompiler
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
@@ -27,6 +28,7 @@ from .sampling_params import checked, resolve
 from .scheduler import Batch, Scheduler
 from .self_check import check_rows
 from .sequence import FinishReason, Job, Sequence
+from .speculation import Speculator
 from .stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ class Engine:
         architecture = Architecture.of(model)
         check_rows(model, architecture)
         self.capacity = Capacity.of(architecture, config)
-        self._max_wait = config.max_wait
+        self._max_wait, self._prefix_cache = config.max_wait, config.prefix_cache
         self._vocab_size, self._longrope_border = architecture.vocab_size, architecture.longrope_border
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
@@ -61,7 +63,10 @@ class Engine:
         # By bytes read, which is about what both cost on a CPU; on a GPU a pass costs its kernels' launches.
         is_read = self._runner.device.type == "cpu"
         pass_columns = model.get_memory_footprint() / architecture.kv_bytes_per_token if is_read else math.inf
-        self._scheduler = Scheduler(self._cache, config, self.capacity, self._runner.streams_weights, pass_columns)
+        self._cost, streams = ForwardCost(), self._runner.streams_weights
+        self._scheduler = Scheduler(self._cache, config, self.capacity, streams, self._cost, pass_columns)
+        limit = config.num_speculative_tokens if streams else 0
+        self.speculator = Speculator(limit, self.capacity, self._cache, self._cost)
         self.max_queue = config.max_queue
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
         self.forward_seconds = 0.0  # for how long the model has run so far
@@ -94,6 +99,11 @@ class Engine:
         """Tokens that the cache has besides."""
         return max(0, self._cache.capacity_tokens - self.kv_tokens_used)
 
+    @property
+    def num_reused_tokens(self) -> int:
+        """Prompt tokens so far whose keys and values were there already."""
+        return self._scheduler.num_reused_tokens
+
     def encode(self, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt that fits, for a `Request`. May be called from any thread: a long text takes long.
 
@@ -113,6 +123,7 @@ class Engine:
         params = resolve(request, len(prompt_ids), self._defaults, self._vocab_size, self._max_length)
         self._scheduler.check_queue_room(params.n)
         job = Job(request, params, prompt_ids)
+        job.prefix_owner = self._prefix_owner(request.cache_salt)
         if params.grammar:
             job.compilation = self._grammars.compile(params.grammar, job.group)
         job.sequences = self._make_sequences(job)
@@ -160,6 +171,12 @@ class Engine:
         """Most tokens of prompt and continuation that the model, the settings and the cache have room for."""
         return min(self.capacity.max_sequence_length, self._cache.capacity_tokens)
 
+    def _prefix_owner(self, cache_salt: str | None) -> str | None:
+        # With longrope the same tokens have other keys in long texts.
+        if self._prefix_cache == "off" or self._longrope_border is not None:
+            return None
+        return cache_salt or ("" if self._prefix_cache == "shared" else None)
+
     def _make_sequences(self, job: Job) -> list[Sequence]:
         samplers, eos_token_ids = make_samplers(
             self._processor_source,
@@ -186,9 +203,11 @@ class Engine:
     def _schedule(self) -> list[Batch]:
         """This step's forwards; none where rows cannot be moved. Some may be then, so all are computed again."""
         try:
-            return self._scheduler.schedule()
+            batches = self._scheduler.schedule()
+            self.speculator.add_drafts(batches)
+            return batches
         except Exception as error:
-            self._fail_batch(Batch(list(self._scheduler.running)), _as_engine_error(error))
+            self._fail_batch(Batch(list(self._scheduler.running)), as_engine_error(error))
             self._scheduler.preempt_all()
             return []
 
@@ -201,11 +220,13 @@ class Engine:
 
     def _run(self, batch: Batch) -> torch.Tensor | EngineError:
         """Logits [sum(batch.logits_to_keep), vocab], or what went wrong for all of the batch."""
-        start = time.monotonic()
+        start, waited = time.monotonic(), self._runner.wait_seconds
         try:
-            return self._runner.forward(batch)
+            logits = self._runner.forward(batch)
+            self._cost.record(batch.num_positions, time.monotonic() - start, self._runner.wait_seconds - waited)
+            return logits
         except Exception as error:
-            return _as_engine_error(error)
+            return as_engine_error(error)
         finally:
             self.forward_seconds += time.monotonic() - start
 
@@ -218,12 +239,32 @@ class Engine:
         for sequence, end, count in zip(batch.sequences, ends, logits_to_keep, strict=True):
             if sequence.needs_prompt_logprobs:
                 _report_prompt_logprobs(sequence, logits[end - count : end])
-        completed = [index for index in range(len(ends)) if batch.completes(index)]
-        for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
-            sequence.num_cached_tokens += count
-        if completed:
-            last = logits if len(completed) == len(logits) else logits[[ends[index] - 1 for index in completed]]
-            self._sample([batch.sequences[index] for index in completed], last)
+        chains = {}
+        for index, sequence in enumerate(batch.sequences):
+            if batch.completes(index):
+                drafts = batch.drafts(index)
+                chains[sequence] = ends[index] - 1 - len(drafts), drafts
+            sequence.num_cached_tokens += batch.num_own_tokens(index)
+        self._verify(chains, logits)
+
+    def _verify(self, chains: dict[Sequence, tuple[int, list[int]]], logits: torch.Tensor) -> None:
+        """Sample after the last token of each sequence, and after each of its drafts as long as it is what was sampled.
+
+        chains: the row of logits [positions, vocab] that comes of a sequence's last token, and its drafts; the rows
+            that come of these are the next ones.
+        """
+        lengths = {sequence: len(sequence.token_ids) for sequence in chains}
+        going_on, depth = chains, 0
+        while going_on:
+            rows = [row + depth for row, _ in going_on.values()]
+            self._sample(list(going_on), logits if rows == list(range(len(logits))) else logits[rows])
+            going_on = {s: chain for s, chain in going_on.items() if _goes_on(s, chain[1][depth : depth + 1])}
+            for sequence in going_on:
+                sequence.num_cached_tokens += 1
+            depth += 1
+        for sequence, (_, drafts) in chains.items():
+            sampled = sequence.token_ids[lengths[sequence] :]
+            self.speculator.learn(sequence, len(drafts), sum(map(int.__eq__, sampled, drafts)))
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Sample from logits [sequences, vocab] and append to each sequence its token."""
@@ -279,7 +320,7 @@ class Engine:
     def _fail(self, job: Job, error: Exception) -> None:
         if job.finished:
             return
-        job.error = _as_engine_error(error)
+        job.error = as_engine_error(error)
         rows = [sequence.row for sequence in self._scheduler.running if sequence.job is job]
         self._cache.zero_rows([row for row in rows if row >= 0])
         self._end(job, "error")
@@ -325,6 +366,12 @@ def _with_special_tokens_only(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
+def _goes_on(sequence: Sequence, draft: list[int]) -> bool:
+    """Whether the token sampled last is that draft, if there is one, so that what the forward made of it counts."""
+    is_draft = sequence.token_ids[-1:] == draft and not sequence.finished
+    return is_draft and sequence.num_cached_tokens == sequence.length - 1  # not where all keys are to be made anew
+
+
 def _report_logprobs(sequences: list[Sequence], tokens: list[int | Exception], logits: torch.Tensor) -> None:
     """Append the log-probabilities of new tokens, from logits [sequences, vocab], where they are asked for."""
     asked = [sequence.job.params.logprobs for sequence in sequences]
@@ -349,19 +396,3 @@ def _report_prompt_logprobs(sequence: Sequence, logits: torch.Tensor) -> None:
 
 def _text_length(job: Job) -> int:
     return sum(len(sequence.text) for sequence in job.sequences)
-
-
-def _as_engine_error(error: Exception) -> EngineError:
-    """The error in words for a client, who need not know our files. The rest goes to the log, also its traceback,
-    which would keep the forward's tensors alive."""
-    if isinstance(error, EngineError):
-        return error
-    logger.error("a step failed", exc_info=error)
-    words = ("not enough memory", "out of memory", "can't allocate memory")
-    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    no_memory = no_memory or any(word in str(error).lower() for word in words)
-    if no_memory:
-        return OutOfMemory(
-            "not enough memory for this request; send a shorter prompt or ask for fewer tokens, or later"
-        )
-    return ModelError(f"a {type(error).__name__} in the model; the worker's log has it")

@@ -1,5 +1,11 @@
 """What can go wrong, in the words a client should read. Which HTTP status that is, `protocols/errors.py` says."""
 
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
 
 class EngineError(Exception):
     """Base of all errors of the engine. `str(error)` says what to send instead."""
@@ -31,3 +37,19 @@ class ModelError(EngineError):
 
 class UnsupportedModel(EngineError):
     """The model's cache or positions cannot be batched row by row."""
+
+
+def as_engine_error(error: Exception) -> EngineError:
+    """The error in words for a client, who need not know our files. The rest goes to the log, also its traceback,
+    which would keep the forward's tensors alive."""
+    if isinstance(error, EngineError):
+        return error
+    logger.error("a step failed", exc_info=error)
+    words = ("not enough memory", "out of memory", "can't allocate memory")
+    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    no_memory = no_memory or any(word in str(error).lower() for word in words)
+    if no_memory:
+        return OutOfMemory(
+            "not enough memory for this request; send a shorter prompt or ask for fewer tokens, or later"
+        )
+    return ModelError(f"a {type(error).__name__} in the model; the worker's log has it")

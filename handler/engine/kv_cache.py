@@ -1,5 +1,7 @@
 """Keys and values of all running sequences: one row a sequence, its tokens in columns 0..length-1.
 
+Beside the rows it keeps what they held before (`prefixes`), as far as they leave room.
+
 The cache knows no sequences and no lengths. Before each forward `prepare_forward` says which rows it is for and
 where their new tokens go; a forward that fails has therefore changed nothing that anybody relies on.
 """
@@ -11,6 +13,8 @@ from functools import partial
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
+
+from .prefix_cache import Prefix, PrefixCache
 
 # The store has more columns than are needed now, so that it is not copied at every step: the next multiple of
 # _COLUMN_STEP after an eighth more. Not many more: attention computes with them. Its rows double.
@@ -49,7 +53,7 @@ class KVCache(Cache):
     """
 
     def __init__(self, max_tokens: int, max_bytes: int | None, bytes_per_token: int):
-        self.context = ForwardContext()
+        self.context, self.prefixes = ForwardContext(), PrefixCache()
         self._max_tokens, self._max_bytes, self._bytes_per_token = max_tokens, max_bytes, bytes_per_token
         super().__init__(layer_class_to_replicate=partial(RowLayer, self))  # type: ignore[arg-type]
 
@@ -72,6 +76,7 @@ class KVCache(Cache):
         context = self.context
         context.first_row, context.num_rows = first_row, len(lengths)
         context.store_shape = self._next_shape(*shape)
+        self.prefixes.shrink(self.capacity_tokens - math.prod(context.store_shape))
         context.past_length, context.query_length = max(lengths), max(num_new_tokens)
         # A first token gets no spare columns: where nothing is in the cache yet, the library drops a mask that leaves
         # out only columns that are still to come.
@@ -99,6 +104,28 @@ class KVCache(Cache):
         for store in self._stores():
             store[destinations, :, :length] = store[sources, :, :length]
 
+    def parts(self, row: int, length: int) -> list[torch.Tensor]:
+        """The first `length` columns of a row, for each store; views."""
+        return [store[row, :, :length] for store in self._stores()]
+
+    def keep_prefix(self, row: int, owner: str, token_ids: list[int]) -> None:
+        """Keep what a row holds of these tokens, its first ones, for other texts of this owner, if there is room."""
+        rows, columns = self._allocated
+        room = self.capacity_tokens - rows * columns - len(token_ids)
+        if room >= 0 and not self.prefixes.has(owner, token_ids):
+            self.prefixes.shrink(room)
+            parts = [part.clone() for part in self.parts(row, len(token_ids))]
+            self.prefixes.add(Prefix(owner, token_ids, parts))
+
+    def use_prefix(self, parts: list[torch.Tensor], length: int, row: int, shape: tuple[int, int]) -> None:
+        """Write the first `length` columns of parts into a row. shape: rows and columns that all running rows fill."""
+        rows, columns = self._next_shape(*shape)
+        self.prefixes.shrink(self.capacity_tokens - rows * columns)
+        for layer in self._row_layers():
+            layer.resize(rows, columns)
+        for store, part in zip(self._stores(), parts, strict=True):
+            store[row, :, :length] = part[:, :length]
+
     def zero_rows(self, rows: Sequence[int]) -> None:
         """Zero rows that broke: masked columns still meet a weight of 0 in attention, and 0 x NaN is NaN."""
         for store in self._stores():
@@ -111,19 +138,26 @@ class KVCache(Cache):
         ends, the spare ones go.
         """
         # After a forward that ran out of memory some layers have grown and others not: what all have counts.
-        allocated_rows = self.num_rows
-        allocated_columns = min((store.shape[2] for store in self._stores()), default=0)
-        capacity = self.capacity_tokens
+        allocated_rows, allocated_columns = self._allocated
+        capacity = self.capacity_tokens - self.prefixes.num_tokens
         if not columns <= allocated_columns < 2 * columns:
             allocated_columns = math.ceil(columns * _SPARE_COLUMNS / _COLUMN_STEP) * _COLUMN_STEP
         columns = max(columns, min(allocated_columns, capacity // rows))
         allocated_rows = allocated_rows if rows <= allocated_rows else 2 * allocated_rows
         return max(rows, min(allocated_rows, capacity // columns)), columns
 
+    @property
+    def _allocated(self) -> tuple[int, int]:
+        """Rows and columns that every layer has."""
+        return self.num_rows, min((store.shape[2] for store in self._stores()), default=0)
+
+    def _row_layers(self) -> list["RowLayer"]:
+        """The layers that exist so far."""
+        return [layer for layer in self.layers if isinstance(layer, RowLayer) and layer.is_initialized]
+
     def _stores(self) -> list[torch.Tensor]:
-        """Keys and values of the layers that exist so far."""
-        layers = [layer for layer in self.layers if isinstance(layer, RowLayer) and layer.is_initialized]
-        return [store for layer in layers for store in (layer.keys, layer.values)]
+        """Their keys and values."""
+        return [store for layer in self._row_layers() for store in (layer.keys, layer.values)]
 
 
 class RowLayer(CacheLayerMixin):
@@ -144,11 +178,14 @@ class RowLayer(CacheLayerMixin):
         """Store keys and values [rows, kv_heads, query_length, head_dim]; return them with the past before them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, columns = self._cache.context.store_shape
+        self.resize(*self._cache.context.store_shape)
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Have so many columns, and at least so many rows."""
         if self.keys.shape[0] < rows or self.keys.shape[2] != columns:
             resized = _resized(self.keys, rows, columns), _resized(self.values, rows, columns)
             self.keys, self.values = resized  # both or none: the second may be one too many for the memory
-        return self._write(self.keys, key_states), self._write(self.values, value_states)
 
     def _write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         context = self._cache.context

@@ -24,13 +24,20 @@ class ModelRunner:
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, cache: KVCache):
         self.device = _input_device(model)
-        self.streams_weights = any(hook.offload for module in model.modules() for hook in align_hooks(module))
+        streaming = [hook for module in model.modules() for hook in align_hooks(module) if hook.offload]
+        self.streams_weights = bool(streaming)
+        self._streamed = getattr(streaming[0].weights_map, "dataset", None) if streaming else None
         self._model, self._cache = model, cache
         self._head = model.get_output_embeddings()
         self._takes_position_ids = architecture.takes_position_ids
         self._config = model.config.get_text_config()
         self._window, self._longrope_border = architecture.sliding_window, architecture.longrope_border
         self._products = WideLinear if cpu_lacks(model.dtype) else nullcontext
+
+    @property
+    def wait_seconds(self) -> float:
+        """For how long forwards have waited for weights so far, where that is known."""
+        return getattr(self._streamed, "wait_seconds", 0.0)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Run a batch; the cache holds its new tokens afterwards. To be called in inference mode.
@@ -41,10 +48,7 @@ class ModelRunner:
         lengths = [sequence.num_cached_tokens for sequence in sequences]
         context = self._cache.prepare_forward(sequences[0].row, lengths, num_new_tokens, batch.cache_shape)
         width = context.query_length
-        token_ids = [
-            sequence.next_token_ids(count) + [0] * (width - count)
-            for sequence, count in zip(sequences, num_new_tokens, strict=True)
-        ]
+        token_ids = [batch.token_ids(index) + [0] * (width - count) for index, count in enumerate(num_new_tokens)]
         new = torch.arange(width)  # [width]
         count, length = torch.tensor(num_new_tokens)[:, None], torch.tensor(lengths)[:, None]  # [rows, 1]
         keep = (new < count) & (new >= count - torch.tensor(batch.logits_to_keep)[:, None])
@@ -62,7 +66,9 @@ class ModelRunner:
             during.enter_context(self._products())
             inputs["attention_mask"] = self._attention_mask(length, count, context, during)
             border = self._longrope_border
-            if border is not None and any(is_long := [sequence.length > border for sequence in sequences]):
+            is_long = [border is not None and sequence.length > border for sequence in sequences]
+            # Drafts may be beyond the border that their sequence is not at yet.
+            if border is not None and (any(is_long) or (length + count).max() > border):
                 during.enter_context(longrope_by_row(self._model, torch.tensor(is_long), border))
             return self._model(**inputs).logits
 

@@ -35,6 +35,7 @@ class Request:
     ignore_eos: go on to the length limit whatever the model says.
     grammar: what each continuation must be. One that ends with "stop" is whole, one that ends with "length" may not be.
     logit_bias, presence_penalty, frequency_penalty: as OpenAI defines them, over generated tokens.
+    cache_salt: keys and values of a prompt's beginning are shared with those alone who send the same.
     group: the same for prompts that came together; rows are shared fairly among groups. By default its own id.
     """
 
@@ -52,5 +53,6 @@ class Request:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     add_special_tokens: bool = True
+    cache_salt: str | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     group: str | None = None

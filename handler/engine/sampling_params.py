@@ -28,6 +28,7 @@ _SEEDS = range(-(2**63), 2**63)  # as OpenAI's; torch takes these, and seed + n 
 # What a request may bring at most, so that neither its beginning nor a step of it is long.
 MOST_TOKEN_IDS = 4096  # in one parameter
 _MOST_STOP_STRINGS, _LONGEST_STOP_STRING = 64, 256
+_LONGEST_SALT = 256
 # Types are checked here because the library's own errors for a wrong type do not name the parameter.
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length"), (int,)),
@@ -185,6 +186,9 @@ def _check_fields(request: Request, vocab_size: int) -> None:
     _require("logit_bias", bias, f"at most {MOST_TOKEN_IDS} token ids", len(bias) <= MOST_TOKEN_IDS)
     is_valid = all(type(i) is int and 0 <= i < vocab_size and isinstance(b, int | float) for i, b in bias.items())
     _require("logit_bias", bias, f"numbers for token ids below {vocab_size}", is_valid)
+    salt = request.cache_salt
+    is_valid = salt is None or (isinstance(salt, str) and 0 < len(salt) <= _LONGEST_SALT)
+    _require("cache_salt", salt, f"1 to {_LONGEST_SALT} characters", is_valid)
     if request.grammar:
         check_grammar(request.grammar)
         _require(

@@ -11,7 +11,9 @@ from handler.settings import EngineConfig
 
 from .capacity import PROMPT_LOGPROB_TOKENS, Capacity
 from .errors import InvalidRequest, QueueFull
+from .forward_cost import ForwardCost
 from .kv_cache import KVCache
+from .prefix_cache import SHORTEST, num_common
 from .sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -24,25 +26,43 @@ _MAX_PASSED = 8  # so often is one passed who does not fit; and so many requests
 class Batch:
     """One forward: sequences in neighbouring rows, and how many new tokens each brings.
 
-    num_scheduled_tokens: new tokens of each sequence, prompt tokens or the one generated last.
+    num_scheduled_tokens: new tokens of each sequence, prompt tokens or the one generated last, and its drafts.
+    draft_token_ids: guesses at what follows a sequence's last token, for those that have any.
     cache_shape: rows and columns that all running sequences, also those of other batches, fill after this step.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
     num_scheduled_tokens: list[int] = field(default_factory=list)
     cache_shape: tuple[int, int] = (0, 0)
+    draft_token_ids: dict[Sequence, list[int]] = field(default_factory=dict)
+
+    @property
+    def num_positions(self) -> int:
+        """What is computed: every row is padded to the widest."""
+        return len(self.sequences) * max(self.num_scheduled_tokens, default=0)
+
+    def drafts(self, index: int) -> list[int]:
+        return self.draft_token_ids.get(self.sequences[index], [])
+
+    def num_own_tokens(self, index: int) -> int:
+        """New tokens that are no drafts."""
+        return self.num_scheduled_tokens[index] - len(self.drafts(index))
+
+    def token_ids(self, index: int) -> list[int]:
+        """A sequence's new tokens."""
+        return self.sequences[index].next_token_ids(self.num_own_tokens(index)) + self.drafts(index)
 
     def completes(self, index: int) -> bool:
         """Whether the forward reaches the sequence's last token, so that the next one can be sampled."""
         sequence = self.sequences[index]
-        return sequence.num_cached_tokens + self.num_scheduled_tokens[index] == sequence.length
+        return sequence.num_cached_tokens + self.num_own_tokens(index) == sequence.length
 
     @property
     def logits_to_keep(self) -> list[int]:
         """Of how many of its last new positions each sequence needs logits: of all where the prompt's
-        log-probabilities are reported, of the last where a token is sampled, else of none."""
+        log-probabilities are reported, of the last and its drafts where a token is sampled, else of none."""
         return [
-            count if sequence.needs_prompt_logprobs else int(self.completes(index))
+            count if sequence.needs_prompt_logprobs else self.completes(index) * (1 + len(self.drafts(index)))
             for index, (sequence, count) in enumerate(zip(self.sequences, self.num_scheduled_tokens, strict=True))
         ]
 
@@ -59,8 +79,9 @@ class Scheduler:
     running[i] has row i of the cache while forwards run; decoding rows come before prefilling ones.
 
     config, capacity: how many sequences run and wait, and how many prompt tokens a step takes.
-    mixed_batch: decoding and prefilling rows share one padded forward, since a pass over the weights is what
-        costs; otherwise they get one each, since padding decoding rows to a chunk multiplies their work.
+    mixed_batch: decoding and prefilling rows share one padded forward where a pass over the weights is what costs;
+        otherwise they get one each, since padding decoding rows to a chunk multiplies their work.
+    cost: says when padding costs more than a pass.
     pass_columns: attention to so many columns of a row costs as much as a pass over the weights. Decoding rows get two
         forwards, one for the long ones, where that saves twice as many; never in a mixed batch.
     """
@@ -71,13 +92,15 @@ class Scheduler:
         config: EngineConfig,
         capacity: Capacity,
         mixed_batch: bool,
+        cost: ForwardCost,
         pass_columns: float = math.inf,
     ):
         self.waiting: list[Sequence] = []  # in the order of their submission
         self.running: list[Sequence] = []
         self.num_preempted = 0
+        self.num_reused_tokens = 0  # of prefixes
         self._cache, self._config, self._capacity = cache, config, capacity
-        self._mixed_batch, self._pass_columns = mixed_batch, pass_columns
+        self._mixed_batch, self._cost, self._pass_columns = mixed_batch, cost, pass_columns
 
     @property
     def used_tokens(self) -> int:
@@ -107,13 +130,15 @@ class Scheduler:
         long, short, prefill = Batch(), Batch(), Batch()
         anyone_decodes = any(not sequence.is_prefilling for sequence in self.running)
         chunk = budget = self._capacity.prefill_chunk if anyone_decodes else self._capacity.idle_prefill_chunk
-        num_decoding, reported = 0, PROMPT_LOGPROB_TOKENS
+        for sequence in self.running:
+            self._reuse_prefix(sequence, chunk)
+        mixes, reported = self._mixes(chunk), PROMPT_LOGPROB_TOKENS
         for sequence in self.running:
             if not sequence.is_prefilling:
                 batch, count = (long if sequence.row < num_long else short), 1
-                num_decoding += 1
             else:
-                batch, limit = prefill, min(budget, self._room(prefill, num_decoding))
+                beside = len(long.sequences) + len(short.sequences) if mixes else 0
+                batch, limit = prefill, min(budget, self._room(prefill, beside))
                 if sequence.needs_prompt_logprobs:
                     limit = min(limit, reported)
                 if self._leader(sequence):
@@ -126,8 +151,8 @@ class Scheduler:
                 batch.num_scheduled_tokens.append(count)
         batches = [long, short, prefill]
         if self._mixed_batch:
-            num_tokens = long.num_scheduled_tokens + short.num_scheduled_tokens + prefill.num_scheduled_tokens
-            batches = [Batch(long.sequences + short.sequences + prefill.sequences, num_tokens)]
+            decode = _joined(long, short)
+            batches = [_joined(decode, prefill)] if mixes else [decode, prefill]
         batches = [batch for batch in batches if batch.sequences]
         for batch in batches:
             batch.cache_shape = self._cache_shape(chunk)
@@ -138,15 +163,24 @@ class Scheduler:
         for sequence in list(self.running):
             self._preempt(sequence)
 
-    def _room(self, prefill: Batch, num_decoding: int) -> int:
-        """Of how many tokens a prompt's next chunk may be in a forward that is padded to its longest row."""
-        rows = 1 + len(prefill.sequences) + (num_decoding if self._mixed_batch else 0)
+    def _mixes(self, chunk: int) -> bool:
+        """Whether padding decoding rows to the longest chunk costs no more than a pass of their own."""
+        missing = [sequence.length - sequence.num_cached_tokens for sequence in self.running if sequence.is_prefilling]
+        padding = (len(self.running) - len(missing)) * (min(chunk, max(missing, default=1)) - 1)
+        return self._mixed_batch and not self._cost.outweighs_reading(padding)
+
+    def _room(self, prefill: Batch, beside: int) -> int:
+        """Of how many tokens a prompt's next chunk may be in a forward that is padded to its longest row, with other
+        rows `beside` it."""
+        rows = 1 + len(prefill.sequences) + beside
         room = self._capacity.padded_tokens // rows
         return room if room >= max(prefill.num_scheduled_tokens, default=1) else 0
 
     def release_finished(self) -> None:
         """After the forwards: let the others have what was computed for them too, and take finished sequences out."""
         self._share_prompts()
+        for sequence in self.running:
+            self._keep_prefix(sequence)
         self.waiting = [sequence for sequence in self.waiting if not sequence.finished]
         self.running = [sequence for sequence in self.running if not sequence.finished]
 
@@ -267,10 +301,45 @@ class Scheduler:
                     logger.exception("a prompt could not be shared")
                     sequence.shares_prompt = False
 
+    def _reuse_prefix(self, sequence: Sequence, chunk: int) -> None:
+        """Let a sequence with nothing in the cache have what another text, or one that runs, began with."""
+        owner = sequence.job.prefix_owner
+        if owner is None or sequence.num_cached_tokens or sequence.needs_prompt_logprobs or self._leader(sequence):
+            return
+        wanted = sequence.all_token_ids[:-2]  # with two missing it still is a prefilling one, and its row in its place
+        parts, length = self._cache.prefixes.longest(owner, wanted)
+        for other in self.running:
+            if other.job.prefix_owner == owner and other.num_cached_tokens > length:
+                common = num_common(other.all_token_ids[: other.num_cached_tokens], wanted)
+                if common > length:
+                    parts, length = self._cache.parts(other.row, common), common
+        sequence.num_cached_tokens = length
+        try:
+            if length:
+                self._cache.use_prefix(parts, length, sequence.row, self._cache_shape(chunk))
+                self.num_reused_tokens += length
+        except (RuntimeError, MemoryError) as error:  # no memory: its prompt is computed, as ever
+            logger.warning("a prefix could not be reused: %s", error)
+            sequence.num_cached_tokens = 0
+
+    def _keep_prefix(self, sequence: Sequence) -> None:
+        """Keep what a finished sequence has in the cache, for others; of several continuations only the first's."""
+        owner, length = sequence.job.prefix_owner, sequence.num_cached_tokens
+        if owner is None or length < SHORTEST or sequence.index or sequence.finish_reason in (None, "error"):
+            return
+        try:
+            self._cache.keep_prefix(sequence.row, owner, sequence.all_token_ids[:length])
+        except (RuntimeError, MemoryError) as error:
+            logger.warning("a prefix could not be kept: %s", error)
+
     def _cache_shape(self, chunk: int) -> tuple[int, int]:
         """Rows and columns that the running sequences fill at most after a step with chunks of this size."""
         longest = max(min(sequence.num_cached_tokens + chunk, sequence.length) for sequence in self.running)
         return len(self.running), longest
+
+
+def _joined(one: Batch, other: Batch) -> Batch:
+    return Batch(one.sequences + other.sequences, one.num_scheduled_tokens + other.num_scheduled_tokens)
 
 
 def _in_place(sequences: list[Sequence], first: int) -> list[Sequence]:

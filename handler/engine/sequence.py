@@ -23,6 +23,7 @@ class Job:
         got a row for the first time, and one had a first token; None before.
     waiting_since: the same clock when it was submitted, or when something of its group ran last.
     deadline: `time.monotonic()` seconds after which it ends with finish_reason "time", or None.
+    prefix_owner: whose texts may begin with the same keys and values, and it with theirs; None for nobody's.
     compilation: of the request's grammar, if it has one.
     """
 
@@ -34,6 +35,7 @@ class Job:
     first_token_at: float | None = None
     waiting_since: float = 0.0
     deadline: float | None = None
+    prefix_owner: str | None = None
     compilation: Compilation | None = None
     sequences: list["Sequence"] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
@@ -64,6 +66,7 @@ class Sequence:
     finish_reason: None while it waits or runs.
     row: its row in the KV cache, -1 while it waits.
     num_cached_tokens: how many of its tokens have keys and values there.
+    acceptance: the share of its drafts that was accepted lately.
     times_passed: how often others were admitted before it because it did not fit.
     shares_prompt: whether its prompt has the same keys and values as its siblings'. Not once it has grown beyond
         longrope's border: that changes all its keys, and theirs maybe not yet.
@@ -81,6 +84,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     row: int = -1
     num_cached_tokens: int = 0
+    acceptance: float = 0.5
     times_passed: int = 0
     shares_prompt: bool = True
 

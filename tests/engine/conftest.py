@@ -2,6 +2,7 @@
 
 import functools
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from handler.engine.model_runner import ModelRunner
+from handler.weights.packed import pack_weights
 from tests.models import train_tokenizer
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
@@ -63,6 +65,36 @@ def reference(kind: str, prompt: tuple[int, ...], new: int = 24) -> list[int]:
     ids = torch.tensor([prompt])
     out = make_model(kind).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
     return out[0, len(prompt) :].tolist()
+
+
+@functools.cache
+def offloaded_model(kind: str, on_disk: tuple[int, ...]):
+    """The same weights through Accelerate: layers `on_disk` are read anew in every forward, the others are packed."""
+    model = make_model(kind)
+    if not on_disk:
+        return model
+    folder = tempfile.mkdtemp()
+    model.save_pretrained(folder)
+    base = model.base_model_prefix
+    stack = "h" if hasattr(model.base_model, "h") else "layers"
+    places = {f"{base}.{name}": "cpu" for name, _ in model.base_model.named_children() if name != stack}
+    places |= {f"{base}.{stack}.{i}": "disk" if i in on_disk else "cpu" for i in range(3)}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=places | {"lm_head": "cpu"}, offload_folder=tempfile.mkdtemp()
+    )
+    assert pack_weights(model)
+    return model
+
+
+def guesser(texts: list[list[int]]):
+    """A stand-in for `prompt_lookup` that knows the texts that may come, but for a wrong token here and there."""
+
+    def guess(token_ids, limit):
+        text = next((text for text in texts if text[: len(token_ids)] == token_ids), [])
+        drafts = [token if at * 7 % 5 else 3 for at, token in enumerate(text)]
+        return drafts[len(token_ids) :][:limit]
+
+    return guess
 
 
 def prompt_ids(seed: int, length: int) -> list[int]:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from handler.engine import Engine, EngineConfig, Request, UnsupportedModel
+from handler.engine import Engine, EngineConfig, Request, UnsupportedModel, speculation
 from handler.weights.packed import pack_weights
 
 from .architectures import BORDER, PAGE, REFUSED, RUNS, WINDOW, Case, make_page
-from .conftest import make_tokenizer, prompt_ids
+from .conftest import guesser, make_tokenizer, prompt_ids
 
 # Prompt and new tokens. They are cut into chunks, share forwards, slide out of a window of 8, and cross longrope's
 # border of 24 tokens: one while it decodes, one with its prompt, and two never.
@@ -22,12 +22,16 @@ def alone(model, prompt: list[int], new: int) -> list[int]:
 
 
 @pytest.mark.parametrize("case", RUNS, ids=str)
-def test_runs_as_generate_does(case: Case):
+def test_runs_as_generate_does(case: Case, monkeypatch):
     model = case.make_model()
     prompts = [prompt_ids(seed, length) for seed, (length, _) in enumerate(VISITORS)]
     expected = [alone(model, prompt, new) for prompt, (_, new) in zip(prompts, VISITORS, strict=True)]
     pack_weights(model)
     engine = Engine(model, make_tokenizer(), EngineConfig(prefill_chunk=7, max_batch_size=4))
+    texts = [prompt + answer for prompt, answer in zip(prompts, expected, strict=True)]
+    monkeypatch.setattr(speculation, "prompt_lookup", guesser(texts))
+    engine.speculator._limit = 3
+    engine._cost.record = lambda *_: None  # believes that computing takes no time
     waiting = [Request(prompt, {"max_new_tokens": new}) for prompt, (_, new) in zip(prompts, VISITORS, strict=True)]
     passer_by = engine.submit(Request(prompt_ids(9, 25), {"max_new_tokens": 40}))
     jobs, steps = [], 0
@@ -41,6 +45,7 @@ def test_runs_as_generate_does(case: Case):
             engine.cancel(passer_by.id)
     answers = [job.sequences[0].token_ids for job in jobs]
     assert answers == expected
+    assert engine.speculator.num_accepted
     assert len({token for answer in answers for token in answer}) > 8  # not one word over and over
 
 
@@ -57,6 +62,25 @@ def test_continuations_cross_longropes_border_one_after_the_other():
         crossed += len({sequence.shares_prompt for sequence in job.sequences}) == 2
     assert visitor.finished and crossed > 1
     assert [sequence.token_ids for sequence in job.sequences] == [alone(model, prompt, new)] * 3
+
+
+def test_a_chain_ends_at_longropes_border(monkeypatch, scheduled):
+    """All keys change there, so what a forward made of later drafts does not count."""
+    model = next(case for case in RUNS if case.note == "longrope").make_model()
+    prompt = prompt_ids(3, BORDER - 3)
+    expected = alone(model, prompt, 10)
+    monkeypatch.setattr(
+        speculation, "prompt_lookup", lambda ids, limit: (prompt + expected)[len(ids) :][: min(limit, 5)]
+    )
+    engine = Engine(model, make_tokenizer(), EngineConfig(max_batch_size=4))
+    engine.speculator._limit = 5
+    engine._cost.record = lambda *_: None
+    forwards = scheduled()
+    job = engine.submit(Request(prompt, {"max_new_tokens": 10}))
+    while not job.finished:
+        engine.step()
+    assert job.sequences[0].token_ids == expected
+    assert forwards == [[BORDER - 3], [6], [BORDER + 1], [5]]
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=str)

@@ -9,6 +9,7 @@ import pytest
 from handler.engine import EngineConfig, InvalidRequest, Job, QueueFull, Request, Sequence
 from handler.engine.architecture import Architecture
 from handler.engine.capacity import Capacity
+from handler.engine.forward_cost import ForwardCost
 from handler.engine.sampler import Sampler
 from handler.engine.sampling_params import resolve
 from handler.engine.scheduler import Scheduler
@@ -38,7 +39,7 @@ def make_scheduler(capacity_tokens=10_000, mixed_batch=False, pass_columns=math.
         copies.append((list(sources), list(destinations), length))
 
     cache = SimpleNamespace(capacity_tokens=capacity_tokens, copy_rows=copy_rows, copies=copies, num_rows=0)
-    return Scheduler(cache, config, Capacity.of(architecture, config), mixed_batch, pass_columns), cache
+    return Scheduler(cache, config, Capacity.of(architecture, config), mixed_batch, ForwardCost(), pass_columns), cache
 
 
 def plan(scheduler):

@@ -11,6 +11,7 @@ import pytest
 from ts.context import Context, RequestProcessor
 
 from handler import service
+from handler.engine import speculation
 from handler.service import LargeModelHandler
 from handler.settings import Settings
 from handler.weights import streaming
@@ -263,6 +264,7 @@ def test_what_comes_from_disk_is_told(make_handler, monkeypatch, reported):
     frontend = make_handler(True)
     assert frontend.answer(frontend.send({}, describe="True"))[1]["streaming"] is None
     monkeypatch.setattr(streaming, "_SMALL", 0)
+    monkeypatch.setattr(speculation, "prompt_lookup", lambda token_ids, limit: [9] * limit)
     monkeypatch.setattr(service, "read_settings", lambda _: Settings(max_memory={"cpu": 0}, max_batch_size=4))
     frontend = make_handler(True)
     frontend.handler.loaded.streamed.keep_in_page_cache(0)
@@ -272,9 +274,13 @@ def test_what_comes_from_disk_is_told(make_handler, monkeypatch, reported):
     disk = frontend.handler.loaded.placement.tiers["disk"].bytes
     assert told["bytes_read"] >= read + 4 * disk // 2
     assert told["method"] and told["measured_bytes_per_second"] > 0 and 0 < told["share_waited"] < 1
+    assert told["accepted_draft_tokens"] <= told["draft_tokens"]
     new = reported(frontend)
     assert new["llm_streamed_bytes_total"] >= 4 * disk // 2
     assert 0 < new["llm_stream_wait_seconds_total"] < new["llm_forward_seconds_total"]
+    assert frontend.handler.engine._runner.wait_seconds == frontend.handler.loaded.streamed.wait_seconds > 0
+    assert new["llm_draft_tokens_total"] == frontend.handler.engine.speculator.num_drafted > 0
+    assert new["llm_accepted_draft_tokens_total"] == frontend.handler.engine.speculator.num_accepted
 
 
 def test_describe(make_handler, continuous):

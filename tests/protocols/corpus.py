@@ -77,7 +77,7 @@ ODD_VALUES = {
 GENERATION = [
     *("model", "temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias"),
     *("stream", "stream_options", "max_tokens", "ignore_eos", "min_tokens", "min_p", "top_k", "repetition_penalty"),
-    *("user", "response_format", "guided_json", "guided_regex", "guided_choice", "structured_outputs"),
+    *("user", "response_format", "guided_json", "guided_regex", "guided_choice", "structured_outputs", "cache_salt"),
 ]
 ODD_FIELDS = {
     COMPLETIONS: (["prompt", "echo", "logprobs", "best_of", *GENERATION], f'"prompt": "{PROMPT}"'),

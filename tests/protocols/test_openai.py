@@ -170,6 +170,19 @@ def test_sampling_is_from_the_whole_vocabulary_unless_top_k_is_given(send, monke
     assert [request.parameters.get("top_k") for request in seen] == [0, 5, None, None]
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_prompts_are_shared_by_salt(send, engine, chat, path):
+    text = "My dog is cute. " * 8
+    body = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
+    reused = []
+    for salt in ("a", "a", "b"):
+        before = engine.num_reused_tokens
+        assert send({**body, "cache_salt": salt, "max_tokens": 2}, path)[0] == 200
+        reused.append(engine.num_reused_tokens > before)
+    assert reused == [False, True, False]
+    assert send({**body, "cache_salt": ""}, path)[0] == 400
+
+
 def test_null_and_harmless_values_are_no_error(send, chat):
     nulls = {"stop": None, "seed": None, "logit_bias": None, "stream": None, "n": None, "max_tokens": None}
     assert send({"prompt": PROMPT, "suffix": None, **nulls}, COMPLETIONS)[0] == 200

@@ -108,6 +108,7 @@ class Generation(Strict):
     structured_outputs: StructuredOutputs | None = None
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**63)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
@@ -177,6 +178,7 @@ class Generation(Strict):
             logit_bias=self.logit_bias,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
+            cache_salt=self.cache_salt,
         )
 
 

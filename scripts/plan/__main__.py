@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--disk-bandwidth", default="1GB", help="bytes a second (default: %(default)s)")
     parser.add_argument("--pcie-bandwidth", default="12GB", help="bytes a second (default: %(default)s)")
     parser.add_argument("--ram-bandwidth", default="40GB", help="bytes a second (default: %(default)s)")
+    parser.add_argument("--tflops", type=float, help="10^12 operations a second (default: 0.1 on a CPU, 50 on a GPU)")
     parser.add_argument("--json", type=Path, help="write the plan here as JSON")
     parser.add_argument("--picture", type=Path, help="draw the plan here: .svg or .png")
     args = parser.parse_args(argv)
@@ -31,7 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     gpus = None if args.gpus is None else parse_gpus(args.gpus)
     cpu = None if args.cpu is None else parse_size_option("CPU", args.cpu)
     speeds = {name: parse_size_option(name, getattr(args, f"{name}_bandwidth")) for name in ("disk", "pcie", "ram")}
-    plan = make_plan(args.model_dir, read_settings(args.setup_config), gpus, cpu, Bandwidth(**speeds))
+    if args.tflops is not None and not args.tflops > 0:
+        raise UserError("--tflops must be more than 0, such as 0.1")
+    bandwidth = Bandwidth(**speeds, flops=args.tflops and args.tflops * 1e12)
+    plan = make_plan(args.model_dir, read_settings(args.setup_config), gpus, cpu, bandwidth)
     print(format_table(plan))
     for remedy in remedies(plan, args.model_dir):
         print(f"                 {remedy}")

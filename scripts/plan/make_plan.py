@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import _get_device_map
 
@@ -105,6 +106,7 @@ def _make_plan(
         offload_bytes=0 if in_place else on_disk,
         head_groups=math.gcd(config.num_attention_heads, getattr(config, "num_key_value_heads", None) or 0),
         quantization=(getattr(model.config, "quantization_config", None) or {}).get("quant_method"),
+        multiplied=_multiplied(model, placement),
         # Safetensors are read as they are stored, which may be wider than what is computed in.
         streamed=_streamed(placement, stored / weights if stored and in_place else 1.0),
     )
@@ -174,6 +176,14 @@ def _devices(placement: Placement, capacity: Capacity, gpus: Sequence[int | None
             )
         )
     return devices
+
+
+def _multiplied(model: PreTrainedModel, placement: Placement) -> int:
+    """Weights that each token is multiplied with: all matrices but a table that rows are looked up in. All experts are
+    counted, whichever a token goes to."""
+    tables = [f"{part.name}.weight" for part in placement.parts if part.looked_up]
+    matrices = [p for name, p in model.named_parameters() if p.dim() > 1 and name not in tables]
+    return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in matrices)  # two of int4 are in a byte
 
 
 def _streamed(placement: Placement, stored: float) -> dict[str, int]:

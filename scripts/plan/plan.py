@@ -11,11 +11,15 @@ SLACK_BYTES = 1_000_000_000  # of disk: code, logs, sockets
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Bytes a second at which weights are read. The defaults are round figures of common hardware: measure yours."""
+    """Bytes a second at which weights are read. The defaults are round figures of common hardware: measure yours.
+
+    flops: floating-point operations a second of the device that computes; None for 1e11 on a CPU, 5e13 on a GPU.
+    """
 
     disk: float = 1e9
     pcie: float = 12e9
     ram: float = 40e9
+    flops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Plan:
     offload_bytes: int  # written to offload_folder
     head_groups: int  # into how many equal parts attention can be dealt out
     quantization: str | None  # the method that config.json names
+    multiplied: int  # weights that each token is multiplied with
     streamed: dict[str, int]  # bytes read for each step over "disk", "pcie" and "ram", the names in Bandwidth
 
     @property
@@ -117,6 +122,23 @@ class Plan:
         return requests / self.seconds_a_step if self.seconds_a_step else None
 
     @property
+    def balanced_rows(self) -> float:
+        """At how many rows, tokens of a step, computing takes as long as bringing the weights: up to there more cost
+        nothing."""
+        flops = self.bandwidth.flops or (5e13 if any(device.needed for device in self.gpus) else 1e11)
+        return self.seconds_a_step * flops / (2 * self.multiplied)
+
+    @property
+    def recommended_batch_size(self) -> int:
+        """A max_batch_size that uses what a step brings: as many rows as cost nothing and as memory has room for, of
+        full length."""
+        sized = [(device, device.size) for device in self.devices if device.kv_cache and device.size is not None]
+        free = [(size - device.needed) / device.kv_cache + 1 for device, size in sized]
+        sequence = self.kv_bytes_per_token * self.max_sequence_length
+        rows = min([self.balanced_rows, *(share * self.kv_cache / sequence for share in free)])
+        return max(1, int(rows))
+
+    @property
     def offloaded(self) -> bool:
         """Whether each step has to bring weights to the device that computes."""
         return any(count for path, count in self.streamed.items() if path != "ram")
@@ -154,6 +176,7 @@ class Plan:
             values_of_device.update(needed=device.needed, missing=self.missing.get(device.name, 0))
         names = ("weights", "kv_cache", "loading", "memory_request", "seconds_a_step", "offloaded", "verdict")
         values |= {name: getattr(self, name) for name in names}
+        values |= {name: getattr(self, name) for name in ("balanced_rows", "recommended_batch_size")}
         values["disk_request"] = {name: self.disk_request(name) for name in ("zip-store", "no-archive")}
         batches = sorted({1, self.settings.max_batch_size})
         values["tokens_per_second"] = {str(requests): self.tokens_per_second(requests) for requests in batches}

@@ -38,6 +38,11 @@ def format_table(plan: Plan) -> str:
             f"a step brings    {paths}: at most {plan.tokens_per_second():.3g} tok/s for one request, "
             f"{plan.tokens_per_second(batch):.3g} for {batch}"
         )
+    if plan.offloaded:
+        lines.append(
+            f"batch            computing takes as long as that at {int(plan.balanced_rows):,} rows; recommended "
+            f"with this memory: max_batch_size {plan.recommended_batch_size}"
+        )
     idle = [device.name for device in plan.gpus if not device.needed]
     if idle:
         lines.append(f"idle             {', '.join(idle)}: max_memory in setup_config.json does not name it")

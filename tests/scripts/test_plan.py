@@ -294,6 +294,23 @@ def test_the_command_writes_a_table_json_and_a_picture(bloom_7b1, tmp_path, caps
     assert drawn.read_text().startswith("<?xml") and "<svg" in drawn.read_text()
 
 
+def test_a_batch_that_costs_nothing_is_recommended(bloom_7b1, capsys):
+    """Two operations for each of the weights but the head's bias-free norm: 14.1 GB in 14.1 s at 1 GB/s."""
+    matrices = TOTAL_BYTES // 2 - 30 * (4096 * 13) - 4 * 4096  # without biases and norms
+    settings = Settings(dtype="bfloat16", max_memory={"cpu": 0}, max_sequence_length=128)
+    plan = make_plan(bloom_7b1, settings, [], None, Bandwidth(disk=1e9, ram=1e15, flops=1e11))
+    assert plan.multiplied == matrices
+    assert plan.balanced_rows == pytest.approx(TOTAL_BYTES / 1e9 * 1e11 / (2 * matrices), rel=0.001)
+    assert plan.recommended_batch_size == int(plan.balanced_rows) == 100
+    few = make_plan(bloom_7b1, settings, [], plan.cpu.needed - 12 * 128 * KV_BYTES_PER_TOKEN, plan.bandwidth)
+    assert few.recommended_batch_size == 20  # of 32
+    setup = Path("setup_config.json")
+    main(["--model-dir", str(bloom_7b1), "--gpus", "0", "--setup-config", str(setup), "--tflops", "0.2"])
+    assert "computing takes as long as that at 67 rows; recommended with this memory: max_batch_size 67" in (
+        capsys.readouterr().out
+    )
+
+
 def test_the_small_files_of_a_checkpoint_are_enough(tiny, tmp_path):
     """As they come before the shards: sizes are then the config's."""
     for name in ("config.json", "model.safetensors.index.json"):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from handler.engine import Engine, EngineConfig, Grammar, Request, speculation
+from handler.engine import Engine, EngineConfig, Grammar, Request, scheduler, speculation
 from handler.engine.forward_cost import ForwardCost
 from handler.engine.speculation import prompt_lookup
 
@@ -180,6 +180,7 @@ def test_there_are_as_many_drafts_as_pay(monkeypatch):
     ],
 )
 def test_drafts_leave_room_in_cache_and_workspace(monkeypatch, columns, limits, drafts):
+    monkeypatch.setattr(scheduler, "_MARGIN", 1)
     token_bytes = 2 * 3 * 2 * 8 * 4
     engine = make_engine(kv_cache_memory=3 * columns * token_bytes, max_batch_size=3, max_new_tokens=6)
     engine.speculator._capacity = replace(engine.capacity, **limits)

@@ -69,14 +69,15 @@ class Architecture:
         rope = getattr(config, "rope_parameters", None) or {}
         if "longrope" in [kind.get("rope_type") for kind in rope.values() if isinstance(kind, dict)]:
             raise UnsupportedModel(f"{name} has longrope in layers of one type only")
-        storing = [layer for kind, layer in zip(layer_types, config.per_layer_config, strict=True) if kind != "dummy"]
+        layers = config.per_layer_config
+        storing = [layer for kind, layer in zip(layer_types, layers, strict=True) if kind != "dummy"]
         limits = [getattr(config, limit, None) for limit in _LENGTH_NAMES]
         kv_widths = [_kv_width(layer) for layer in storing]
-        heads_size = config.num_attention_heads * _head_size(config)
+        heads_size = max(layer.num_attention_heads * _head_size(layer) for layer in layers)
         shared_by = heads_size // max(1, max(kv_widths, default=1))
         return cls(
             vocab_size=config.vocab_size,
-            num_attention_heads=config.num_attention_heads,
+            num_attention_heads=max(layer.num_attention_heads for layer in layers),
             max_length=next((limit for limit in limits if isinstance(limit, int)), None),
             sliding_window=min(windows, default=None),
             longrope_border=rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None,
@@ -84,7 +85,7 @@ class Architecture:
             takes_position_ids=takes_position_ids,
             num_layers=len(storing),
             hidden_size=config.hidden_size,
-            intermediate_size=_intermediate_size(config),
+            intermediate_size=max(_intermediate_size(layer) for layer in layers),
             qkv_size=heads_size + 2 * max(kv_widths, default=0),
             copied_layers=1 + (shared_by if shared_by > 1 else 0),
             keeps_scores=config._attn_implementation == "eager",

@@ -21,7 +21,7 @@ def reports():
     engine = Engine(make_model("llama"), make_tokenizer())
     parts = [Part("model.layers.0", "cpu", 100), Part("model.layers.1", "disk", 200)]
     streamed = SimpleNamespace(reader=SimpleNamespace(bytes_read=0), wait_seconds=0.0)
-    loaded = LoadedModel(None, None, {}, Placement(parts, "cpu"), streamed)
+    loaded = LoadedModel(None, None, {}, Placement(parts, "cpu"), streamed, "float32")
     emitted = []
     metrics = Metrics(engine, loaded, 2.5, lambda *sample: emitted.append(sample))
 

@@ -24,8 +24,8 @@ from handler.settings import Settings
 from handler.weights.cpu_linear import cpu_lacks
 from handler.weights.files import weight_files
 from handler.weights.fused_gelu import fuse_gelu
-from handler.weights.packed import pack_weights
-from handler.weights.placement import Placement, align_hooks, device_map, max_memory
+from handler.weights.packed import own_resident_weights, pack_weights, products_of
+from handler.weights.placement import Placement, device_map, max_memory
 from handler.weights.quantized import quantize_modules
 from handler.weights.streaming import StreamedWeights, stream_weights
 
@@ -79,8 +79,8 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     for device, tier in placement.tiers.items():
         logger.info("%s holds %d layers, %.2f GB", device, tier.layers, tier.bytes / 1e9)
     packed = pack_weights(model) if settings.pack_weights else 0
-    _own_resident_weights(model)
-    products = _products(model, placement, packed)
+    own_resident_weights(model)
+    products = products_of(model, placement.main_device, packed)
     logger.info("products: %s", products)
     streamed = stream_weights(model, placement.read_ahead_bytes)
     if streamed is not None:
@@ -107,18 +107,6 @@ def _computed_as(
     return float32 if fits else plan
 
 
-def _products(model: PreTrainedModel, placement: Placement, packed: int) -> str:
-    """What matrices are multiplied in, and how, in words."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    if placement.main_device != "cpu":
-        return dtype
-    if getattr(model, "is_quantized", False):
-        return f"integers, for {dtype}"
-    if packed:
-        return f"{dtype}, {packed / 1e9:.2f} GB packed"
-    return f"{dtype}, of many rows in blocks of float32" if cpu_lacks(model.dtype) else dtype
-
-
 def _require_gpus(found: int) -> None:
     """A pod that asked for GPUs must not serve on its CPUs in silence, a hundred times slower."""
     wanted = os.environ.get("REQUIRE_GPUS") or "0"
@@ -135,22 +123,6 @@ def _require_gpus(found: int) -> None:
             "(nvidia-smi says which it has) or the image an older CUDA (build argument TORCH_INDEX_URL)"
         )
     raise LoadError(f"REQUIRE_GPUS is {wanted} and PyTorch sees {found}: {reason}")
-
-
-def _own_resident_weights(model: PreTrainedModel) -> None:
-    """Copy what is on the CPU out of the mapped files, tensor by tensor: the kernel may throw pages of files out, and
-    does where memory is short and others are read. What is packed is a copy already.
-
-    Accelerate's hooks know tied weights by their addresses. These are free now, and what comes to lie there would be
-    taken for a tied weight.
-    """
-    moved = [parameter for parameter in model.parameters() if parameter.device.type == "cpu"]
-    for parameter in moved:
-        if parameter.layout == torch.strided:
-            parameter.data = parameter.data.clone()
-    if moved:
-        for hook in (hook for module in model.modules() for hook in align_hooks(module)):
-            hook.tied_params_map, hook.tied_params_names = None, set()
 
 
 def read_config(folder: Path, settings: Settings) -> PreTrainedConfig:

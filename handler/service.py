@@ -27,7 +27,7 @@ from handler.protocols.base import ModelInfo
 from handler.protocols.open_request import OpenRequest, Reply
 from handler.protocols.router import OPERATOR
 from handler.settings import read_settings
-from handler.threads import FreeCores
+from handler.weights.threads import FreeCores
 
 METRICS_PERIOD = 1.0  # seconds between two reports of what has changed
 PACKAGES = ("torchserve", "torch", "transformers", "accelerate")

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from handler.weights.cpu_linear import cpu_lacks
+from handler.weights.placement import align_hooks
 from handler.weights.quantized import matrices, scaled
 
 _ROWS = 256  # in a product, that the order is chosen for: also the fastest for one (python -m benchmarks.packed)
@@ -41,6 +42,34 @@ def pack_weights(model: PreTrainedModel) -> int:
         module = model.get_submodule(name)
         users.setdefault(cast(nn.Parameter, module.weight), []).append(module)
     return sum(_pack(weight, modules) for weight, modules in users.items())
+
+
+def own_resident_weights(model: PreTrainedModel) -> None:
+    """Copy what is on the CPU out of the mapped files, tensor by tensor: the kernel may throw pages of files out, and
+    does where memory is short and others are read. What is packed is a copy already.
+
+    Accelerate's hooks know tied weights by their addresses. These are free now, and what comes to lie there would be
+    taken for a tied weight.
+    """
+    moved = [parameter for parameter in model.parameters() if parameter.device.type == "cpu"]
+    for parameter in moved:
+        if parameter.layout == torch.strided:
+            parameter.data = parameter.data.clone()
+    if moved:
+        for hook in (hook for module in model.modules() for hook in align_hooks(module)):
+            hook.tied_params_map, hook.tied_params_names = None, set()
+
+
+def products_of(model: PreTrainedModel, main_device: str, packed: int) -> str:
+    """What matrices are multiplied in, and how, in words. packed: bytes of weights that are."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    if main_device != "cpu":
+        return dtype
+    if getattr(model, "is_quantized", False):
+        return f"integers, for {dtype}"
+    if packed:
+        return f"{dtype}, {packed / 1e9:.2f} GB packed"
+    return f"{dtype}, of many rows in blocks of float32" if cpu_lacks(model.dtype) else dtype
 
 
 def _pack(weight: nn.Parameter, users: list[nn.Module]) -> int:

@@ -60,7 +60,7 @@ def test_no_hook_knows_an_address_that_is_free(bloom, tmp_path):
     """BLOOM's embedding is tied to its head. What took its place in memory would be served in its stead."""
     model = load_model(bloom, Settings(max_memory={"cpu": 100_000}, pack_weights=False), tmp_path).model
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu", "meta"}
-    held = {parameter.data_ptr() for parameter in model.parameters()}
+    held = {parameter.data_ptr() for parameter in model.parameters() if parameter.layout == torch.strided}
     assert all(
         held.issuperset(hook.tied_params_map or ()) for module in model.modules() for hook in align_hooks(module)
     )

@@ -3,8 +3,8 @@ import os
 import pytest
 import torch
 
-from handler import threads
-from handler.threads import FreeCores
+from handler.weights import threads
+from handler.weights.threads import FreeCores
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 _PERIOD = 1.0  # seconds over which the others' use is measured
+_NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in user and nice too
 _SPARE = 0.4  # of a core: less than the rest of it that others use takes no thread away
 
 
@@ -46,6 +47,6 @@ def _cores() -> set[int]:
 
 
 def _used() -> tuple[float, float]:
-    times = psutil.cpu_times(percpu=True)
-    busy = sum(sum(times[core]) - times[core].idle - getattr(times[core], "iowait", 0) for core in _cores())
+    ours = [times._asdict() for core, times in enumerate(psutil.cpu_times(percpu=True)) if core in _cores()]
+    busy = sum(seconds for times in ours for kind, seconds in times.items() if kind not in _NOT_BUSY)
     return busy, time.process_time()

@@ -62,7 +62,7 @@ def static_generate(folder: Path, dtype: str, rows: int, new_tokens: int = NEW_T
     """Tokens a second of one `model.generate` over `rows` equal prompts, in a process of its own."""
     arguments = [str(folder), dtype, str(rows), str(PROMPT_TOKENS), str(new_tokens)]
     command = [sys.executable, "-c", STATIC, *arguments]
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as TorchServe's worker has it
+    environment = {"GOMP_SPINCOUNT": "20000", **os.environ}  # as TorchServe's worker has it
     ended = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(ended.stdout.splitlines()[-1])
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor
 from transformers.generation import logits_process as library
 
@@ -254,21 +255,30 @@ def _candidates(scores: torch.Tensor, warpers: list[Any]):
 
 
 def _warp(scores: torch.Tensor, warpers: list[Any]) -> torch.Tensor:
-    for warper in warpers:
-        on_cpu = type(warper) is library.TopPLogitsWarper and scores.device.type == "cpu"
-        scores = _nucleus(scores, warper.top_p) if on_cpu else warper(None, scores)
+    with _QuickSort():
+        for warper in warpers:
+            scores = warper(None, scores)
     return scores
 
 
-def _nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """What the library's warper leaves of float32 scores [rows, candidates]. On a CPU torch takes a hundred times as
-    long to sort as numpy, and with indices at that: they are only needed to choose among scores that tie."""
-    rising = torch.from_numpy(np.sort(scores.numpy(), axis=-1))
-    going = (rising.softmax(-1).cumsum(-1) <= 1 - top_p).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
-    edge = rising.gather(1, going)
-    goes = scores < edge
-    ties_going = going - torch.searchsorted(rising, edge)
-    if ties_going.any():
-        ties = scores == edge
-        goes |= ties & (ties.cumsum(-1) <= ties_going)
-    return scores.masked_fill(goes, -math.inf)
+class _QuickSort(TorchFunctionMode):
+    """Within it, torch.sort of float32 on a CPU is numpy's: the library's warpers sort the whole vocabulary."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.sort and args[0].device.type == "cpu" and not (kwargs or {}).get("descending"):
+            return _rising(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _rising(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch.sort(scores, stable=True) of float32 scores [rows, candidates], in a fifth of its time.
+
+    numpy is quick to sort integers: the float's bits, which rise as it does once those of negative ones are turned
+    over, and below them where it stands.
+    """
+    bits = (scores.numpy() + np.float32(0)).view(np.int32)  # + 0 makes 0 of -0, with which it ties
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64) << 32
+    keys |= np.arange(scores.shape[-1])
+    keys.sort(axis=-1)
+    indices = torch.from_numpy(keys & 0xFFFFFFFF)
+    return scores.gather(-1, indices), indices

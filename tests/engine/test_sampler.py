@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as library
 
-from handler.engine import Engine, EngineConfig, ModelError, Request
+from handler.engine import Engine, EngineConfig, ModelError, Request, sampler
 from handler.engine.logits_processors import quick_equivalent
-from handler.engine.sampler import Sampler, _candidates, _nucleus, sample
+from handler.engine.sampler import Sampler, _candidates, _rising, sample
 
 from .conftest import make_model, prompt_ids, reference
 
@@ -92,22 +92,28 @@ def test_few_candidates_have_the_librarys_distribution(seed, chain, spread):
     assert (got - expected).abs().sum(-1).max() < 2e-2 + 2 * expected.max() * (spread < 1)
 
 
-@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("levels", [1, 3, 40, 100_000])
-def test_a_nucleus_is_the_librarys(top_p, levels):
-    """Of scores of which many tie, as many of those stay."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(levels, (5, 3000), generator=generator) / levels * 8
-    scores[4, 1500:] = -math.inf
-    ours, theirs = _nucleus(scores, top_p), library.TopPLogitsWarper(top_p)(None, scores)
-    assert (ours.sort().values == theirs.sort().values).all() and ((ours == scores) | (ours == -math.inf)).all()
+def test_the_quick_sort_is_torchs_stable_one(levels):
+    """Scores of which many tie, below zero and above, in bfloat16's rounding, and such as are cut off."""
+    scores = (torch.randint(levels, (5, 3000), generator=torch.Generator().manual_seed(0)) / levels - 0.5) * 8
+    scores[1] = scores[1].bfloat16().float()
+    scores[2] *= 1e-39  # not normal
+    scores[3, ::3] = torch.tensor([0.0, -0.0]).repeat(500)
+    scores[4, 1500:], scores[4, :700] = -math.inf, math.inf
+    for ours, theirs in zip(_rising(scores), torch.sort(scores, stable=True), strict=True):
+        assert torch.equal(ours, theirs)
 
 
-def test_a_nucleus_on_a_cpu_is_not_the_librarys_sort(monkeypatch):
-    """Which holds all others up for 60 ms a row of 250,000 words."""
-    monkeypatch.setattr(library.TopPLogitsWarper, "__call__", None)
-    samplers = [Sampler(warpers=[library.TopPLogitsWarper(0.9)], generator=torch.Generator().manual_seed(1))]
-    assert 0 <= sample(torch.randn(1, 5000), samplers, [[]])[0] < 5000
+@pytest.mark.parametrize("mass", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("warper", [library.TopPLogitsWarper, library.TypicalLogitsWarper])
+def test_on_a_cpu_warpers_sort_quickly(monkeypatch, warper, mass):
+    """Torch's sort holds all others up for 20 ms and more a row of 250,000 words."""
+    scores, sorts = (torch.randn(3, 5000) * 3).bfloat16().float(), []
+    monkeypatch.setattr(sampler, "_rising", lambda scores: sorts.append(1) or _rising(scores))
+    ours, theirs = sampler._warp(scores, [warper(mass)]), warper(mass)(None, scores)
+    assert len(sorts) == 1
+    assert torch.equal(ours.sort().values, theirs.sort().values)  # of scores that tie, as many stay
+    assert ((ours == scores) | (ours == -math.inf)).all()
 
 
 def test_a_nucleus_is_found_without_sorting_the_vocabulary():

@@ -6,11 +6,13 @@ can be ended. Those that are quick do not wait for the others.
 
 import json
 import secrets
+import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import LifoQueue
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -36,12 +38,10 @@ _LIMITS: dict[str, Any] = {  # of LLParserLimits, here and in the trial
 }
 # Of the processor's time, to compile. Most take 5 ms; one that needs more than the first waits for others of its kind.
 _QUICK, _SLOW = 0.1, 1.0
-_TRIALS = {_QUICK: threading.Semaphore(2), _SLOW: threading.Semaphore(1)}  # at once
 _SLOW_GRAMMARS = threading.Lock()
 _REMEMBERED = 128  # trials
 _TOO_LONG = "it takes too long or too much memory to compile"
 _TRIAL = Path(__file__).with_name("grammar_trial.py")
-_TRIAL_TIMEOUT = 20.0  # seconds by the clock
 
 
 def check_grammar(grammar: Grammar) -> None:
@@ -163,25 +163,59 @@ def _refusal(definition: str, seconds: float) -> str:
     key = definition, seconds
     refusal = _refusals.get(key)
     if refusal is None:
-        with _TRIALS[seconds]:
+        process = _TRIALS[seconds].get()
+        try:
             refusal = _refusals.get(key)  # another may have tried it meanwhile
             if refusal is None:
-                refusal = _refusals[key] = _try(definition, seconds)
+                refusal = _refusals[key] = _try(process, definition, seconds)
                 for oldest in list(_refusals)[:-_REMEMBERED]:
                     _refusals.pop(oldest, None)
+        finally:
+            _TRIALS[seconds].put(process)
     return refusal
 
 
-def _try(definition: str, seconds: float) -> str:
-    """Compile in a process that may use little time and memory. What is wrong with the grammar, or nothing.
+class _TrialProcess:
+    """grammar_trial.py, started when it is first needed. It ends with this process, whose end of a pipe it reads."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, definition: str, seconds: float) -> str | int:
+        """What the process answers. Raises RuntimeError where it is gone; the next call starts another."""
+        if self._process is None:
+            command = [sys.executable, "-P", str(_TRIAL), json.dumps(_LIMITS)]
+            self._process = subprocess.Popen(
+                command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            )
+        process = self._process
+        assert process.stdin and process.stdout
+        try:
+            print(json.dumps([definition, seconds]), file=process.stdin, flush=True)
+            answer: str | int = json.loads(process.stdout.readline())
+        except (OSError, ValueError) as error:
+            self._process = None
+            process.kill()
+            raise RuntimeError(f"a grammar could not be tried, the process ended with {process.wait()}") from error
+        return answer
+
+
+def _try(process: _TrialProcess, definition: str, seconds: float) -> str:
+    """Compile where little time and memory may be used. What is wrong with the grammar, or nothing.
 
     Raises QueueFull where the machine gives it no time.
     """
-    command = [sys.executable, "-P", str(_TRIAL), json.dumps(_LIMITS), str(seconds)]
-    try:
-        trial = subprocess.run(command, input=definition, capture_output=True, encoding="utf-8", timeout=_TRIAL_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise QueueFull("there is no time to compile a grammar; send the request again later") from None
-    if trial.returncode > 0:
-        raise RuntimeError(f"a grammar could not be tried: {trial.stderr}")
-    return _TOO_LONG if trial.returncode else trial.stdout.strip()
+    answer = process.ask(definition, seconds)
+    if isinstance(answer, str):
+        return answer.strip()
+    if answer == -signal.SIGALRM:
+        raise QueueFull("there is no time to compile a grammar; send the request again later")
+    if answer > 0:
+        raise RuntimeError("a grammar could not be tried; the log has why")
+    return _TOO_LONG
+
+
+# One that is warm is taken first.
+_TRIALS: dict[float, LifoQueue[_TrialProcess]] = {_QUICK: LifoQueue(), _SLOW: LifoQueue()}
+for _seconds in (_QUICK, _QUICK, _SLOW):  # so many at once
+    _TRIALS[_seconds].put(_TrialProcess())

@@ -3,10 +3,13 @@
 import functools
 import json
 import re
+import signal
 import threading
-from concurrent.futures import wait
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
+import psutil
 import pytest
 import tokenizers
 import torch
@@ -17,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import handler.engine.grammar_compiler
 from handler.engine import Engine, EngineConfig, Grammar, InvalidRequest, ModelError, QueueFull, QueueTimeout, Request
 from handler.engine.grammar import GrammarState, apply_grammars
-from handler.engine.grammar_compiler import GrammarCompiler
+from handler.engine.grammar_compiler import GrammarCompiler, _definition, _TrialProcess, _try
 
 from .conftest import CONTEXT, VOCAB, make_model, make_tokenizer
 from .test_detokenizer import make_sentencepiece
@@ -345,6 +348,44 @@ def test_one_that_takes_for_ever_to_compile_is_refused():
     assert "too long" in refusal(make_engine(), ENDLESS)
 
 
+@pytest.fixture
+def trials():
+    process = _TrialProcess()
+    yield process
+    process._process.kill()
+
+
+def test_the_next_grammar_is_tried_by_the_same_process(trials):
+    assert _try(trials, '%llguidance {}\nstart: "a"', 10) == ""
+    pid = trials._process.pid
+    assert "too long" in _try(trials, _definition(ENDLESS), 0.1)
+    assert "Expected" in _try(trials, "nothing", 10) and trials._process.pid == pid
+
+
+def test_a_process_that_is_gone_is_started_again(trials):
+    _try(trials, "nothing", 10)
+    trials._process.kill()
+    with pytest.raises(RuntimeError, match="ended with -9"):
+        _try(trials, "nothing", 10)
+    assert "Expected" in _try(trials, "nothing", 10)
+
+
+def test_a_trial_that_the_machine_gives_no_time_may_come_again(trials):
+    _try(trials, "nothing", 10)
+    with ThreadPoolExecutor() as thread:
+        trial = thread.submit(_try, trials, _definition(ENDLESS), 100)
+        process = psutil.Process(trials._process.pid)
+        while not (forks := process.children()):
+            time.sleep(0.01)
+        forks[0].send_signal(signal.SIGALRM)  # which the clock sends after a while
+    assert isinstance(trial.exception(), QueueFull)
+
+
+def test_a_trial_that_fails_is_no_fault_of_the_grammars(trials):
+    with pytest.raises(RuntimeError, match="could not be tried"):
+        _try(trials, "nothing", "a number")
+
+
 def test_others_go_on_while_a_grammar_is_compiled(held):
     engine = make_engine()
     job, other = submit(engine, DIGITS), submit(engine, None, {"max_new_tokens": 5})
@@ -400,9 +441,9 @@ def test_prompts_of_one_request_take_one_place(held):
 def test_quick_grammars_do_not_wait_for_slow_ones(monkeypatch):
     go, try_ = threading.Event(), handler.engine.grammar_compiler._try
 
-    def try_slow_ones_for_ever(definition, seconds):
+    def try_slow_ones_for_ever(process, definition, seconds):
         if "slow" not in definition:
-            return try_(definition, seconds)
+            return try_(process, definition, seconds)
         return handler.engine.grammar_compiler._TOO_LONG if seconds < 1 or go.wait() else ""
 
     monkeypatch.setattr(handler.engine.grammar_compiler, "_try", try_slow_ones_for_ever)

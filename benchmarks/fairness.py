@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -22,6 +23,8 @@ TINY = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "in
 TINY_TOKEN_BYTES = 2 * 2 * 64 * 4  # keys and values of one token
 SMALL = {"hidden_size": 576, "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3}
 SMALL |= {"intermediate_size": 1536, "tie_word_embeddings": True}  # SmolLM2-135M's
+LLAMA_8B = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+LLAMA_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}  # Llama-3.1-8B's
 LONG = 1700  # tokens of a prompt beside short ones
 CLIENT_TIMEOUT, MAX_WAIT = 8.0, 7.0  # seconds
 
@@ -149,6 +152,27 @@ def demanding_parameters() -> dict[str, Any]:
     return costs
 
 
+def long_context() -> dict[str, Any]:
+    """What keys and values of Llama-3.1-8B may take at the default settings, in GB: all rows at full length, as before,
+    and what this machine has for them beside the weights. Nothing is loaded."""
+    try:
+        from handler import memory
+    except ImportError:
+        return {"free": "not looked at"}
+    from handler.settings import Settings
+    from handler.weights.placement import Placement, spread_map
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_8B), dtype=torch.bfloat16)
+    free, settings = memory.free_host_memory(), Settings()
+    asked = memory.Capacity.of(memory.Architecture.of(model), settings).kv_cache_bytes
+    placement = Placement.of(model, spread_map(model, memory.device_limits(model, settings, {"cpu": free})["cpu"]))
+    left = free - (placement.tiers["cpu"].bytes if "cpu" in placement.tiers else 0)
+    with mock.patch.object(memory, "free_host_memory", lambda: left):
+        takes = memory.with_kv_cache_limit(settings, model, placement).kv_cache_memory or asked
+    return {name: round(size / 1e9, 1) for name, size in {"rows x length": asked, "free": free, "takes": takes}.items()}
+
+
 def measure() -> None:
     torch.set_num_threads(1)
     results = {
@@ -159,6 +183,7 @@ def measure() -> None:
         "n=8 of one prompt": eight_choices,
         "300 clients at once": overload,
         "one request's parameters": demanding_parameters,
+        "keys and values of Llama-3.1-8B, GB": long_context,
     }
     for name, result in results.items():
         print(json.dumps({name: result()}), flush=True)

@@ -68,7 +68,7 @@ def with_kv_cache_limit(settings: Settings, model: PreTrainedModel, placement: P
     if tokens < min(_LEAST_TOKENS, capacity.max_sequence_length):
         raise LoadError(
             f"beside the weights there is memory for {tokens} tokens of keys and values: give the worker more memory, "
-            "or lower max_memory, prefill_chunk or max_batch_size in setup_config.json"
+            "or lower max_sequence_length, max_memory, prefill_chunk or max_batch_size in setup_config.json"
         )
     logger.warning("memory is left for %d tokens of keys and values instead of %d", tokens, capacity.kv_cache_tokens)
     return settings.model_copy(update={"kv_cache_memory": budget})

@@ -352,7 +352,8 @@ def test_one_that_takes_for_ever_to_compile_is_refused():
 def trials():
     process = _TrialProcess()
     yield process
-    process._process.kill()
+    with process._process as started:
+        started.kill()
 
 
 def test_the_next_grammar_is_tried_by_the_same_process(trials):

@@ -59,8 +59,9 @@ class Neighbour:
         self._thread.join()
 
     def text(self):
-        lines, last = [], time.monotonic()
+        lines = []
         with requests.post(self._url, json=STREAM, stream=True, timeout=60) as answer:
+            last = time.monotonic()  # the wait for the first part is no pause
             for line in filter(None, answer.iter_lines()):
                 self.longest_gap = max(self.longest_gap, time.monotonic() - last)
                 last = time.monotonic()

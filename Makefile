@@ -19,6 +19,7 @@ RUN := .venv/bin/python -m
 PYTEST := .venv/bin/pytest -n 2 --no-loadscope-reorder
 READY := .venv/.ready
 READY_KSERVE := .venv-kserve/.ready
+READY_KSERVE_OLD := .venv-kserve-old/.ready
 # A lock file has all that is needed, each by its hash. torch has none: the wheels of one version differ, for CPUs, for
 # each CUDA, and where one lies on a machine's disk.
 PIP := bin/pip install --quiet --disable-pip-version-check
@@ -26,7 +27,7 @@ PIP_INSTALL := $(PIP) --no-deps -r
 COMPILE := .venv/bin/uv pip compile --universal --generate-hashes --no-annotate --no-header --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop predict download shard zip archive upload plan manifest deploy test test-fast lint lock bench clean
+.PHONY: help setup demo serve stop predict download shard zip archive upload releases plan manifest deploy test test-fast lint lock bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -52,6 +53,14 @@ $(READY_KSERVE): requirements-kserve.lock tests/azurite/package-lock.json
 	    bin/node lib/node_modules/npm/bin/npm-cli.js ci --prefix $(CURDIR)/.venv-kserve/azurite \
 	    --ignore-scripts --silent --no-audit --no-fund --fetch-retries=1 --fetch-timeout=20000 || \
 	    echo "Azurite could not be installed: the tests of Azure Blob will be skipped"
+	@touch $@
+
+# The code of older ones' storage initializers alone: the clients that it calls are those of .venv-kserve.
+$(READY_KSERVE_OLD): requirements-kserve-old.lock $(READY_KSERVE)
+	rm -rf .venv-kserve-old
+	for package in $$(cat $<); do \
+	    .venv-kserve/$(PIP) --no-deps --target .venv-kserve-old/$${package##*==} $$package || exit 1; \
+	done
 	@touch $@
 
 demo: $(READY) ## a small real model, all the way to its answer
@@ -82,9 +91,13 @@ archive: $(READY) ## MODEL_ZIP (or MODEL_DIR, with no-archive) -> model_store/MO
 	    --weights "$(if $(filter no-archive,$(ARCHIVE_FORMAT)),$(or $(MODEL_DIR),$(MODEL_ZIP)),$(MODEL_ZIP))" \
 	    --setup-config "$(SETUP_CONFIG)" --model-config "$(MODEL_CONFIG)"
 
-upload: $(READY) ## model_store/MODEL_NAME and its config.properties -> STORAGE_URI (gs, s3, https of Azure Blob, file)
-	@$(RUN) scripts.upload --model-name "$(MODEL_NAME)" $(if $(DELETE),--delete) \
+upload: $(READY) ## model_store/MODEL_NAME -> a release at STORAGE_URI (gs, s3, https of Azure Blob, file)
+	@$(RUN) scripts.upload --model-name "$(MODEL_NAME)" $(if $(KSERVE),--kserve "$(KSERVE)") \
 	    --storage-uri "$(or $(STORAGE_URI),$(error STORAGE_URI=… is missing, such as gs://BUCKET/bloom or s3://BUCKET/bloom))"
+
+releases: $(READY) ## what was uploaded to STORAGE_URI; DELETE=RELEASE removes one
+	@$(RUN) scripts.releases $(if $(DELETE),--delete "$(DELETE)") \
+	    --storage-uri "$(or $(STORAGE_URI),$(error STORAGE_URI=… is missing: as for make upload))"
 
 plan: $(READY) ## where MODEL_DIR goes on GPUS and CPU, and whether it fits -> plan.json, plan.svg
 	@$(RUN) scripts.plan --model-dir "$(or $(MODEL_DIR),$(error MODEL_DIR=… is missing: a checkpoint, or a folder with its config.json))" \
@@ -103,18 +116,19 @@ MANIFEST = $(RUN) scripts.manifest --model-name "$(MODEL_NAME)" --model-dir "$(o
 	    $(if $(SOURCE_URI),--source-uri "$(SOURCE_URI)") $(if $(S3_REGION),--s3-region "$(S3_REGION)") \
 	    $(if $(S3_ENDPOINT),--s3-endpoint "$(S3_ENDPOINT)") $(if $(S3_ROLE),--s3-role "$(S3_ROLE)") \
 	    $(if $(NODE_GROUP),--node-group "$(NODE_GROUP)") $(if $(PROMETHEUS),--prometheus "$(PROMETHEUS)") \
+	    $(if $(AUTH),--auth "$(AUTH)") $(if $(RELEASE),--release "$(RELEASE)") $(if $(KSERVE),--kserve "$(KSERVE)") \
 	    $(if $(FORCE),--force)
 
-manifest: $(READY) ## print the InferenceService of STORAGE_URI, sized for MODEL_DIR; VARIANT=s3,keda,monitoring, …
+manifest: $(READY) ## print the InferenceService of RELEASE (default: the last uploaded), sized for MODEL_DIR; VARIANT=s3,keda,monitoring, …
 	@$(MANIFEST)
 
-deploy: $(READY) ## the same, applied with kubectl
+deploy: $(READY) ## the same, applied with kubectl, and the Secret with the key, unless there is one (AUTH=none: no key)
 	@$(MANIFEST) --apply
 
-test: $(READY) $(READY_KSERVE) ## every test, the real TorchServe among them
+test: $(READY) $(READY_KSERVE_OLD) ## every test, the real TorchServe among them
 	$(PYTEST)
 
-test-fast: $(READY) $(READY_KSERVE) ## the tests that start no server and do not search long
+test-fast: $(READY) $(READY_KSERVE_OLD) ## the tests that start no server and do not search long
 	$(PYTEST) -m "not e2e and not cloud and not slow"
 
 lint: $(READY) ## ruff and mypy

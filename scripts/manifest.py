@@ -10,9 +10,10 @@ import hashlib
 import json
 import math
 import re
+import secrets
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from handler.settings import parse_size, read_settings
 from scripts.archive import FORMATS, ROOT, STARTUP_BYTES_PER_SECOND, startup_seconds
 from scripts.console import UserError, parse_gpus, parse_size_option, run
 from scripts.plan import Plan, make_plan, parallel
-from scripts.stores import parse_uri
+from scripts.releases import newest, release_uri
+from scripts.stores import LEAST_KSERVE, check_kserve, is_older, parse_uri
 
 DEPLOY = ROOT / "deploy"
 # The tag is the version in pyproject.toml: the manifests name modules of the image, so both must be of one version.
@@ -42,6 +44,8 @@ KNATIVE_PORTS = (8012, 8013, 8112, 9090, 9091)
 KNATIVE_TIMEOUT = 600  # max-revision-timeout-seconds, unless the cluster's administrator raised it
 LEAST_GRACE, MOST_GRACE = 120, 3600  # seconds that a pod gets to answer what it has begun
 CLUSTER_WIDE = ("LocalModelCache",)
+AUTH = ("api-key", "none")  # as server/container.py knows them
+LEAST_KSERVE_OF = {"local-cache": "0.15", "keda": "0.16", "distributed": "0.16", "llm": "0.16"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Service:
     s3: dict[str, str] = field(default_factory=dict)  # "region", "endpoint", "role"
     node_group: str = "workers"
     prometheus: str | None = None
+    auth: str = AUTH[0]
 
     @property
     def downloads(self) -> bool:
@@ -171,6 +176,7 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def _fill_runtime(document: dict[str, Any], service: Service, base: str) -> None:
     (container,) = document["spec"]["containers"]
     container["image"] = service.image
+    container["env"] = _with_auth(container["env"], service)
     if service.plan.gpus:
         container["env"].append({"name": "REQUIRE_GPUS", "value": str(len(service.plan.gpus))})
     tmp = next(volume for volume in document["spec"]["volumes"] if volume["name"] == "tmp")
@@ -180,6 +186,13 @@ def _fill_runtime(document: dict[str, Any], service: Service, base: str) -> None
     container["lifecycle"]["preStop"]["exec"]["command"][-1] = str(service.grace - 10)
     if base == "knative":  # what it refuses
         del container["lifecycle"], container["startupProbe"], container["ports"][1:]
+
+
+def _with_auth(env: list[dict[str, Any]], service: Service) -> list[dict[str, Any]]:
+    """The container's environment, in which a key is asked for unless the service goes without."""
+    if service.auth == "api-key":
+        return env
+    return [entry for entry in env if entry["name"] != "API_KEY"] + [{"name": "AUTH", "value": service.auth}]
 
 
 def _fill_inference_service(document: dict[str, Any], service: Service, base: str) -> None:
@@ -209,6 +222,7 @@ def _fill_inference_service(document: dict[str, Any], service: Service, base: st
     if base == "classic":
         model["resources"]["limits"]["cpu"] = model["resources"]["requests"]["cpu"]
         model["env"] += [{"name": "REQUIRE_GPUS", "value": str(len(service.plan.gpus))}] if service.plan.gpus else []
+        model["env"] = _with_auth(model["env"], service)
         _fill_image(model, service.image)
     if "autoScaling" in predictor:
         _fill_scaling(predictor["autoScaling"]["metrics"][0]["external"], service)
@@ -272,15 +286,15 @@ def _fill_llm(document: dict[str, Any], service: Service, base: str) -> None:
 
 def _fill_claim(document: dict[str, Any], service: Service, base: str) -> None:
     document["metadata"]["name"], _ = _volume(service)
-    wanted = max(service.plan.checkpoint_bytes, service.claim_bytes)  # a claim cannot shrink
+    # Two releases, the one before this too; and a claim cannot shrink.
+    wanted = max(2 * service.plan.checkpoint_bytes, service.claim_bytes)
     document["spec"]["resources"]["requests"]["storage"] = _gibibytes(wanted)
 
 
 def _fill_loader(document: dict[str, Any], service: Service, base: str) -> None:
     assert service.source_uri  # check() has seen to it
     claim, path = _volume(service)
-    digest = hashlib.sha256(f"{service.source_uri} {service.storage_uri}".encode()).hexdigest()[:8]
-    document["metadata"]["name"] += f"-{digest}"
+    document["metadata"]["name"] += _digest(service.source_uri, service.storage_uri)
     pod = document["spec"]["template"]["spec"]
     (container,), (volume,) = pod["containers"], pod["volumes"]
     container["args"][0] = service.source_uri
@@ -288,6 +302,11 @@ def _fill_loader(document: dict[str, Any], service: Service, base: str) -> None:
     volume["persistentVolumeClaim"]["claimName"] = claim
     if service.service_account:
         pod["serviceAccountName"] = service.service_account
+
+
+def _digest(*texts: str) -> str:
+    """The end of the name of what cannot be changed once it is applied."""
+    return f"-{hashlib.sha256(' '.join(texts).encode()).hexdigest()[:8]}"
 
 
 def _fill_network_policy(document: dict[str, Any], service: Service, base: str) -> None:
@@ -314,6 +333,7 @@ def _fill_credentials(document: dict[str, Any], service: Service, base: str) -> 
 def _fill_cache(document: dict[str, Any], service: Service, base: str) -> None:
     if service.namespace:
         document["metadata"]["name"] = f"{service.namespace}-{service.name}"
+    document["metadata"]["name"] += _digest(service.storage_uri)
     document["spec"] = {
         "sourceModelUri": service.storage_uri,
         "modelSize": _gibibytes(service.plan.checkpoint_bytes),
@@ -357,9 +377,12 @@ def _resources_on_vllm(service: Service, gpus: int) -> dict[str, dict[str, str]]
 
 
 def _checkpoint_uri(service: Service) -> str:
-    """Of the checkpoint in a no-archive folder that was uploaded; of a folder that is a checkpoint otherwise."""
+    """Of the checkpoint in a no-archive folder that was uploaded; of a folder that is a checkpoint otherwise.
+
+    With the slash at its end, because model-config.yaml lies beside it: see `release_uri`.
+    """
     uri = service.storage_uri.rstrip("/")
-    return f"{uri}/model-store/{service.name}/model" if service.archive_format == "no-archive" else uri
+    return f"{uri}/model-store/{service.name}/model/" if service.archive_format == "no-archive" else uri
 
 
 def _volume(service: Service) -> tuple[str, str]:
@@ -418,6 +441,11 @@ def _check_on_vllm(service: Service, base: str) -> None:
             "int8 and int4 checkpoints of make shard are in a format of this package, which vLLM does not read: "
             "upload the checkpoint that they were made of"
         )
+    if service.storage_uri.startswith("oci://") and service.archive_format == "no-archive":
+        raise UserError(
+            f"STORAGE_URI is {service.storage_uri!r}: in an image vLLM looks for a checkpoint, not for a release; "
+            "build one of the checkpoint's folder and leave ARCHIVE_FORMAT out"
+        )
     split = parallel(plan)
     if split is None:
         raise UserError(f"VARIANT={base} needs GPUS=…, those of a node, such as 4x80GiB or 8xH100")
@@ -428,10 +456,41 @@ def _check_on_vllm(service: Service, base: str) -> None:
         )
 
 
+def _with_releases(service: Service, variant: str, release: str | None, model_store: Path) -> Service:
+    """The service of a release, or of the one that was uploaded last from here, with the URIs that KServe is given.
+
+    An image is named by its tag, and a checkpoint that vLLM alone reads was put there by others.
+    """
+    base, _ = _chosen(variant)
+    if service.storage_uri.startswith("oci://") or (base in ON_VLLM and service.archive_format != "no-archive"):
+        if release:
+            raise UserError(
+                f"RELEASE is {release!r}, which make upload made; {service.storage_uri} is an image or a checkpoint: "
+                "leave it out"
+            )
+        return service
+    release = release or newest(model_store, service.name)
+    source = service.source_uri and release_uri(service.source_uri, release)
+    return replace(service, storage_uri=release_uri(service.storage_uri, release), source_uri=source)
+
+
+def check_version(service: Service, variant: str, kserve: str) -> None:
+    """Raises UserError when a cluster with a KServe of this version, such as 0.16.1, could not run it."""
+    if service.downloads:
+        check_kserve(service.storage_uri, kserve)
+    base, chosen = _chosen(variant)
+    for name in (base, *chosen):
+        least = LEAST_KSERVE_OF.get(name, LEAST_KSERVE)
+        if is_older(kserve, least):
+            raise UserError(f"KServe {kserve} is too old for VARIANT={name}: use {least} or newer")
+
+
 def warnings(service: Service, variant: str) -> list[str]:
-    """What the cluster's administrator must have allowed."""
+    """What the cluster's administrator must have seen to."""
     base, _ = _chosen(variant)
     lines = []
+    if base in ON_VLLM and service.auth != "none":
+        lines.append(f"VARIANT={base} asks for no key: let a mesh or a gateway decide who may call, and say AUTH=none")
     if base in ("knative", "classic"):
         if service.longest_answer > KNATIVE_TIMEOUT:
             lines.append(
@@ -477,9 +536,27 @@ def _kubectl(*arguments: str, content: str | None = None) -> str:
 
 def _claim_bytes(service: Service) -> int:
     """What a claim asks for that is in the cluster already; 0 where there is none."""
-    namespace = ["-n", service.namespace] if service.namespace else []
-    found = _kubectl("get", "pvc", _volume(service)[0], *namespace, "--ignore-not-found", "-o", "json")
+    found = _kubectl("get", "pvc", _volume(service)[0], *_namespace(service), "--ignore-not-found", "-o", "json")
     return parse_size(json.loads(found)["spec"]["resources"]["requests"]["storage"]) if found.strip() else 0
+
+
+def _make_key(service: Service) -> None:
+    """The Secret with the key that requests must bring, unless there is one."""
+    name = f"{service.name}-api-key"
+    if _kubectl("get", "secret", name, *_namespace(service), "--ignore-not-found", "-o", "name").strip():
+        return
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name},
+        "type": "Opaque",
+        "stringData": {"API_KEY": secrets.token_hex(32)},
+    }
+    print(_kubectl("create", *_namespace(service), "-f", "-", content=json.dumps(secret)), end="")
+
+
+def _namespace(service: Service) -> list[str]:
+    return ["-n", service.namespace] if service.namespace else []
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -492,6 +569,9 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="as it was uploaded; pvc://CLAIM/PATH for a volume, oci://IMAGE for an image",
     )
+    add("--release", help="of those there (default: the one that was uploaded last from here)")
+    add("--model-store", type=Path, default=Path("model_store"), help="where make archive put it")
+    add("--kserve", help="the cluster's version, such as 0.16, to refuse what it could not run")
     add("--variant", default="runtime", help=f"of {', '.join(variants())}; several with commas between them")
     add("--setup-config", type=Path, default=ROOT / "setup_config.json")
     add("--archive-format", choices=FORMATS, default="zip-store")
@@ -512,6 +592,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--s3-role", help="the ARN of a role that the service account takes, instead of keys")
     add("--node-group", default="workers", help="of the variant local-cache (default: %(default)s)")
     add("--prometheus", help="of the variant keda: its address (default: http://prometheus-operated.monitoring:9090)")
+    add(
+        "--auth",
+        choices=AUTH,
+        default=AUTH[0],
+        help="none: serve whoever comes, for where a mesh or a gateway decides that (default: %(default)s)",
+    )
     add("--force", action="store_true", help="also where the plan does not fit")
     add("--apply", action="store_true", help="with kubectl, instead of printing")
     return parser
@@ -537,18 +623,27 @@ def main(argv: list[str] | None = None) -> None:
         "s3": {name: value for name, value in s3.items() if value},
         "node_group": args.node_group,
         "prometheus": args.prometheus,
+        "auth": args.auth,
     }
     service = Service(args.model_name, args.storage_uri, plan, **options)
     check(service, args.variant)
+    if args.kserve:
+        check_version(service, args.variant, args.kserve)
+    service = _with_releases(service, args.variant, args.release, args.model_store)
     base, chosen = _chosen(args.variant)
     if plan.missing and base not in ON_VLLM and not args.force:
         raise UserError(f"{plan.verdict} (make plan says what would; FORCE=1 goes on all the same)")
     for line in warnings(service, args.variant):
         print(f"warning: {line}", file=sys.stderr)
     if args.apply and "pvc" in chosen:
-        service = Service(args.model_name, args.storage_uri, plan, **options, claim_bytes=_claim_bytes(service))
+        service = replace(service, claim_bytes=_claim_bytes(service))
     text = yaml.safe_dump_all(manifests(service, args.variant), sort_keys=False)
-    print(_kubectl("apply", "-f", "-", content=text) if args.apply else text, end="")
+    if not args.apply:
+        print(text, end="")
+        return
+    if service.auth == "api-key" and base not in ON_VLLM:
+        _make_key(service)
+    print(_kubectl("apply", "-f", "-", content=text), end="")
 
 
 if __name__ == "__main__":

@@ -1,62 +1,56 @@
-"""Put an archive and its config.properties where KServe's storage initializer looks for them.
+"""Put an archive and its config.properties, as a release, where KServe's storage initializer looks for them.
 
-STORAGE_URI/model-store/NAME.mar (or the files of a no-archive folder), then STORAGE_URI/config/metrics.yaml and
-STORAGE_URI/config/config.properties, which names both. What is there already is not sent again, and an upload that
-broke off goes on where it stopped.
+A release is a folder that the SHA-256 of its content names: STORAGE_URI/RELEASE/model-store/NAME.mar (or the files of a
+no-archive folder), STORAGE_URI/RELEASE/config/metrics.yaml and, last, STORAGE_URI/RELEASE/config/config.properties. So
+what pods read is never written over, and two uploads at once cannot mix. What is there already is not sent again, and
+an upload that broke off goes on where it stopped.
 """
 
 import argparse
+import contextlib
+import hashlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from scripts.console import UserError, run
-from scripts.stores import open_store
-from scripts.stores.base import UNFINISHED, WORKERS, Store, parts_of
+from scripts.releases import CONFIG, release_name, remember
+from scripts.stores import check_kserve, explained, least_kserve, open_store
+from scripts.stores.base import WORKERS, Part, Store, parts_of
 from scripts.zip import files_in, progress_bar
 from server.config_properties import METRICS, cluster_properties
 
-STORE, CONFIG = "model-store", "config/config.properties"
-METRICS_CONFIG = "config/metrics.yaml"
+STORE, METRICS_CONFIG = "model-store", "config/metrics.yaml"
 
 
 @dataclass
 class Summary:
     """What an upload did."""
 
+    release: str
     bytes: int = 0  # sent
     sent: int = 0  # objects
     skipped: int = 0  # objects that were there already
-    stale: tuple[str, ...] = ()  # keys of objects that do not belong to the archive
 
 
-def upload(archive: Path, storage_uri: str, delete: bool = False) -> Summary:
+def upload(archive: Path, storage_uri: str) -> Summary:
     """Upload a .mar or a no-archive folder, and the config.properties that names it, in this order.
 
-    delete: once all is uploaded, remove what else lies in model-store/; without it, that is only named.
     Raises UserError, in one line, when credentials, bucket, permission, space or the connection are not as needed.
     """
     store = open_store(storage_uri)
-    summary = Summary()
-    with _explained(store), ThreadPoolExecutor(WORKERS) as pool:
-        files = _keys(archive)
-        with progress_bar(list(files.values()), archive.name) as bar:
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(WORKERS) as pool:
+        files = _files(archive, Path(scratch))
+        parts = {key: parts_of(path, pool) for key, path in files.items()}
+        summary = Summary(release_name(parts))
+        with explained(store), progress_bar(list(files.values()), archive.name) as bar:
             for key, path in files.items():
-                _send(store, key, path, pool, bar, summary)
-            _send(store, METRICS_CONFIG, METRICS, pool, bar, summary)
-            with tempfile.NamedTemporaryFile("w", suffix=".properties") as config:
-                config.write(cluster_properties(archive))
-                config.flush()
-                _send(store, CONFIG, Path(config.name), pool, bar, summary)
-        summary.stale = tuple(sorted({*store.keys(STORE), *store.keys(UNFINISHED)} - files.keys()))
-        for key in summary.stale if delete else ():
-            store.delete(key)
+                _send(store, f"{summary.release}/{key}", path, parts[key], pool, bar, summary)
     return summary
 
 
@@ -70,42 +64,60 @@ def find_archive(model_store: Path, name: str) -> Path:
     return found[0]
 
 
-def _keys(archive: Path) -> dict[str, Path]:
-    """Where each file goes. The links of a no-archive folder are followed."""
+def _files(archive: Path, scratch: Path) -> dict[str, Path]:
+    """What a release holds, by its key. The links of a no-archive folder are followed."""
     if archive.is_file():
-        return {f"{STORE}/{archive.name}": archive}
-    paths = [path for entry in archive.iterdir() for path in (files_in(entry) if entry.is_dir() else [entry])]
-    return {f"{STORE}/{archive.name}/{path.relative_to(archive).as_posix()}": path for path in sorted(paths)}
+        files = {f"{STORE}/{archive.name}": archive}
+    else:
+        paths = [path for entry in archive.iterdir() for path in (files_in(entry) if entry.is_dir() else [entry])]
+        files = {f"{STORE}/{archive.name}/{path.relative_to(archive).as_posix()}": path for path in sorted(paths)}
+    config = scratch / "config.properties"
+    config.write_text(cluster_properties(archive))
+    return files | {METRICS_CONFIG: METRICS, CONFIG: config}
 
 
-def _send(store: Store, key: str, path: Path, pool: ThreadPoolExecutor, bar: tqdm, summary: Summary) -> None:
+def _send(
+    store: Store, key: str, path: Path, parts: Sequence[Part], pool: ThreadPoolExecutor, bar: tqdm, summary: Summary
+) -> None:
     """Send one file unless it is there, its parts side by side."""
-    parts = parts_of(path, pool)
     if store.matches(key, path, parts):
         summary.skipped += 1
         bar.update(path.stat().st_size)
         return
-    if len(parts) == 1:
-        store.put(key, parts[0].read(path), parts[0])
-        bar.update(parts[0].size)
-        summary.bytes += parts[0].size
-    else:
-        unfinished = store.begin(key, path, parts)
-        missing = [part for part in parts if part.number not in unfinished.done]
-        bar.update(sum(part.size for part in parts if part.number in unfinished.done))
-        for part, _ in zip(missing, pool.map(lambda part: unfinished.put(part, part.read(path)), missing), strict=True):
-            bar.update(part.size)
-            summary.bytes += part.size
-        unfinished.finish()
+    try:
+        _send_parts(store, key, path, parts, pool, bar, summary)
+    except store.errors():
+        with contextlib.suppress(*store.errors()):
+            if store.matches(key, path, parts):  # another upload of the same release was quicker
+                summary.skipped += 1
+                return
+        raise
     summary.sent += 1
 
 
-@contextmanager
-def _explained(store: Store) -> Iterator[None]:
-    try:
-        yield
-    except store.errors() as error:
-        raise UserError(store.explain(error)) from error
+def _send_parts(
+    store: Store, key: str, path: Path, parts: Sequence[Part], pool: ThreadPoolExecutor, bar: tqdm, summary: Summary
+) -> None:
+    if len(parts) == 1:
+        store.put(key, _read(path, parts[0]), parts[0])
+        bar.update(parts[0].size)
+        summary.bytes += parts[0].size
+        return
+    unfinished = store.begin(key, path, parts)
+    missing = [part for part in parts if part.number not in unfinished.done]
+    bar.update(sum(part.size for part in parts if part.number in unfinished.done))
+    for part, _ in zip(missing, pool.map(lambda part: unfinished.put(part, _read(path, part)), missing), strict=True):
+        bar.update(part.size)
+        summary.bytes += part.size
+    unfinished.finish()
+
+
+def _read(path: Path, part: Part) -> bytes:
+    """The part's bytes. Raises UserError when they are no longer those that the release is named by."""
+    data = part.read(path)
+    if hashlib.sha256(data).digest() != part.sha256:
+        raise UserError(f"{path} has changed while it was uploaded: run the same command again")
+    return data
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,14 +129,15 @@ def main(argv: list[str] | None = None) -> None:
         required=True,
         help="gs://BUCKET/PATH, s3://BUCKET/PATH, file:///PATH or https://ACCOUNT.blob.core.windows.net/CONTAINER/PATH",
     )
-    parser.add_argument("--delete", action="store_true", help="remove what else lies in model-store/ there")
+    parser.add_argument("--kserve", help="the cluster's version, such as 0.16, to refuse what it could not fetch")
     args = parser.parse_args(argv)
-    summary = upload(find_archive(args.model_store, args.model_name), args.storage_uri, args.delete)
+    if args.kserve:
+        check_kserve(args.storage_uri, args.kserve)
+    summary = upload(find_archive(args.model_store, args.model_name), args.storage_uri)
+    remember(args.model_store, args.model_name, summary.release)
     sent = f"sent {summary.sent} files ({summary.bytes / 1e9:.2f} GB)"
     print(f"{args.storage_uri}: {sent}, {summary.skipped} were there already")
-    if summary.stale:
-        what = "removed" if args.delete else "also there, and every pod downloads it (DELETE=1 removes it)"
-        print(f"{what}: {', '.join(summary.stale)}")
+    print(f"release {summary.release}, for KServe {least_kserve(args.storage_uri)} or newer: make deploy takes it")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import yaml
 from server.properties import format_properties
 
 CLUSTER_STORE = "/mnt/models/model-store"  # where KServe's storage initializer puts what was uploaded
-# KServe's wrapper listens on 8080 and on 8081 (gRPC) and asks TorchServe on 8085.
+# Behind nginx on 8080 and 8082, or KServe's wrapper on 8080 and 8081 (gRPC), which asks TorchServe on 8085.
 CLUSTER_PORTS = {
     "inference": 8085,
     "management": 8086,
-    "metrics": 8082,
+    "metrics": 8087,
     "grpc_inference": 7070,
     "grpc_management": 7071,
 }
@@ -33,14 +33,21 @@ WORKER_DEFAULTS = {  # TorchServe's own, for what model-config.yaml leaves out
 
 
 def laptop_properties(archive: Path, port: int) -> str:
-    """For an archive on this machine: five ports from `port` on, on the loopback interface only."""
-    ports = {name: port + offset for offset, name in enumerate(PORTS)}
-    return _render(archive, archive.parent, METRICS, ports, "127.0.0.1")
+    """For an archive on this machine: five ports from `port` on."""
+    return _render(archive, archive.parent, METRICS, {name: port + offset for offset, name in enumerate(PORTS)})
 
 
 def cluster_properties(archive: Path) -> str:
-    """For an archive in KServe's container: all but management is open to the pod's network."""
-    return _render(archive, Path(CLUSTER_STORE), Path(CLUSTER_METRICS), CLUSTER_PORTS, "0.0.0.0")
+    """For an archive in KServe's container."""
+    return _render(archive, Path(CLUSTER_STORE), Path(CLUSTER_METRICS), CLUSTER_PORTS)
+
+
+def addresses(ports: dict[str, int]) -> dict[str, str]:
+    """Where TorchServe listens: on the loopback interface only, gRPC too."""
+    urls = {f"{name}_address": f"http://127.0.0.1:{ports[name]}" for name in ("inference", "management", "metrics")}
+    grpc = {f"grpc_{name}_port": str(ports[f"grpc_{name}"]) for name in ("inference", "management")}
+    hosts = {f"grpc_{name}_address": "127.0.0.1" for name in ("inference", "management")}
+    return urls | grpc | hosts
 
 
 def model_config(archive: Path) -> dict[str, Any]:
@@ -48,7 +55,7 @@ def model_config(archive: Path) -> dict[str, Any]:
     return yaml.safe_load(_read(archive, "model-config.yaml"))
 
 
-def _render(archive: Path, model_store: Path, metrics: Path, ports: dict[str, int], host: str) -> str:
+def _render(archive: Path, model_store: Path, metrics: Path, ports: dict[str, int]) -> str:
     name = archive.name.removesuffix(".mar")
     version = json.loads(_read(archive, "MAR-INF/MANIFEST.json"))["model"]["modelVersion"]
     config = model_config(archive)
@@ -56,12 +63,7 @@ def _render(archive: Path, model_store: Path, metrics: Path, ports: dict[str, in
     model = {version: {"defaultVersion": True, "marName": archive.name} | worker}
     snapshot = {"name": "startup.cfg", "modelCount": 1, "models": {name: model}}
     values = {
-        "inference_address": f"http://{host}:{ports['inference']}",
-        "management_address": f"http://127.0.0.1:{ports['management']}",
-        "metrics_address": f"http://{host}:{ports['metrics']}",
-        "grpc_inference_address": host,
-        "grpc_inference_port": ports["grpc_inference"],
-        "grpc_management_port": ports["grpc_management"],
+        **addresses(ports),
         "model_store": model_store,
         # A snapshot, not load_models: KServe's wrapper takes the model's name from it.
         "model_snapshot": json.dumps(snapshot, separators=(",", ":")),

@@ -4,12 +4,17 @@ A store takes a file in parts, so that parts travel side by side and an upload t
 What is there already is recognized by checksums: the store's own, or a `fingerprint` that is kept with the object.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from scripts.console import UserError
 
 from .base import Store
+
+LEAST_KSERVE = "0.13"
+LEAST_KSERVE_AZURE = "0.17"  # earlier ones hold a blob in memory, of 1 GiB, and leave out what is six folders deep
 
 
 def parse_uri(uri: str) -> tuple[str, str, str]:
@@ -55,3 +60,37 @@ def open_store(uri: str) -> Store:
     from .azure import AzureStore
 
     return AzureStore(place, bucket, path)
+
+
+@contextmanager
+def explained(store: Store) -> Iterator[None]:
+    """Turn the client's errors into a UserError."""
+    try:
+        yield
+    except store.errors() as error:
+        raise UserError(store.explain(error)) from error
+
+
+def least_kserve(uri: str) -> str:
+    """The oldest KServe whose storage initializer can fetch a large model from there."""
+    return LEAST_KSERVE_AZURE if parse_uri(uri)[0].startswith("http") else LEAST_KSERVE
+
+
+def is_older(version: str, least: str) -> bool:
+    """Whether a KServe of this version, such as 0.16.1, is older than another. Raises UserError if it is none."""
+    try:
+        return [int(part) for part in version.removeprefix("v").split(".")[:2]] < [int(p) for p in least.split(".")]
+    except ValueError:
+        raise UserError(f"KSERVE is {version!r}: write the cluster's version, such as {least}") from None
+
+
+def check_kserve(uri: str, version: str) -> None:
+    """Raises UserError when a KServe of this version, such as 0.16.1, could not fetch a model from there."""
+    least = least_kserve(uri)
+    if is_older(version, least):
+        raise UserError(
+            f"from {uri} KServe {version} cannot fetch a large model: its storage initializer holds a file in 1 GiB of "
+            f"memory and leaves out deep folders; use KServe {least} or newer, or gs://, s3:// or a volume"
+            if least == LEAST_KSERVE_AZURE
+            else f"KServe {version} is too old: use {least} or newer"
+        )

@@ -6,13 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError, ResourceNotFoundError
+from azure.core import MatchConditions
+from azure.core.exceptions import (
+    AzureError,
+    ClientAuthenticationError,
+    HttpResponseError,
+    ResourceExistsError,
+    ResourceNotFoundError,
+)
 from azure.identity import DefaultAzureCredential
 from azure.storage.blob import BlobBlock, ContainerClient
 
 from scripts.console import UserError
 
-from .base import METADATA_KEY, RETRIES, Part, Upload, fingerprint, interrupted
+from .base import CHANGED, METADATA_KEY, RETRIES, Part, Stored, Upload, fingerprint, interrupted
 
 REFUSED = (
     "AuthenticationFailed",
@@ -42,6 +49,8 @@ class AzureStore:
         code = str(getattr(code, "value", code))  # an enumeration's, when it is one that Azure documents
         if code == "ContainerNotFound":
             return f"there is no container {name}: make it (az storage container create --name {name}) or name another"
+        if isinstance(error, ResourceExistsError):
+            return CHANGED
         if code in REFUSED:
             return f"Azure refuses the credentials ({code}): set AZURE_STORAGE_ACCESS_KEY to the account's key"
         if isinstance(error, HttpResponseError) and error.status_code == 403:
@@ -56,16 +65,16 @@ class AzureStore:
                 raise
             return False
 
-    def keys(self, folder: str) -> list[str]:
-        names = self._container.list_blob_names(name_starts_with=f"{self._prefix}/{folder}/")
-        return [name.removeprefix(f"{self._prefix}/") for name in names]
+    def objects(self, folder: str = "") -> dict[str, Stored]:
+        blobs = self._container.list_blobs(name_starts_with=f"{self._prefix}/{folder and folder + '/'}")
+        return {blob.name.removeprefix(f"{self._prefix}/"): Stored(blob.size, blob.last_modified) for blob in blobs}
 
     def delete(self, key: str) -> None:
         self._blob(key).delete_blob()
 
     def put(self, key: str, data: bytes, part: Part) -> None:
         self._blob(key).upload_blob(
-            data, overwrite=True, metadata={METADATA_KEY: fingerprint([part])}, validate_content=True
+            data, overwrite=False, metadata={METADATA_KEY: fingerprint([part])}, validate_content=True
         )
 
     def begin(self, key: str, path: Path, parts: Sequence[Part]) -> Upload:
@@ -90,7 +99,8 @@ class _AzureUpload:
 
     def finish(self) -> None:
         blocks = [BlobBlock(self._id(part)) for part in self._parts]
-        self._blob.commit_block_list(blocks, metadata={METADATA_KEY: fingerprint(self._parts)})
+        metadata = {METADATA_KEY: fingerprint(self._parts)}
+        self._blob.commit_block_list(blocks, metadata=metadata, match_condition=MatchConditions.IfMissing)
 
     @staticmethod
     def _id(part: Part) -> str:

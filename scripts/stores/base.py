@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,10 @@ MAX_PARTS = 9000  # S3 takes 10,000 parts of an object, Azure 50,000
 WORKERS = 4
 RETRIES = 4  # of a request after an error of the connection or the server; each waits twice as long as the one before
 METADATA_KEY = "fingerprint"  # where stores without a usable checksum of their own keep ours, in the object's metadata
+CHANGED = (
+    "an object of this release is there with other content, which somebody has changed: remove the release with "
+    "make releases DELETE=RELEASE and upload it again"
+)
 UNFINISHED = ".uploading"  # folder for parts, in the stores that have no place of their own for them
 
 
@@ -56,6 +61,14 @@ def parts_of(path: Path, pool: ThreadPoolExecutor) -> list[Part]:
     return list(pool.map(part, range(1, max(1, -(-size // step)) + 1)))
 
 
+@dataclass(frozen=True)
+class Stored:
+    """An object as a store lists it: bytes, and when it was written."""
+
+    size: int
+    modified: datetime
+
+
 def fingerprint(parts: Sequence[Part]) -> str:
     """A checksum of the whole file: the SHA-256 of its only part, or that of all parts' SHA-256s, with their number.
 
@@ -68,7 +81,10 @@ def fingerprint(parts: Sequence[Part]) -> str:
 
 
 class Store(Protocol):
-    """Objects under the prefix of one storage URI. Keys are relative to it. Methods raise the client's own errors."""
+    """Objects under the prefix of one storage URI. Keys are relative to it. Methods raise the client's own errors.
+
+    An object is never written over: to write one that is there is an error of the client.
+    """
 
     def errors(self) -> tuple[type[Exception], ...]:
         """The exceptions that `explain` can put in words."""
@@ -79,8 +95,8 @@ class Store(Protocol):
     def matches(self, key: str, path: Path, parts: Sequence[Part]) -> bool:
         """Whether the object is there and has the content of the file `path`."""
 
-    def keys(self, folder: str) -> list[str]:
-        """The keys of all objects in a folder and its sub-folders."""
+    def objects(self, folder: str = "") -> dict[str, Stored]:
+        """All objects in a folder and its sub-folders, by key."""
 
     def delete(self, key: str) -> None: ...
 

@@ -1,11 +1,13 @@
 """file:///PATH: a folder of this machine."""
 
+import contextlib
 import errno
 import os
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
-from .base import UNFINISHED, Part, Upload
+from .base import CHANGED, UNFINISHED, Part, Stored, Upload
 
 
 class FolderStore:
@@ -20,6 +22,8 @@ class FolderStore:
     def explain(self, error: Exception) -> str:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"no space left in {self._folder}: make room, then run the same command again to go on"
+        if isinstance(error, FileExistsError):
+            return CHANGED
         if isinstance(error, PermissionError):
             return f"no permission to write in {self._folder}: change its owner or mode, or choose another STORAGE_URI"
         return f"{error}: mend that, then run the same command again to go on"
@@ -30,18 +34,26 @@ class FolderStore:
             return False
         return all(part.is_in(stored) for part in parts)
 
-    def keys(self, folder: str) -> list[str]:
-        found = (self._folder / folder).rglob("*")
-        return [path.relative_to(self._folder).as_posix() for path in found if path.is_file()]
+    def objects(self, folder: str = "") -> dict[str, Stored]:
+        found = [path for path in (self._folder / folder).rglob("*") if path.is_file()]
+        return {
+            path.relative_to(self._folder).as_posix(): Stored(
+                path.stat().st_size, datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            )
+            for path in found
+        }
 
     def delete(self, key: str) -> None:
-        (self._folder / key).unlink()
+        path = self._folder / key
+        path.unlink()
+        with contextlib.suppress(OSError):  # of the folders that are left, the empty ones
+            os.removedirs(path.parent)
 
     def put(self, key: str, data: bytes, part: Part) -> None:
         target = self._folder / key
         partial = _partial(target)
         partial.write_bytes(data)
-        partial.rename(target)
+        _finish(partial, target)
 
     def begin(self, key: str, path: Path, parts: Sequence[Part]) -> Upload:
         return _FolderUpload(self._folder / key, parts)
@@ -51,6 +63,13 @@ def _partial(target: Path) -> Path:
     """The file to write until it is whole; its folder is made."""
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f"{target.name}{UNFINISHED}")
+
+
+def _finish(partial: Path, target: Path) -> None:
+    """Raises FileExistsError when there is such a file."""
+    if target.exists():
+        raise FileExistsError(str(target))
+    partial.rename(target)
 
 
 class _FolderUpload:
@@ -67,4 +86,4 @@ class _FolderUpload:
 
     def finish(self) -> None:
         os.truncate(self._partial, self._parts[-1].offset + self._parts[-1].size)
-        self._partial.rename(self._target)
+        _finish(self._partial, self._target)

@@ -9,7 +9,12 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
-from .base import RETRIES, WORKERS, Part, Upload, fingerprint, interrupted
+from .base import CHANGED, RETRIES, WORKERS, Part, Stored, Upload, fingerprint, interrupted
+
+RIGHTS = (
+    "s3:PutObject, s3:GetObject and s3:ListMultipartUploadParts on its objects, s3:ListBucket and "
+    "s3:ListBucketMultipartUploads on the bucket; for make releases DELETE=… s3:DeleteObject too"
+)
 
 
 class S3Store:
@@ -33,9 +38,11 @@ class S3Store:
             return f"there is no bucket {self._bucket}: make it (aws s3 mb s3://{self._bucket}) or name another"
         if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
             return f"the AWS credentials are refused ({code}): set ones that are valid for {self._bucket}"
+        if code == "PreconditionFailed":
+            return CHANGED
         if status == 403:
             where = f"s3://{self._bucket}/{self._prefix} ({error.operation_name})"
-            return f"no permission for {where}: grant s3:PutObject, s3:GetObject and s3:ListBucket"
+            return f"no permission for {where}: grant {RIGHTS}"
         return interrupted(f"s3://{self._bucket}", error)
 
     def matches(self, key: str, path: Path, parts: Sequence[Part]) -> bool:
@@ -50,18 +57,21 @@ class S3Store:
             return found["ChecksumSHA256"].partition("-")[0] == fingerprint(parts).partition("-")[0]
         return _etag(found) == _md5(path, parts)
 
-    def keys(self, folder: str) -> list[str]:
+    def objects(self, folder: str = "") -> dict[str, Stored]:
         pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self._bucket, Prefix=f"{self._prefix}/{folder}/"
+            Bucket=self._bucket, Prefix=f"{self._prefix}/{folder and folder + '/'}"
         )
-        found = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-        return [key.removeprefix(f"{self._prefix}/") for key in found]
+        found = [entry for page in pages for entry in page.get("Contents", [])]
+        return {
+            entry["Key"].removeprefix(f"{self._prefix}/"): Stored(entry["Size"], entry["LastModified"])
+            for entry in found
+        }
 
     def delete(self, key: str) -> None:
         self._client.delete_object(**self._location(key))
 
     def put(self, key: str, data: bytes, part: Part) -> None:
-        self._client.put_object(**self._location(key), Body=data, ChecksumSHA256=part.digest)
+        self._client.put_object(**self._location(key), Body=data, ChecksumSHA256=part.digest, IfNoneMatch="*")
 
     def begin(self, key: str, path: Path, parts: Sequence[Part]) -> Upload:
         return _S3Upload(self._client, self._location(key), path, parts)
@@ -71,24 +81,27 @@ class S3Store:
 
 
 class _S3Upload:
-    """A multipart upload: the newest unfinished one of the key, or a new one. S3 makes the object's checksum itself."""
+    """A multipart upload: the newest unfinished one of the key, or a new one. S3 makes the object's checksum itself.
+
+    An older one may be somebody's who is at it, so it is left to the bucket's lifecycle.
+    """
 
     def __init__(self, client: Any, location: dict[str, str], path: Path, parts: Sequence[Part]):
         self._client, self._path, self._parts = client, path, parts
-        uploads = self._unfinished(location)
-        if not uploads:
-            uploads = [client.create_multipart_upload(**location, ChecksumAlgorithm="SHA256")["UploadId"]]
-        self._location, *self._older = [{**location, "UploadId": upload} for upload in uploads]
+        upload = self._unfinished(location)
+        if upload is None:
+            upload = client.create_multipart_upload(**location, ChecksumAlgorithm="SHA256")["UploadId"]
+        self._location = {**location, "UploadId": upload}
         self._uploaded = self._find_uploaded()
         self.done = set(self._uploaded)
 
-    def _unfinished(self, location: dict[str, str]) -> list[str]:
-        """The ids of this key's unfinished uploads, the newest first."""
+    def _unfinished(self, location: dict[str, str]) -> str | None:
+        """The id of this key's newest unfinished upload."""
         pages = self._client.get_paginator("list_multipart_uploads").paginate(
             Bucket=location["Bucket"], Prefix=location["Key"]
         )
         found = [entry for page in pages for entry in page.get("Uploads", []) if entry["Key"] == location["Key"]]
-        return [entry["UploadId"] for entry in sorted(found, key=lambda entry: entry["Initiated"], reverse=True)]
+        return max(found, key=lambda entry: entry["Initiated"])["UploadId"] if found else None
 
     def _find_uploaded(self) -> dict[int, Any]:
         """Those of our parts that are uploaded, by number."""
@@ -116,9 +129,7 @@ class _S3Upload:
             }
             for part in self._parts
         ]
-        self._client.complete_multipart_upload(**self._location, MultipartUpload={"Parts": completed})
-        for older in self._older:
-            self._client.abort_multipart_upload(**older)
+        self._client.complete_multipart_upload(**self._location, MultipartUpload={"Parts": completed}, IfNoneMatch="*")
 
 
 def _etag(entry: dict[str, Any]) -> str:

@@ -17,14 +17,17 @@ import torch
 from handler.loading import load_model
 from handler.settings import Settings
 from scripts.archive import ROOT, archive
+from server.config_properties import PORTS
+from server.config_properties import addresses as addresses_of
 from server.torchserve import TorchServe
 from tests.e2e.asking import PROMPT
+from tests.nginx import with_nginx
 from tests.ports import free_port
 
 READY_TIMEOUT = 180  # seconds
 REPOSITORY_SETTINGS = json.loads((ROOT / "setup_config.json").read_text())
 ENTRY = [sys.executable, "-m", "server.container"]
-FETCH = "import sys; from kserve_storage import Storage; Storage.download(sys.argv[1], sys.argv[2])"
+OLD_KSERVE = ROOT / ".venv-kserve-old"
 SETTINGS = {"max_new_tokens": 8, "max_batch_size": 4, "max_queue": 8, "max_prompt_tokens": 200}
 
 
@@ -91,9 +94,10 @@ def sizes_in(weights):
     return {path: path.stat().st_size for path in (weights, *weights.rglob("*")) if path.is_file()}
 
 
-def fetch(uri, mount):
-    """What KServe's storage initializer does before the container starts."""
-    command = [ROOT / ".venv-kserve/bin/python", "-c", FETCH, uri, mount]
+def fetch(uri, mount, kserve=None):
+    """What KServe's storage initializer does before the container starts; kserve: an old version of OLD_KSERVE."""
+    script = Path(__file__).with_name("storage_initializer.py")
+    command = [ROOT / ".venv-kserve/bin/python", script, uri, mount, *([OLD_KSERVE / kserve] if kserve else [])]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
 
@@ -107,14 +111,14 @@ def container():
 
     @contextlib.contextmanager
     def container(mount, *arguments, wait=True, **image):
-        port = free_port()
-        addresses = [f"inference_address=http://127.0.0.1:{port}", f"management_address=http://127.0.0.1:{port + 1}"]
-        addresses += [f"metrics_address=http://127.0.0.1:{port + 2}"]
-        addresses += [f"grpc_inference_port={port + 3}", f"grpc_management_port={port + 4}"]
+        port, behind = free_port(), free_port()
+        addresses = addresses_of(dict(zip(PORTS, range(behind, behind + len(PORTS)), strict=True)))
         with tempfile.TemporaryDirectory(prefix="pod-") as folder:  # short, for the path of a socket
             pod = Pod(f"http://127.0.0.1:{port}", Path(folder), **image)
-            config = ["--ts-config", str(mount / "config/config.properties")]
-            pod.start(*(arguments or ["serve"]), *config, *addresses)
+            options = ["--ts-config", str(mount / "config/config.properties")]
+            options += ["--port", str(port), "--metrics-port", str(port + 1)]
+            changes = [f"{key}={value}" for key, value in addresses.items()]
+            pod.start(*(arguments or ["serve"]), *options, *changes)
             try:
                 if wait:
                     pod.wait_ready()
@@ -133,17 +137,21 @@ class Pod:
 
     def __init__(self, url, folder, entry=ENTRY, environment=os.environ, cwd=ROOT):
         self.url, self.folder, self.entry, self.cwd = url, folder, entry, cwd
-        self.environment = {**environment, "TMPDIR": str(folder), "TS_SERVICE_ENVELOPE": "kserve"}
+        self.environment = with_nginx(environment) | {"TMPDIR": str(folder), "TS_SERVICE_ENVELOPE": "kserve"}
+        self.environment |= {"AUTH": "none"} if "API_KEY" not in environment else {}
 
     def start(self, *arguments):
         log = (self.folder / "log").open("ab")
-        command = [*self.entry, *arguments]
+        command = self.command(*arguments)
         self.process = subprocess.Popen(command, env=self.environment, cwd=self.cwd, stdout=log, stderr=log)
         self.arguments = arguments
 
+    def command(self, *arguments):
+        return [*self.entry, *arguments]
+
     def run(self, *arguments):
         """A probe or a hook."""
-        command = [*self.entry, *arguments]
+        command = self.command(*arguments)
         return subprocess.run(command, env=self.environment, cwd=self.cwd, capture_output=True, text=True, timeout=120)
 
     def wait_ready(self):

@@ -18,6 +18,7 @@ from scripts.archive import ROOT, archive
 from scripts.upload import upload
 from tests.e2e.asking import PROMPT, predict
 from tests.e2e.conftest import REPOSITORY_SETTINGS
+from tests.nginx import needs_nginx
 
 DOCKERFILE = ROOT / "deploy/Dockerfile"
 KEPT = ROOT / ".run/image"
@@ -73,6 +74,10 @@ def test_it_installs_what_make_setup_installs(instructions):
     assert pins("requirements.lock") <= pins("requirements-dev.lock")
 
 
+def test_it_installs_what_the_entry_runs_and_the_wheels_do_not_have(instructions):
+    assert any(re.search(r"apt-get install .*\bnginx\b", step) for step in arguments(instructions, "RUN"))
+
+
 def test_it_agrees_with_the_manifest(instructions):
     (container,) = yaml.safe_load((ROOT / "deploy/runtime.yaml").read_text())["spec"]["containers"]
     assert arguments(instructions, "USER") == [str(container["securityContext"]["runAsUser"])]
@@ -104,7 +109,8 @@ def image(instructions, tmp_path):
 
     The environment takes a minute to make; it is kept as long as nothing that decides what is in it has changed.
     """
-    steps = [step for step in arguments(instructions, "RUN") if not step.startswith("useradd")]
+    # Not what changes the machine: the user, and Debian's nginx, for which tests/nginx.py has another one.
+    steps = [step for step in arguments(instructions, "RUN") if not step.startswith(("useradd", "apt-get"))]
     decides = [sys.version, *steps, *((ROOT / name).read_text() for name in DECIDES)]
     python = KEPT / hashlib.sha256("\0".join(decides).encode()).hexdigest()[:16]
     variables = {**os.environ, "PATH": f"{python}/bin:/usr/bin:/bin", "TORCH_INDEX_URL": ""}
@@ -129,8 +135,9 @@ def image(instructions, tmp_path):
     return {"entry": [python / "bin" / name, *rest], "environment": variables, "cwd": app}
 
 
+@needs_nginx
 def test_what_its_steps_make_serves(instructions, image, bloom, tmp_path, container, generated):
-    upload(archive("bloom", bloom, tmp_path / "store"), f"file://{tmp_path}/models")
-    with container(tmp_path / "models", *json.loads(arguments(instructions, "CMD")[0]), **image) as pod:
+    release = upload(archive("bloom", bloom, tmp_path / "store"), f"file://{tmp_path}/models").release
+    with container(tmp_path / "models" / release, *json.loads(arguments(instructions, "CMD")[0]), **image) as pod:
         expected = generated(settings=REPOSITORY_SETTINGS)
         assert predict(pod.url, PROMPT).json() == {"predictions": [expected]}

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -25,7 +26,9 @@ from scripts.manifest import (
     warnings,
 )
 from scripts.plan import make_plan, parallel
-from server.container import CONFIG
+from scripts.releases import remember
+from server.container import CONFIG, METRICS_PORT, PORT
+from server.proxy import API_KEY
 from tests.models import save_bloom_7b1_config
 from tests.scripts.kserve_rules import (
     MULTINODE,
@@ -40,6 +43,7 @@ from tests.scripts.kserve_rules import (
 
 GB, GIB = 10**9, 2**30
 VOLUME = "pvc://models/bloom-7b1"
+RELEASE = "0123456789abcdef"
 URIS = dict.fromkeys(["pvc", "air-gapped", "loader", "distributed", "llm"], VOLUME)
 TOGETHER = [
     "s3,keda,monitoring",
@@ -206,7 +210,7 @@ def test_memory_and_disk_come_from_the_plan(plan):
         on_volume["InferenceService"]["spec"]["predictor"]["model"]["resources"]["requests"]["ephemeral-storage"]
         == "1Gi"
     )
-    assert on_volume["PersistentVolumeClaim"]["spec"]["resources"]["requests"]["storage"] == "14Gi"
+    assert on_volume["PersistentVolumeClaim"]["spec"]["resources"]["requests"]["storage"] == "27Gi"  # two releases
 
 
 def test_without_gpus_none_are_asked_for(bloom_7b1):
@@ -246,9 +250,16 @@ def test_a_gateway_or_a_policy_lets_requests_in_and_nothing_else(plan):
         assert policy["podSelector"]["matchLabels"] == {"serving.kserve.io/inferenceservice": "bloom-7b1"}
         return [port["port"] for port in policy["ingress"][0]["ports"]]
 
-    assert ports("runtime") == [8080]
+    assert ports("runtime") == [PORT]
     assert ports("knative") == list(KNATIVE_PORTS)
-    assert ports("classic") == [8080, *KNATIVE_PORTS]
+    assert ports("classic") == [PORT, *KNATIVE_PORTS]
+    for variant in ("runtime", "knative", "classic"):
+        scraped = render(plan, variant)["NetworkPolicy"]["spec"]["ingress"][1]
+        assert [port["port"] for port in scraped["ports"]] == [METRICS_PORT]
+    runtime = render(plan, "keda")["ServingRuntime"]["spec"]
+    ports_of_pod = {port["name"]: port["containerPort"] for port in runtime["containers"][0]["ports"]}
+    assert ports_of_pod == {"http1": PORT, "metrics": METRICS_PORT}  # nginx's; TorchServe's are on loopback
+    assert runtime["annotations"]["prometheus.kserve.io/port"] == str(METRICS_PORT)
     # The way out is closed by a policy of its own.
     policies = [d for d in manifests(Service("bloom", "pvc://c/p", plan), "air-gapped") if d["kind"] == "NetworkPolicy"]
     assert [policy["spec"]["policyTypes"] for policy in policies] == [["Egress"], ["Ingress"]]
@@ -422,12 +433,13 @@ def test_a_smaller_model_does_not_shrink_a_claim(plan):
     def size(**more):
         return render(plan, "pvc", **more)["PersistentVolumeClaim"]["spec"]["resources"]["requests"]["storage"]
 
-    assert (size(), size(claim_bytes=100 * GIB), size(claim_bytes=GIB)) == ("14Gi", "100Gi", "14Gi")
+    assert (size(), size(claim_bytes=100 * GIB), size(claim_bytes=GIB)) == ("27Gi", "100Gi", "27Gi")
 
 
 def test_a_node_groups_disks_keep_the_archive(plan):
     cache = render(plan, "local-cache", node_group="gpus")["LocalModelCache"]
-    assert cache["metadata"] == {"name": "models-bloom-7b1"}  # the cluster's, so both names are in it
+    assert cache["metadata"].keys() == {"name"}
+    assert cache["metadata"]["name"].startswith("models-bloom-7b1-")  # the cluster's, so both names are in it
     assert cache["spec"] == {"sourceModelUri": "gs://bucket/bloom-7b1", "modelSize": "14Gi", "nodeGroups": ["gpus"]}
     uri = render(plan, "local-cache")["InferenceService"]["spec"]["predictor"]["model"]["storageUri"]
     assert uri == cache["spec"]["sourceModelUri"]  # by which KServe finds it
@@ -441,7 +453,7 @@ def test_several_nodes(bloom_7b1):
     assert (split.tensor, split.pipeline) == (2, 2)
     service = render(plan, "distributed", archive_format="no-archive")["InferenceService"]
     predictor = service["spec"]["predictor"]
-    assert predictor["model"]["storageUri"] == f"{VOLUME}/model-store/bloom-7b1/model"
+    assert predictor["model"]["storageUri"] == f"{VOLUME}/model-store/bloom-7b1/model/"
     assert predictor["model"]["args"] == ["--max-model-len=2048", "--dtype=float16"]
     worker = predictor["workerSpec"]
     assert (worker["tensorParallelSize"], worker["pipelineParallelSize"]) == (2, 2)
@@ -456,7 +468,7 @@ def test_several_nodes(bloom_7b1):
 
 def test_an_llm_inference_service_is_for_one_node(on_gpus, bloom_7b1):
     spec = render(on_gpus, "llm", archive_format="no-archive")["LLMInferenceService"]["spec"]
-    assert spec["model"] == {"uri": f"{VOLUME}/model-store/bloom-7b1/model", "name": "bloom-7b1"}
+    assert spec["model"] == {"uri": f"{VOLUME}/model-store/bloom-7b1/model/", "name": "bloom-7b1"}
     assert spec["parallelism"] == {"tensor": 4}
     (container,) = spec["template"]["containers"]
     assert container["name"] == "main" and container["resources"]["limits"]["nvidia.com/gpu"] == "4"
@@ -472,6 +484,8 @@ def test_what_vllm_cannot_serve_is_refused_with_the_reason(plan, on_gpus, bloom_
         render(make_plan(tmp_path, Settings(), [16 * GB] * 4), "distributed")
     with pytest.raises(UserError, match="needs GPUS"):
         render(make_plan(bloom_7b1, Settings(), []), "distributed")
+    with pytest.raises(UserError, match="leave ARCHIVE_FORMAT out"):
+        check(Service("bloom", "oci://registry/bloom:1", on_gpus, "no-archive"), "llm")
     for variant, uri in (("distributed", "gs://b/p"), ("llm", "gs://b/p")):
         with pytest.raises(UserError, match="alone"):
             check(Service("bloom", uri, on_gpus), variant)
@@ -511,34 +525,90 @@ def test_an_image_without_a_tag(plan):
         render(plan, "classic", image="registry.example:5000/torchserve")
 
 
-def make(target, *variables, path=""):
-    environment = {**os.environ, "PATH": f"{path}{os.environ['PATH']}"}
+def make(target, *variables):
     command = ["make", "--no-print-directory", target, *variables]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_the_command_prints_yaml_that_is_applied_by_deploy(bloom_7b1, tmp_path):
-    """kubectl is one that keeps what it is given, and knows of a large claim: there is no cluster here."""
+@pytest.fixture
+def command(bloom_7b1, tmp_path, capsys):
+    """What the command prints with these options, by kind."""
+
+    def command(*options):
+        fixed = ["--model-name", "bloom-7b1", "--model-dir", str(bloom_7b1), "--model-store", str(tmp_path)]
+        main([*fixed, *options])
+        return {document["kind"]: document for document in yaml.safe_load_all(capsys.readouterr().out)}
+
+    return command
+
+
+@pytest.fixture
+def kubectl(tmp_path, monkeypatch):
+    """A kubectl that keeps what it is given, and knows of a large claim, in a folder: there is no cluster here."""
+    folder = tmp_path / "kubectl"
+    folder.mkdir()
+    claim = '{"spec": {"resources": {"requests": {"storage": "50Gi"}}}}'
+    (folder / "kubectl").write_text(
+        f"""#!/bin/sh
+echo "$@" >> {folder}/commands
+case "$1 $2" in
+    "get pvc") echo '{claim}';;
+    "get secret") test ! -e {folder}/secret || echo "secret/$3";;
+    create*) cat > {folder}/secret;;
+    apply*) cat > {folder}/applied;;
+esac
+"""
+    )
+    (folder / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def test_the_command_prints_yaml_that_is_applied_by_deploy(bloom_7b1, kubectl):
     more = [f"MODEL_DIR={bloom_7b1}", "MODEL_NAME=bloom-7b1", f"STORAGE_URI={VOLUME}", "VARIANT=pvc,recreate"]
+    more += [f"RELEASE={RELEASE}", "NAMESPACE=models"]
     printed = make("manifest", *more)
     assert printed.returncode == 0, printed.stderr
     documents = list(yaml.safe_load_all(printed.stdout))
     kinds = ["PersistentVolumeClaim", "NetworkPolicy", "ServingRuntime", "InferenceService"]
     assert [document["kind"] for document in documents] == kinds
-    kubectl = tmp_path / "kubectl"
-    claim = '{"spec": {"resources": {"requests": {"storage": "50Gi"}}}}'
-    kubectl.write_text(
-        f"#!/bin/sh\n[ $1 = get ] && echo '{claim}' && exit\necho \"$1 $2 $3\"; cat > {tmp_path}/applied\n"
-    )
-    kubectl.chmod(0o755)
-    deployed = make("deploy", *more, path=f"{tmp_path}:")
-    assert deployed.stdout == "apply -f -\n", deployed.stderr
+    deployed = make("deploy", *more)
+    assert (deployed.returncode, deployed.stdout) == (0, ""), deployed.stderr
+    commands = (kubectl / "commands").read_text()
+    assert commands.splitlines() == [
+        "get pvc models -n models --ignore-not-found -o json",
+        "get secret bloom-7b1-api-key -n models --ignore-not-found -o name",
+        "create -n models -f -",
+        "apply -f -",
+    ]
     documents[0]["spec"]["resources"]["requests"]["storage"] = "50Gi"
-    assert list(yaml.safe_load_all((tmp_path / "applied").read_text())) == documents
+    assert list(yaml.safe_load_all((kubectl / "applied").read_text())) == documents
+    secret = yaml.safe_load((kubectl / "secret").read_text())
+    assert secret["metadata"] == {"name": "bloom-7b1-api-key"} and secret["stringData"].keys() == {"API_KEY"}
+    key = secret["stringData"]["API_KEY"]
+    assert API_KEY.fullmatch(key) and len(key) == 64
+    assert key not in commands + deployed.stderr + (kubectl / "applied").read_text()
+
+
+def test_a_key_is_made_once_and_where_it_is_asked_for(command, kubectl):
+    def apply(*more):
+        """The commands that kubectl was given."""
+        (kubectl / "commands").write_text("")
+        command("--storage-uri", VOLUME, "--release", RELEASE, "--apply", *more)
+        return (kubectl / "commands").read_text().splitlines()
+
+    look = "get secret bloom-7b1-api-key --ignore-not-found -o name"
+    assert apply("--auth", "none") == ["apply -f -"]
+    on_vllm = ["--variant", "distributed", "--archive-format", "no-archive", "--gpus", "4x16GB"]
+    assert apply(*on_vllm) == ["apply -f -"]
+    assert apply() == [look, "create -f -", "apply -f -"]
+    key = (kubectl / "secret").read_text()
+    assert apply() == [look, "apply -f -"] and (kubectl / "secret").read_text() == key
 
 
 def test_a_plan_that_does_not_fit_ends_with_an_error(bloom_7b1, capsys, monkeypatch):
     arguments = ["--model-dir", str(bloom_7b1), "--model-name", "bloom", "--storage-uri", "gs://b/p", "--cpu", "8GiB"]
+    arguments += ["--release", RELEASE]
     for more in ([], ["--apply"]):
         with pytest.raises(UserError, match=r"does not fit: .*FORCE=1 goes on"):
             main([*arguments, *more])
@@ -551,6 +621,101 @@ def test_a_plan_that_does_not_fit_ends_with_an_error(bloom_7b1, capsys, monkeypa
     assert "--force" in subprocess.run(
         ["make", "-n", "manifest", "FORCE=1", "MODEL_DIR=m", "STORAGE_URI=u"], cwd=ROOT, capture_output=True, text=True
     ).stdout  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["runtime", "knative", "classic"])
+def test_a_key_is_asked_for_unless_a_mesh_decides(plan, variant):
+    def environment(auth):
+        documents = render(plan, variant, auth=auth)
+        predictor = documents["InferenceService"]["spec"]["predictor"]
+        return (predictor["pytorch"] if variant == "classic" else documents["ServingRuntime"]["spec"]["containers"][0])[
+            "env"
+        ]
+
+    (key,) = [entry for entry in environment("api-key") if entry["name"] == "API_KEY"]
+    assert key["valueFrom"] == {"secretKeyRef": {"name": "bloom-7b1-api-key", "key": "API_KEY"}}
+    names = {entry["name"]: entry.get("value") for entry in environment("none")}
+    assert names["AUTH"] == "none" and "API_KEY" not in names and names["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_release_is_the_one_uploaded_last_unless_it_is_named(command, tmp_path):
+    with pytest.raises(UserError, match="no release of bloom-7b1 was uploaded from here"):
+        command("--storage-uri", "gs://b/p")
+    for release in ("0" * 16, "1" * 16):
+        remember(tmp_path, "bloom-7b1", release)
+
+    def uri(storage_uri, *more):
+        predictor = command("--storage-uri", storage_uri, *more)["InferenceService"]["spec"]["predictor"]
+        return predictor["model"]["storageUri"]
+
+    assert uri("gs://b/p") == f"gs://b/p/{'1' * 16}/"
+    assert uri("gs://b/p", "--release", "0" * 16) == f"gs://b/p/{'0' * 16}/"
+    assert uri("gs://b/p", "--variant", "canary") == f"gs://b/p/{'1' * 16}/"  # beside one of the release before
+    assert uri(VOLUME, "--variant", "pvc") == f"{VOLUME}/{'1' * 16}/"
+    image = "oci://registry/bloom-7b1:1"
+    assert uri(image) == image
+    with pytest.raises(UserError, match="leave it out"):
+        uri(image, "--release", "0" * 16)
+    with pytest.raises(UserError, match="is not the name of a release"):
+        uri("gs://b/p", "--release", "0123")
+
+
+def test_a_release_is_copied_to_its_own_folder_on_the_volume(command):
+    options = ["--variant", "loader", "--storage-uri", VOLUME, "--source-uri", "s3://b/p"]
+    first, second = (command(*options, "--release", release) for release in ("0" * 16, "1" * 16))
+    (container,) = first["Job"]["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == [f"s3://b/p/{'0' * 16}/", "/mnt/models"]
+    assert container["volumeMounts"][0]["subPath"] == f"bloom-7b1/{'0' * 16}"
+    assert first["InferenceService"]["spec"]["predictor"]["model"]["storageUri"] == f"{VOLUME}/{'0' * 16}/"
+    assert first["Job"]["metadata"]["name"] != second["Job"]["metadata"]["name"]
+
+
+def test_each_release_has_a_cache_of_its_own(command):
+    """KServe lets nobody change what a LocalModelCache keeps."""
+    options = ["--variant", "local-cache", "--storage-uri", "gs://b/p", "--release"]
+    first, second = (command(*options, release) for release in ("0" * 16, "1" * 16))
+    assert first["LocalModelCache"]["metadata"]["name"] != second["LocalModelCache"]["metadata"]["name"]
+    assert first["LocalModelCache"]["spec"]["sourceModelUri"] == f"gs://b/p/{'0' * 16}/"
+
+
+def test_the_checkpoint_of_a_release(command):
+    gpus = ["--gpus", "4x16GB"]
+    of_release = ["--archive-format", "no-archive", "--release", RELEASE, *gpus]
+    distributed = command("--variant", "distributed", "--storage-uri", VOLUME, *of_release)["InferenceService"]
+    path = f"{RELEASE}/model-store/bloom-7b1/model/"
+    assert distributed["spec"]["predictor"]["model"]["storageUri"] == f"{VOLUME}/{path}"
+    llm = command("--variant", "llm", "--storage-uri", "s3://b/p", *of_release)["LLMInferenceService"]
+    assert llm["spec"]["model"]["uri"] == f"s3://b/p/{path}"
+    put_there = command("--variant", "llm", "--storage-uri", "s3://b/p", *gpus)["LLMInferenceService"]
+    assert put_there["spec"]["model"]["uri"] == "s3://b/p"
+    with pytest.raises(UserError, match="leave it out"):
+        command("--variant", "llm", "--storage-uri", "s3://b/p", *gpus, "--release", RELEASE)
+
+
+@pytest.mark.parametrize(
+    "variant, uri, least",
+    [
+        ("runtime", "gs://b/p", "0.13"),
+        ("pvc", VOLUME, "0.13"),
+        ("canary", "s3://b/p", "0.13"),
+        ("local-cache", "gs://b/p", "0.15"),
+        ("keda", "s3://b/p", "0.16"),
+        ("keda", "https://a.blob.core.windows.net/container/path", "0.17"),
+        ("azure", "https://a.blob.core.windows.net/container/path", "0.17"),
+    ],
+)
+def test_what_the_clusters_kserve_is_too_old_for_is_refused(command, variant, uri, least):
+    options = ["--variant", variant, "--storage-uri", uri, "--release", RELEASE, "--namespace", "models", "--kserve"]
+    assert command(*options, least)
+    older = f"v0.{int(least.removeprefix('0.')) - 1}.2"
+    with pytest.raises(UserError, match=rf"use (KServe )?{re.escape(least)} or newer"):
+        command(*options, older)
+
+
+def test_vllm_asks_for_no_key_and_that_is_said(on_gpus):
+    (line,) = warnings(Service("bloom", VOLUME, on_gpus), "distributed")
+    assert "asks for no key" in line
+    assert warnings(Service("bloom", VOLUME, on_gpus, auth="none"), "distributed") == []
 
 
 def test_what_is_missing_is_named(tmp_path, capsys):

@@ -38,20 +38,33 @@ def test_both_are_the_same_but_for_where_they_listen(archive_path):
     assert {name: laptop[name] for name in SAME} == {name: cluster[name] for name in SAME}
 
 
-def test_a_laptop_listens_on_loopback_alone(archive_path):
+@pytest.mark.parametrize("render", [lambda path: laptop_properties(path, 9000), cluster_properties])
+def test_all_is_on_loopback(archive_path, render):
+    values = read(render(archive_path))
+    hosts = {
+        name: value.removeprefix("http://").partition(":")[0] for name, value in values.items() if "_address" in name
+    }
+    assert hosts == {
+        "inference_address": "127.0.0.1",
+        "management_address": "127.0.0.1",
+        "metrics_address": "127.0.0.1",
+        "grpc_inference_address": "127.0.0.1",
+        "grpc_management_address": "127.0.0.1",
+    }
+
+
+def test_where_a_laptop_listens(archive_path):
     values = read(laptop_properties(archive_path, 9000))
     addresses = [values[f"{name}_address"] for name in ("inference", "management", "metrics")]
     assert addresses == [f"http://127.0.0.1:{port}" for port in (9000, 9001, 9002)]
-    assert values["grpc_inference_address"] == "127.0.0.1"
+    assert (values["grpc_inference_port"], values["grpc_management_port"]) == ("9003", "9004")
     assert values["model_store"] == str(archive_path.parent)
     assert values["metrics_config"] == str(ROOT / "server/metrics.yaml")
 
 
-def test_a_cluster_reaches_all_but_management(archive_path):
+def test_where_a_pod_listens(archive_path):
     values = read(cluster_properties(archive_path))
-    assert values["inference_address"] == "http://0.0.0.0:8085"
-    assert values["management_address"] == "http://127.0.0.1:8086"
-    assert values["metrics_address"] == "http://0.0.0.0:8082"
+    assert values["inference_address"] == "http://127.0.0.1:8085"  # which KServe's wrapper asks
     assert values["model_store"] == "/mnt/models/model-store"
     assert values["metrics_config"] == "/mnt/models/config/metrics.yaml"
     assert values["enable_envvars_config"] == values["enable_model_api"] == "false"

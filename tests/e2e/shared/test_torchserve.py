@@ -204,7 +204,6 @@ def test_describe(plain, continuous):
     assert described["versions"]["transformers"].startswith("5.")
     # What anybody may read, and `drain` does; also in continuous mode, where TorchServe asks for the above for ever.
     public = describe(continuous.url)
-    assert described.keys() - public.keys() == {"versions", "device_map"}
+    assert described.keys() - public.keys() == {"versions", "device_map", "products"}
     assert public.pop("engine").keys() == {"running", "waiting"}  # of another server
-    # TorchServe leaves nulls out of what its management API passes on.
-    assert public == {key: described.get(key) for key in public}
+    assert public == {key: described[key] for key in public}

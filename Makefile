@@ -16,6 +16,8 @@ TEXT ?= My dog is cute
 export OMP_WAIT_POLICY ?= PASSIVE
 
 RUN := .venv/bin/python -m
+# Of serve, archive, plan, manifest and deploy: a small checkpoint with the same tokenizer, which guesses tokens.
+DRAFT = $(if $(DRAFT_MODEL),--draft-model "$(DRAFT_MODEL)")
 PYTEST := .venv/bin/pytest -n 2 --no-loadscope-reorder
 READY := .venv/.ready
 READY_KSERVE := .venv-kserve/.ready
@@ -66,8 +68,8 @@ $(READY_KSERVE_OLD): requirements-kserve-old.lock $(READY_KSERVE)
 demo: $(READY) ## a small real model, all the way to its answer
 	@$(RUN) scripts.demo --setup-config "$(SETUP_CONFIG)" --text "$(TEXT)"
 
-serve: $(READY) ## serve MODEL_DIR as MODEL_NAME on PORT, in the foreground
-	@$(RUN) scripts.serve $(if $(MODEL_DIR),--model-dir "$(MODEL_DIR)") --model-name "$(MODEL_NAME)" \
+serve: $(READY) ## serve MODEL_DIR as MODEL_NAME on PORT, in the foreground; DRAFT_MODEL=… to guess tokens
+	@$(RUN) scripts.serve $(if $(MODEL_DIR),--model-dir "$(MODEL_DIR)") $(DRAFT) --model-name "$(MODEL_NAME)" \
 	    --setup-config "$(SETUP_CONFIG)" --model-config "$(MODEL_CONFIG)" --port $(PORT)
 
 stop: $(READY) ## end what `make serve` started on PORT
@@ -86,8 +88,8 @@ shard: $(READY) ## MODEL_DIR -> SHARD_DIR in shards of MAX_SHARD_SIZE; QUANTIZE=
 zip: $(READY) ## MODEL_DIR -> MODEL_ZIP
 	@$(RUN) scripts.zip --model-dir "$(MODEL_DIR)" --output "$(MODEL_ZIP)"
 
-archive: $(READY) ## MODEL_ZIP (or MODEL_DIR, with no-archive) -> model_store/MODEL_NAME
-	@$(RUN) scripts.archive --model-name "$(MODEL_NAME)" --archive-format "$(ARCHIVE_FORMAT)" \
+archive: $(READY) ## MODEL_ZIP (or MODEL_DIR, with no-archive) and DRAFT_MODEL, if any -> model_store/MODEL_NAME
+	@$(RUN) scripts.archive --model-name "$(MODEL_NAME)" --archive-format "$(ARCHIVE_FORMAT)" $(DRAFT) \
 	    --weights "$(if $(filter no-archive,$(ARCHIVE_FORMAT)),$(or $(MODEL_DIR),$(MODEL_ZIP)),$(MODEL_ZIP))" \
 	    --setup-config "$(SETUP_CONFIG)" --model-config "$(MODEL_CONFIG)"
 
@@ -101,13 +103,13 @@ releases: $(READY) ## what was uploaded to STORAGE_URI; DELETE=RELEASE removes o
 
 plan: $(READY) ## where MODEL_DIR goes on GPUS and CPU, and whether it fits -> plan.json, plan.svg
 	@$(RUN) scripts.plan --model-dir "$(or $(MODEL_DIR),$(error MODEL_DIR=… is missing: a checkpoint, or a folder with its config.json))" \
-	    $(if $(GPUS),--gpus "$(GPUS)") $(if $(CPU),--cpu "$(CPU)") --setup-config "$(SETUP_CONFIG)" \
+	    $(DRAFT) $(if $(GPUS),--gpus "$(GPUS)") $(if $(CPU),--cpu "$(CPU)") --setup-config "$(SETUP_CONFIG)" \
 	    --json plan.json --picture plan.svg
 
 MANIFEST = $(RUN) scripts.manifest --model-name "$(MODEL_NAME)" --model-dir "$(or $(MODEL_DIR),$(error MODEL_DIR=… is missing: \
 	    memory and disk are reckoned from the checkpoint))" \
 	    --storage-uri "$(or $(STORAGE_URI),$(error STORAGE_URI=… is missing: where make upload put the archive))" \
-	    --setup-config "$(SETUP_CONFIG)" --archive-format "$(ARCHIVE_FORMAT)" $(if $(VARIANT),--variant "$(VARIANT)") \
+	    $(DRAFT) --setup-config "$(SETUP_CONFIG)" --archive-format "$(ARCHIVE_FORMAT)" $(if $(VARIANT),--variant "$(VARIANT)") \
 	    $(if $(GPUS),--gpus "$(GPUS)") $(if $(GPU_RESOURCE),--gpu-resource "$(GPU_RESOURCE)") \
 	    $(if $(CPUS),--cpus "$(CPUS)") $(if $(CPU),--cpu "$(CPU)") $(if $(REPLICAS),--replicas "$(REPLICAS)") \
 	    $(if $(MAX_REPLICAS),--max-replicas "$(MAX_REPLICAS)") $(if $(IMAGE),--image "$(IMAGE)") \

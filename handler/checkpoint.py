@@ -32,6 +32,12 @@ def open_checkpoint(model_dir: Path) -> Path:
     return find_root(folder)
 
 
+def open_draft(model_dir: Path) -> Path | None:
+    """The checkpoint of the draft model in the folder `draft_model/`, if there is one."""
+    folder = model_dir / "draft_model"
+    return find_root(folder) if folder.is_dir() else None
+
+
 def find_root(folder: Path) -> Path:
     """The folder nearest to the top of `folder` that holds a config.json: the sample's zip stores
     `model/models--…/snapshots/HASH/…`. Raises CheckpointError when there is none, or several equally near."""

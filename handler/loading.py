@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -18,8 +19,9 @@ from transformers import (
 from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from handler.engine.draft_model import DraftModel
 from handler.errors import LoadError, first_line
-from handler.memory import device_limits, free_memory
+from handler.memory import device_limits, free_memory, limits_beside_draft
 from handler.settings import Settings
 from handler.weights.cpu_linear import cpu_lacks
 from handler.weights.files import weight_files
@@ -43,16 +45,19 @@ class LoadedModel:
     placement: Placement
     streamed: StreamedWeights | None  # what the disk tier is read through
     products: str  # what matrices are multiplied in, and how
+    draft: PreTrainedModel | None = None  # a small one with the same tokens, on the main device
 
 
-def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedModel:
+def load_model(folder: Path, settings: Settings, work_folder: Path, draft_folder: Path | None = None) -> LoadedModel:
     """Load the causal language model in `folder` on the tiers that `settings` allows.
 
     Peak memory while loading is what stays resident plus about the largest shard. `work_folder` is where a
-    relative `offload_folder` lies; safetensors are read in place and leave it empty.
+    relative `offload_folder` lies; safetensors are read in place and leave it empty. The draft model in `draft_folder`
+    is loaded where steps bring weights to the device that computes.
 
     Raises CheckpointError for a folder without weights, and LoadError for one without a tokenizer or a causal
-    language model, and where there are fewer GPUs than the environment's REQUIRE_GPUS says.
+    language model, where there are fewer GPUs than the environment's REQUIRE_GPUS says, and for a draft model with
+    another tokenizer.
     """
     files = weight_files(folder)
     config = read_config(folder, settings)
@@ -60,22 +65,31 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     gpus = torch.cuda.device_count()
     _require_gpus(gpus)
     settings, empty, limits = _computed_as(config, settings, files, gpus)
-    model = AutoModelForCausalLM.from_pretrained(
+    empty_draft = None
+    if draft_folder and settings.num_speculative_tokens:
+        _require_same_tokens(tokenizer, _load_tokenizer(draft_folder, settings))
+        empty_draft = meta_model(read_config(draft_folder, settings), settings, weight_files(draft_folder))
+        beside = limits_beside_draft(empty, settings, free_memory(gpus), empty_draft)
+        if beside is None:
+            empty_draft = None
+            logger.info("the draft model is not loaded: no step reads weights")
+        else:
+            limits = beside
+    model = _from_pretrained(
         folder,
-        dtype=settings.dtype,
+        settings,
         device_map=device_map(settings, gpus, empty, limits),
         max_memory=limits,
         offload_folder=work_folder / settings.offload_folder,
         offload_buffers=settings.offload_buffers,
-        trust_remote_code=settings.trust_remote_code,
-        weights_only=True,
-        local_files_only=True,
     )
-    model.eval()
-    fuse_gelu(model)
     # A model that went to one device whole has no map of its own.
     placed = getattr(model, "hf_device_map", {"": model.device.type})
     placement = Placement.of(model, placed)
+    draft = None
+    if draft_folder and empty_draft:
+        placement = placement.with_draft(empty_draft, DraftModel.cache_bytes(empty_draft))
+        draft = _load_draft(draft_folder, settings, placement.main_device)
     for device, tier in placement.tiers.items():
         logger.info("%s holds %d layers, %.2f GB", device, tier.layers, tier.bytes / 1e9)
     packed = pack_weights(model) if settings.pack_weights else 0
@@ -85,7 +99,42 @@ def load_model(folder: Path, settings: Settings, work_folder: Path) -> LoadedMod
     streamed = stream_weights(model, placement.read_ahead_bytes)
     if streamed is not None:
         logger.info("what is on disk is read with %s, %.2f GB/s", streamed.reader.method, streamed.rate / 1e9)
-    return LoadedModel(model, tokenizer, placed, placement, streamed, products)
+    return LoadedModel(model, tokenizer, placed, placement, streamed, products, draft)
+
+
+def _from_pretrained(folder: Path, settings: Settings, **places: Any) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        weights_only=True,
+        local_files_only=True,
+        **places,
+    )
+    model.eval()
+    fuse_gelu(model)
+    return model
+
+
+def _load_draft(folder: Path, settings: Settings, device: str) -> PreTrainedModel:
+    """All of it on one device, "gpu 0" or "cpu"."""
+    draft = _from_pretrained(folder, settings, device_map={"": device.replace("gpu ", "cuda:")})
+    if settings.pack_weights:
+        pack_weights(draft)
+    own_resident_weights(draft)
+    return draft
+
+
+def _require_same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
+    same = {
+        "vocabulary": one.get_vocab() == other.get_vocab(),
+        "special tokens": one.special_tokens_map == other.special_tokens_map,
+    }
+    if differing := [name for name, is_same in same.items() if not is_same]:
+        raise LoadError(
+            f"draft_model/ has another tokenizer than the model ({' and '.join(differing)} differ): take a model of "
+            "the same family, or none"
+        )
 
 
 def _computed_as(

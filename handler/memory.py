@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from handler.engine.architecture import Architecture
 from handler.engine.capacity import Capacity
+from handler.engine.draft_model import DraftModel
 from handler.errors import LoadError
 from handler.settings import Settings
-from handler.weights.placement import Placement, spread_map
+from handler.weights.placement import Placement, max_memory, settled_map, spread_map, weight_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,25 @@ def device_limits(model: PreTrainedModel, settings: Settings, free: Mapping[int 
     return {device: max(0, limit) for device, limit in limits.items()}
 
 
+def limits_beside_draft(
+    model: PreTrainedModel, settings: Settings, free: Mapping[int | str, int], draft: PreTrainedModel
+) -> dict[int | str, int] | None:
+    """The weights that each device may hold, in bytes, beside those of a draft model, its keys and its values. None
+    where no step brings weights: then it is of no use. Both models may be on the meta device."""
+    gpus = len(free) - 1
+    named = max_memory(settings, gpus)
+    limits = named or device_limits(model, settings, free)
+    placement = Placement.of(model, settled_map(settings, gpus, model, limits))
+    if not placement.is_streaming:
+        return None
+    main = next(device for device in free if placement.main_device in (device, f"gpu {device}"))
+    size = weight_bytes(draft)
+    if named:
+        return named | {main: max(0, named.get(main, 0) - size)}
+    left = max(0, free[main] - size - DraftModel.cache_bytes(draft))
+    return device_limits(model, settings, {**free, main: left})
+
+
 def with_kv_cache_limit(settings: Settings, model: PreTrainedModel, placement: Placement) -> Settings:
     """The settings with a limit on keys and values, where they name none and memory is too small for the default.
 
@@ -83,7 +103,7 @@ def kv_cache_budget(placement: Placement, capacity: Capacity) -> int:
     layers = placement.computed_layers
     shares = []
     for device, count in layers.items():
-        taken = capacity.activation_bytes + (placement.streaming_bytes if device == placement.main_device else 0)
+        taken = capacity.activation_bytes + (placement.main_device_bytes if device == placement.main_device else 0)
         free = free_host_memory() if device == "cpu" else torch.cuda.mem_get_info(int(device.split()[1]))[0]
         if count:
             usable = max(0, int((free - taken) * (1 - RESERVE)))

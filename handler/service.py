@@ -18,8 +18,9 @@ from ts.metrics.caching_metric import CachingMetric
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
-from handler.checkpoint import open_checkpoint, work_folder
+from handler.checkpoint import open_checkpoint, open_draft, work_folder
 from handler.engine import Engine
+from handler.engine.draft_model import DraftModel
 from handler.loading import load_model
 from handler.memory import page_cache_room, with_kv_cache_limit
 from handler.metrics import CLIENT_GONE, Metric, Metrics
@@ -44,12 +45,16 @@ class LargeModelHandler(BaseHandler):
         began = time.monotonic()
         model_dir = Path(context.system_properties["model_dir"])
         self.settings = read_settings(model_dir / "setup_config.json")
-        self.loaded = load_model(open_checkpoint(model_dir), self.settings, work_folder(model_dir))
+        checkpoint, draft = open_checkpoint(model_dir), open_draft(model_dir)
+        self.loaded = load_model(checkpoint, self.settings, work_folder(model_dir), draft)
         self.model, placement = self.loaded.model, self.loaded.placement
         config = with_kv_cache_limit(self.settings, self.model, placement)
         if self.loaded.streamed:
             self.loaded.streamed.keep_in_page_cache(page_cache_room(config, self.model, placement))
         self.engine = Engine(self.loaded.model, self.loaded.tokenizer, config)
+        if self.loaded.draft:
+            vocab_size = self.model.config.get_text_config().vocab_size
+            self.engine.speculator.draft_model = DraftModel(self.loaded.draft, vocab_size)
         self.model_info = ModelInfo(
             name=context.model_name,
             version=context.manifest["model"]["modelVersion"],
@@ -129,6 +134,7 @@ class LargeModelHandler(BaseHandler):
             "device_map": self.loaded.device_map,
             "tiers": {device: vars(tier) for device, tier in self.loaded.placement.tiers.items()},
             "streaming": self._streaming(),
+            "draft_model": self._draft_model(),
             "versions": {package: version(package) for package in PACKAGES},
         }
 
@@ -145,6 +151,17 @@ class LargeModelHandler(BaseHandler):
             "share_waited": round(streamed.wait_seconds / max(self.engine.forward_seconds, 1e-9), 3),
             "draft_tokens": self.engine.speculator.num_drafted,
             "accepted_draft_tokens": self.engine.speculator.num_accepted,
+        }
+
+    def _draft_model(self) -> dict[str, Any] | None:
+        """The model that guesses tokens, where there is one. in_use: not any more after an error."""
+        if not (draft := self.loaded.draft):
+            return None
+        return {
+            "model_type": draft.config.model_type,
+            "dtype": str(draft.dtype).removeprefix("torch."),
+            "memory_footprint": draft.get_memory_footprint(),
+            "in_use": self.engine.speculator.draft_model is not None,
         }
 
     def _emit(self, metric: Metric, labels: tuple[str, ...], value: float) -> None:

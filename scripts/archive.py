@@ -32,16 +32,20 @@ def archive(
     setup_config: Path = ROOT / "setup_config.json",
     model_config: Path = ROOT / "model-config.yaml",
     archive_format: str = "zip-store",
+    draft_model: Path | None = None,
 ) -> Path:
     """Write `model_store/NAME.mar` (zip-store) or the folder `model_store/NAME` (no-archive); its path.
 
     weights: a model.zip, or the folder of a checkpoint. In a no-archive folder they are linked, not copied.
+    draft_model: the folder of a small checkpoint with the same tokenizer, which becomes `draft_model/`.
     Raises UserError for weights that are not there and SettingsError for a setup_config.json that cannot be used.
     """
     if not weights.exists():
         raise UserError(f"{weights} does not exist: give a model.zip (make zip) or a checkpoint folder")
     if weights.is_file() and not zipfile.is_zipfile(weights):
         raise UserError(f"{weights} is not a whole zip file: pack it again with make zip")
+    if draft_model and not (draft_model / "config.json").is_file():
+        raise UserError(f"{draft_model} holds no config.json: give DRAFT_MODEL the folder of a Hugging Face checkpoint")
     read_settings(setup_config)
     model_store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=model_store, prefix=".archive-") as scratch:
@@ -49,8 +53,10 @@ def archive(
         if archive_format == "no-archive":
             link = target / ("model" if weights.is_dir() else "model.zip")
             link.symlink_to(weights.resolve())
+            if draft_model:
+                (target / "draft_model").symlink_to(draft_model.resolve())
         else:
-            _add_weights(target, weights)
+            _add_weights(target, weights, draft_model)
         return _move_into_place(target, model_store / target.name)
 
 
@@ -95,11 +101,18 @@ def _weight_files(weights: Path) -> list[Path]:
     return [weights] if weights.is_file() else files_in(weights)
 
 
-def _add_weights(mar: Path, weights: Path) -> None:
-    files = _weight_files(weights)
-    with zipfile.ZipFile(mar, "a", zipfile.ZIP_STORED) as zipped, progress_bar(files, mar.name) as bar:
-        for path in files:
-            name = Path("model.zip") if weights.is_file() else Path("model") / path.relative_to(weights)
+def _add_weights(mar: Path, weights: Path, draft_model: Path | None) -> None:
+    folders = {"model": weights, "draft_model": draft_model}
+    names = {
+        path: Path(name) / path.relative_to(folder)
+        for name, folder in folders.items()
+        if folder and folder.is_dir()
+        for path in files_in(folder)
+    }
+    if weights.is_file():
+        names[weights] = Path("model.zip")
+    with zipfile.ZipFile(mar, "a", zipfile.ZIP_STORED) as zipped, progress_bar(list(names), mar.name) as bar:
+        for path, name in names.items():
             add_file(zipped, path, name, bar)
 
 
@@ -113,13 +126,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="archive", description=__doc__.splitlines()[0])
     parser.add_argument("--model-name", required=True, help="the M of /v1/models/M:predict")
     parser.add_argument("--weights", type=Path, required=True, help="a model.zip or a checkpoint folder")
+    parser.add_argument("--draft-model", type=Path, help="a small checkpoint with the same tokenizer, to guess tokens")
     parser.add_argument("--setup-config", type=Path, default=ROOT / "setup_config.json")
     parser.add_argument("--model-config", type=Path, default=ROOT / "model-config.yaml")
     parser.add_argument("--archive-format", choices=FORMATS, default="zip-store")
     parser.add_argument("--model-store", type=Path, default=Path("model_store"))
     args = parser.parse_args(argv)
     path = archive(
-        args.model_name, args.weights, args.model_store, args.setup_config, args.model_config, args.archive_format
+        args.model_name,
+        args.weights,
+        args.model_store,
+        args.setup_config,
+        args.model_config,
+        args.archive_format,
+        args.draft_model,
     )
     size = f"{path.stat().st_size / 1e9:.2f} GB" if path.is_file() else f"a folder, with {args.weights} linked"
     print(f"{path}: {size}")

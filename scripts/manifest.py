@@ -564,6 +564,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model-name", required=True, help="as it was archived")
     add("--model-dir", type=Path, required=True, help="the checkpoint, or a folder with its config.json")
+    add("--draft-model", type=Path, help="as it was archived: a small checkpoint that guesses tokens")
     add(
         "--storage-uri",
         required=True,
@@ -606,7 +607,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     cpu = parse_size_option("CPU", args.cpu) if args.cpu else None
-    plan = make_plan(args.model_dir, read_settings(args.setup_config), parse_gpus(args.gpus), cpu)
+    plan = make_plan(
+        args.model_dir, read_settings(args.setup_config), parse_gpus(args.gpus), cpu, draft_dir=args.draft_model
+    )
     s3 = {"region": args.s3_region, "endpoint": args.s3_endpoint, "role": args.s3_role}
     options: dict[str, Any] = {
         "archive_format": args.archive_format,

@@ -37,6 +37,7 @@ def serve(archive_path: Path, port: int, timeout: float) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="serve", description=__doc__)
     parser.add_argument("--model-dir", type=Path, help=f"checkpoint folder; default: the demo model, {DEMO_NAME}")
+    parser.add_argument("--draft-model", type=Path, help="a small checkpoint with the same tokenizer, to guess tokens")
     parser.add_argument("--model-name", help="default: the folder's name")
     parser.add_argument("--setup-config", type=Path, default=ROOT / "setup_config.json")
     parser.add_argument("--model-config", type=Path, default=ROOT / "model-config.yaml")
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{model_dir} is not a folder: give MODEL_DIR a checkpoint folder")
     name = args.model_name or model_dir.resolve().name
     store = RUN / "model_store" / str(args.port)
-    archive_path = archive(name, model_dir, store, args.setup_config, args.model_config, "no-archive")
+    archive_path = archive(name, model_dir, store, args.setup_config, args.model_config, "no-archive", args.draft_model)
     serve(archive_path, args.port, args.timeout)
 
 

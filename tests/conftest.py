@@ -52,6 +52,14 @@ def bloom(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def draft_bloom(tmp_path_factory):
+    """The folder of a smaller BLOOM with the same tokenizer."""
+    from tests.models import save_tiny_bloom
+
+    return save_tiny_bloom(tmp_path_factory.mktemp("draft") / "bloom-1", shards=False, n_layer=1)
+
+
 @pytest.fixture(scope="session", params=STORES)
 def cloud_server(request, tmp_path_factory):
     if request.param == "azure" and not clouds.AZURITE.is_file():

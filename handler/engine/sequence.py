@@ -66,7 +66,7 @@ class Sequence:
     finish_reason: None while it waits or runs.
     row: its row in the KV cache, -1 while it waits.
     num_cached_tokens: how many of its tokens have keys and values there.
-    acceptance: the share of its drafts that was accepted lately.
+    acceptance, draft_acceptance: the share of its drafts that was accepted lately, of its text's and the draft model's.
     times_passed: how often others were admitted before it because it did not fit.
     shares_prompt: whether its prompt has the same keys and values as its siblings'. Not once it has grown beyond
         longrope's border: that changes all its keys, and theirs maybe not yet.
@@ -85,6 +85,7 @@ class Sequence:
     row: int = -1
     num_cached_tokens: int = 0
     acceptance: float = 0.5
+    draft_acceptance: float = 0.5
     times_passed: int = 0
     shares_prompt: bool = True
 

@@ -6,13 +6,19 @@ the draft. So greedy answers are the same, and seeded ones too. For a draft that
 speculative sampling does (Leviathan et al. 2023, arXiv:2211.17192): with the probability that the model gives it.
 """
 
+import logging
+from collections.abc import Callable
+
 import numpy as np
 
 from .capacity import Capacity
+from .draft_model import DraftModel
 from .forward_cost import ForwardCost
 from .kv_cache import KVCache
 from .scheduler import Batch
 from .sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 _SHORTEST, _LONGEST = 2, 5  # tokens that have to be there once more for what followed them to be a draft
 _MEMORY = 8  # drafts over which the share that is accepted is a mean
@@ -22,18 +28,25 @@ class Speculator:
     """Adds drafts to batches: as many as pay, by what is accepted and what their positions cost.
 
     num_drafted, num_accepted: tokens so far.
+    draft_model: what guesses where the text suggests nothing, or None.
     """
 
     def __init__(self, limit: int, capacity: Capacity, cache: KVCache, cost: ForwardCost):
         """limit: most drafts of a sequence in a step."""
         self.num_drafted = self.num_accepted = 0
+        self.draft_model: DraftModel | None = None
+        self._asked: set[Sequence] = set()  # whose drafts are the draft model's
         self._limit, self._capacity, self._cache, self._cost = limit, capacity, cache, cost
 
     def add_drafts(self, batches: list[Batch]) -> None:
         """Let sequences that bring their last token bring drafts too."""
         for batch in batches if self._limit else ():
-            drafts = {sequence: self._drafts(sequence, batch) for sequence in batch.sequences}
-            width = self._best_width(batch, drafts)
+            rooms = {sequence: self._room(sequence, batch) for sequence in batch.sequences}
+            drafts = {s: prompt_lookup(s.all_token_ids, room) if room else [] for s, room in rooms.items()}
+            self._asked = set()
+            if self.draft_model and any(rooms.values()):
+                drafts |= self._ask(self.draft_model, batch, rooms, drafts)
+            _, width = self._best_width(batch, {sequence: len(chain) for sequence, chain in drafts.items()})
             for index, sequence in enumerate(batch.sequences):
                 if chain := drafts[sequence][:width]:
                     batch.draft_token_ids[sequence] = chain
@@ -48,30 +61,67 @@ class Speculator:
         """After a chain of `drafted` tokens was verified."""
         self.num_accepted += accepted
         tried = min(accepted + 1, drafted)
-        sequence.acceptance = (_MEMORY * sequence.acceptance + accepted) / (_MEMORY + tried)
+        share = (_MEMORY * self._acceptance(sequence) + accepted) / (_MEMORY + tried)
+        if sequence in self._asked:
+            sequence.draft_acceptance = share
+        else:
+            sequence.acceptance = share
 
-    def _drafts(self, sequence: Sequence, batch: Batch) -> list[int]:
-        """As many as may be: the cache has room, and the last token of an answer needs no draft after it."""
+    def _room(self, sequence: Sequence, batch: Batch) -> int:
+        """How many may be: the cache has room, and the last token of an answer needs no draft after it."""
         if sequence.is_prefilling:
-            return []
+            return 0
         columns = self._cache.capacity_tokens // batch.cache_shape[0]
-        room = min(columns - sequence.length, sequence.max_length - sequence.length - 1, self._limit)
-        return prompt_lookup(sequence.all_token_ids, room) if room > 0 else []
+        return max(0, min(columns, sequence.max_length - 1, sequence.length + self._limit) - sequence.length)
 
-    def _best_width(self, batch: Batch, drafts: dict[Sequence, list[int]]) -> int:
-        """At how many drafts a row, at most, there are most tokens a second. All rows are padded to the widest."""
+    def _ask(
+        self, model: DraftModel, batch: Batch, rooms: dict[Sequence, int], drafts: dict[Sequence, list[int]]
+    ) -> dict[Sequence, list[int]]:
+        """The draft model's guesses, where the text suggests nothing, if there are more tokens a second with them. It
+        follows all who decode, so that they keep their rows. An error is the end of it, and of no request."""
+        try:
+            lengths = {sequence: len(chain) for sequence, chain in drafts.items()}
+            without, _ = self._best_width(batch, lengths)
+            followed = model.followed([s for s in batch.sequences if not s.is_prefilling], self._limit)
+            self._asked = {sequence for sequence in followed if not drafts[sequence]}
+            lengths |= {sequence: rooms[sequence] for sequence in self._asked}
+            rate, width = self._best_width(batch, lengths, lambda count: model.seconds(followed, count))
+            if rate > without:
+                proposed = model.propose(followed, width)
+                return {sequence: proposed[sequence][: rooms[sequence]] for sequence in self._asked}
+            model.forget()
+        except Exception:
+            logger.exception("the draft model is not asked any more")
+            self.draft_model = None
+        return {}
+
+    def _acceptance(self, sequence: Sequence) -> float:
+        return sequence.draft_acceptance if sequence in self._asked else sequence.acceptance
+
+    def _best_width(
+        self, batch: Batch, lengths: dict[Sequence, int], seconds: Callable[[int], float] = lambda count: 0.0
+    ) -> tuple[float, int]:
+        """The most tokens a second, and at how many drafts a row, at most. All rows are padded to the widest.
+
+        lengths: most drafts of each sequence.
+        seconds: that it takes to guess so many, beside the forward.
+        """
 
         def tokens_a_second(width: int) -> float:
-            chains = {sequence: min(width, len(chain)) for sequence, chain in drafts.items()}
+            chains = {sequence: min(width, length) for sequence, length in lengths.items()}
             padded = rows * max(1 + width, *batch.num_scheduled_tokens)
             fits = padded <= self._capacity.padded_tokens and rows + sum(chains.values()) <= self._capacity.max_logits
             if width and not fits:
                 return 0.0
-            accepted = sum(s.acceptance**depth for s, length in chains.items() for depth in range(1, length + 1))
-            return (rows + accepted) / max(self._cost.seconds(padded), 1e-9)
+            accepted = sum(
+                self._acceptance(s) ** depth for s, length in chains.items() for depth in range(1, length + 1)
+            )
+            guessing = seconds(width) if width else 0.0
+            return (rows + accepted) / max(self._cost.seconds(padded) + guessing, 1e-9)
 
         rows = len(batch.sequences)
-        return max(range(1 + max(map(len, drafts.values()))), key=tokens_a_second)
+        rate, narrow = max((tokens_a_second(width), -width) for width in range(1 + max(lengths.values())))
+        return rate, -narrow
 
 
 def prompt_lookup(token_ids: list[int], limit: int) -> list[int]:

@@ -16,7 +16,7 @@ GENERATING_PATHS = {"v1/completions": CompletionCall, "v1/chat/completions": Cha
 OPERATOR = object()  # in place of a path, which no client can send: the whole description
 PATHS = (*GENERATING_PATHS, "v1/models", "health", "describe")
 # What of the model's description is for operators alone, on the management port.
-PRIVATE = ("versions", "device_map", "products", "streaming")
+PRIVATE = ("versions", "device_map", "products", "streaming", "draft_model")
 # On a path without a protocol of its own the fields tell which one is meant.
 FIELDS: dict[str, Callable[[dict[str, Any], ModelInfo], Call]] = {
     "instances": PredictCall,

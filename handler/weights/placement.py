@@ -4,10 +4,11 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
+from transformers.integrations.accelerate import _get_device_map
 
 from handler.settings import Settings
 
@@ -53,6 +54,13 @@ def device_map(
     return placed
 
 
+def settled_map(
+    settings: Settings, gpus: int, model: PreTrainedModel, limits: Mapping[int | str, int]
+) -> dict[str, int | str]:
+    """The device map that Accelerate will settle on."""
+    return _get_device_map(model, device_map(settings, gpus, model, limits), dict(limits), None)
+
+
 @dataclass(frozen=True)
 class Part:
     """A decoder layer, or a module outside of them: name, device ("gpu 0", "cpu" or "disk"), bytes of its weights.
@@ -77,11 +85,13 @@ class Placement:
     main_device: where Accelerate computes what lies on "cpu" or "disk": the first GPU of its map, or the CPU.
     read_ahead_bytes: memory of the host for weights of the disk tier, in use and read ahead: the largest tensor, and
         beside it the largest of a layer or many small ones, so that reading goes on while one computes.
+    draft_cache_bytes: keys and values of a draft model, on the main device, where its weights are a part too.
     """
 
     parts: list[Part]
     main_device: str
     read_ahead_bytes: int = 0
+    draft_cache_bytes: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel, device_map: dict[str, int | str]) -> "Placement":
@@ -102,6 +112,16 @@ class Placement:
         read_ahead = max(streamed.values(), default=0) + max(of_layers, _READ_AHEAD)
         return cls(parts, main_device, min(read_ahead, sum(streamed.values())))
 
+    def with_draft(self, draft: PreTrainedModel, cache_bytes: int) -> "Placement":
+        """With a draft model on the main device, which may be on the meta device yet."""
+        part = Part("draft_model", self.main_device, weight_bytes(draft))
+        return replace(self, parts=[*self.parts, part], draft_cache_bytes=cache_bytes)
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether a step brings weights to the device that computes."""
+        return any(self.is_streamed(part) for part in self.parts)
+
     @property
     def tiers(self) -> dict[str, Tier]:
         """What each device holds."""
@@ -120,15 +140,19 @@ class Placement:
         return {device: devices.count(device) for device in dict.fromkeys([self.main_device, *devices])}
 
     @property
-    def streaming_bytes(self) -> int:
-        """Room that the main device needs for what is brought there in each step: what is read ahead, on the CPU, or
-        the largest part, on a GPU."""
+    def main_device_bytes(self) -> int:
+        """Room that the main device needs besides: for a draft model's keys and values, and for what is brought there
+        in each step: what is read ahead, on the CPU, or the largest part, on a GPU."""
         if self.main_device == "cpu":
-            return self.read_ahead_bytes
-        return max((part.bytes for part in self.parts if self.is_streamed(part)), default=0)
+            return self.draft_cache_bytes + self.read_ahead_bytes
+        return self.draft_cache_bytes + max((part.bytes for part in self.parts if self.is_streamed(part)), default=0)
 
     def is_streamed(self, part: Part) -> bool:
         return part.device == "disk" or (part.device == "cpu" and self.main_device != "cpu")
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def spread_map(model: PreTrainedModel, limit: int) -> dict[str, int | str]:

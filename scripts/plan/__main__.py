@@ -17,6 +17,7 @@ from .report import draw_picture, format_table
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="plan", description=__doc__)
     parser.add_argument("--model-dir", type=Path, required=True, help="a checkpoint, or a folder with its config.json")
+    parser.add_argument("--draft-model", type=Path, help="a small checkpoint that guesses tokens, as for make archive")
     parser.add_argument("--gpus", help="2x16GiB; 16GiB,24GiB; 0 for none; without it those of max_memory")
     parser.add_argument("--cpu", help="the node's memory, such as 32GiB; without it as much as needed")
     parser.add_argument("--setup-config", type=Path, default=ROOT / "setup_config.json")
@@ -35,9 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.tflops is not None and not args.tflops > 0:
         raise UserError("--tflops must be more than 0, such as 0.1")
     bandwidth = Bandwidth(**speeds, flops=args.tflops and args.tflops * 1e12)
-    plan = make_plan(args.model_dir, read_settings(args.setup_config), gpus, cpu, bandwidth)
+    plan = make_plan(args.model_dir, read_settings(args.setup_config), gpus, cpu, bandwidth, args.draft_model)
     print(format_table(plan))
-    for remedy in remedies(plan, args.model_dir):
+    for remedy in remedies(plan, args.model_dir, args.draft_model):
         print(f"                 {remedy}")
     if args.json:
         args.json.write_text(json.dumps(plan.as_json(), indent=2) + "\n")

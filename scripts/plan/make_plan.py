@@ -12,17 +12,17 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers.integrations.accelerate import _get_device_map
 
 from handler.engine import UnsupportedModel
 from handler.engine.architecture import Architecture
 from handler.engine.capacity import Capacity
+from handler.engine.draft_model import DraftModel
 from handler.errors import CheckpointError, LoadError
 from handler.loading import meta_model, read_config
-from handler.memory import RESERVE, device_limits
+from handler.memory import RESERVE, device_limits, limits_beside_draft
 from handler.settings import Settings
 from handler.weights.files import weight_files
-from handler.weights.placement import Placement, Tier, device_map, max_memory
+from handler.weights.placement import Placement, Tier, max_memory, settled_map
 from scripts.console import UserError
 
 from .plan import Bandwidth, Device, Plan
@@ -46,15 +46,17 @@ def make_plan(
     gpus: Sequence[int | None] | None = None,
     cpu: int | None = None,
     bandwidth: Bandwidth | None = None,
+    draft_dir: Path | None = None,
 ) -> Plan:
-    """Place the checkpoint in `model_dir` on `gpus` (bytes each) and `cpu` bytes, as load_model would.
+    """Place the checkpoint in `model_dir` on `gpus` (bytes each) and `cpu` bytes, as load_model would, and the draft
+    model in `draft_dir` beside it, where it is of use.
 
     gpus: None takes those that max_memory names, of any size. cpu: None is as much as needed.
     Raises UserError for a folder that holds no causal language model, or one that the engine cannot run.
     """
     try:
         with _quiet():
-            return _make_plan(model_dir, settings, gpus, cpu, bandwidth or Bandwidth())
+            return _make_plan(model_dir, settings, gpus, cpu, bandwidth or Bandwidth(), draft_dir)
     except (LoadError, UnsupportedModel) as error:
         raise UserError(str(error)) from None
 
@@ -75,21 +77,30 @@ def _quiet() -> Iterator[None]:
 
 
 def _make_plan(
-    model_dir: Path, settings: Settings, gpus: Sequence[int | None] | None, cpu: int | None, bandwidth: Bandwidth
+    model_dir: Path,
+    settings: Settings,
+    gpus: Sequence[int | None] | None,
+    cpu: int | None,
+    bandwidth: Bandwidth,
+    draft_dir: Path | None,
 ) -> Plan:
     if gpus is None:
         gpus = [None] * len([device for device in settings.max_memory or {} if isinstance(device, int)])
     files = _weight_files(model_dir)
     model = meta_model(read_config(model_dir, settings), settings, files)
-    placed = _place(model, settings, gpus, cpu)
+    draft_files = _weight_files(draft_dir) if draft_dir else []
+    draft = None
+    if draft_dir and settings.num_speculative_tokens:
+        draft = meta_model(read_config(draft_dir, settings), settings, draft_files)
+    placed, draft = _place(model, settings, gpus, cpu, draft)
     placement = Placement.of(model, placed)
-    parts = placement.parts
     architecture, config = Architecture.of(model), model.config.get_text_config()
     capacity = _capacity(architecture, settings)
     stored = sum(path.stat().st_size for path in files)
-    archived = sum(path.stat().st_size for pattern in ARCHIVED for path in model_dir.glob(pattern))
-    weights = sum(part.bytes for part in parts)
-    on_disk = sum(part.bytes for part in parts if part.device == "disk")
+    weights = sum(part.bytes for part in placement.parts)
+    on_disk = sum(part.bytes for part in placement.parts if part.device == "disk")
+    beside = placement.with_draft(draft, DraftModel.cache_bytes(draft)) if draft else placement
+    shards = [path.stat().st_size for path in [*files, *(draft_files if draft else ())]]
     in_place = not files or files[0].suffix == ".safetensors"
     return Plan(
         model=model.config.model_type,
@@ -97,12 +108,12 @@ def _make_plan(
         settings=settings,
         bandwidth=bandwidth,
         device_map=placed,
-        parts=parts,
-        devices=_devices(placement, capacity, gpus, cpu),
+        parts=beside.parts,
+        devices=_devices(beside, capacity, gpus, cpu),
         max_sequence_length=capacity.max_sequence_length,
         kv_bytes_per_token=architecture.kv_bytes_per_token,
-        largest_shard=max((path.stat().st_size for path in files), default=min(weights, SHARD_BYTES)),
-        checkpoint_bytes=archived or weights,
+        largest_shard=max(shards, default=min(weights, SHARD_BYTES)),
+        checkpoint_bytes=(_archived(model_dir) or weights) + (_archived(draft_dir) if draft_dir else 0),
         offload_bytes=0 if in_place else on_disk,
         head_groups=math.gcd(config.num_attention_heads, getattr(config, "num_key_value_heads", None) or 0),
         quantization=(getattr(model.config, "quantization_config", None) or {}).get("quant_method"),
@@ -131,17 +142,25 @@ def _weight_files(model_dir: Path) -> list[Path]:
         return []
 
 
+def _archived(folder: Path) -> int:
+    return sum(path.stat().st_size for pattern in ARCHIVED for path in folder.glob(pattern))
+
+
 def _place(
-    model: PreTrainedModel, settings: Settings, gpus: Sequence[int | None], cpu: int | None
-) -> dict[str, int | str]:
-    limits = max_memory(settings, len(gpus))
-    if limits is None:
-        free: dict[int | str, int] = {
-            index: UNLIMITED if size is None else max(0, size - GPU_CONTEXT_BYTES) for index, size in enumerate(gpus)
-        }
-        free["cpu"] = UNLIMITED if cpu is None else max(0, cpu - RUNTIME_BYTES - (GPU_HOST_BYTES if gpus else 0))
-        limits = device_limits(model, settings, free)
-    return _get_device_map(model, device_map(settings, len(gpus), model, limits), limits, None)
+    model: PreTrainedModel,
+    settings: Settings,
+    gpus: Sequence[int | None],
+    cpu: int | None,
+    draft: PreTrainedModel | None,
+) -> tuple[dict[str, int | str], PreTrainedModel | None]:
+    """The device map, and the draft model if it is of use."""
+    free: dict[int | str, int] = {
+        index: UNLIMITED if size is None else max(0, size - GPU_CONTEXT_BYTES) for index, size in enumerate(gpus)
+    }
+    free["cpu"] = UNLIMITED if cpu is None else max(0, cpu - RUNTIME_BYTES - (GPU_HOST_BYTES if gpus else 0))
+    beside = limits_beside_draft(model, settings, free, draft) if draft else None
+    limits = beside or max_memory(settings, len(gpus)) or device_limits(model, settings, free)
+    return settled_map(settings, len(gpus), model, limits), draft if beside else None
 
 
 def _devices(placement: Placement, capacity: Capacity, gpus: Sequence[int | None], cpu: int | None) -> list[Device]:
@@ -152,7 +171,7 @@ def _devices(placement: Placement, capacity: Capacity, gpus: Sequence[int | None
     for name, size in [*((f"gpu {index}", size) for index, size in enumerate(gpus)), ("cpu", cpu), ("disk", None)]:
         tier = placement.tiers.get(name, none)
         workspace = capacity.activation_bytes if name in computed else 0
-        workspace += placement.streaming_bytes if name == placement.main_device else 0
+        workspace += placement.main_device_bytes if name == placement.main_device else 0
         workspace += placement.read_ahead_bytes if name == "cpu" != placement.main_device else 0
         kv_cache = capacity.kv_cache_bytes * computed.get(name, 0) // num_layers
         kv_copies = capacity.kv_copy_bytes if name in computed else 0

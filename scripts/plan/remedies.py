@@ -11,14 +11,14 @@ from .plan import Plan, gigabytes
 _SHORTEST = 1024  # tokens of a sequence that is worth serving
 
 
-def remedies(plan: Plan, model_dir: Path) -> list[str]:
+def remedies(plan: Plan, model_dir: Path, draft_dir: Path | None = None) -> list[str]:
     """A line for each remedy: settings under which the checkpoint fits, tried out, and the hardware that is lacking.
 
     An empty list when the plan fits.
     """
     if not plan.missing:
         return []
-    fitting = [other for other in _smaller(plan, model_dir) if not other.missing]
+    fitting = [other for other in _smaller(plan, model_dir, draft_dir) if not other.missing]
     # To leave a GPU without anything is no advice.
     fitting = [other for other in fitting if all(device.needed for device in other.gpus)]
     lines = []
@@ -53,7 +53,7 @@ def _merit(plan: Plan) -> tuple[bool, int, int, float]:
     return not plan.offloaded, plan.max_sequence_length, plan.settings.max_batch_size, speed
 
 
-def _smaller(plan: Plan, model_dir: Path) -> Iterator[Plan]:
+def _smaller(plan: Plan, model_dir: Path, draft_dir: Path | None) -> Iterator[Plan]:
     """Plans that ask for less: smaller shares of the GPUs for weights, shorter and fewer sequences, each also with the
     KV cache that fits beside."""
     gpus, cpu = [device.size for device in plan.gpus], plan.cpu.size
@@ -70,12 +70,12 @@ def _smaller(plan: Plan, model_dir: Path) -> Iterator[Plan]:
         while (value := value // 2) >= least:
             candidates.append(plan.settings.model_copy(update={name: value}))
     for settings in candidates:
-        other = make_plan(model_dir, settings, gpus, cpu, plan.bandwidth)
+        other = make_plan(model_dir, settings, gpus, cpu, plan.bandwidth, draft_dir)
         yield other
         kv_cache = _rounded(other.kv_cache_that_fits)
         if other.missing and kv_cache >= other.kv_bytes_per_token * other.max_sequence_length:
             settings = settings.model_copy(update={"kv_cache_memory": kv_cache})
-            yield make_plan(model_dir, settings, gpus, cpu, plan.bandwidth)
+            yield make_plan(model_dir, settings, gpus, cpu, plan.bandwidth, draft_dir)
 
 
 def _rounded(size: Any) -> Any:

@@ -43,6 +43,9 @@ def format_table(plan: Plan) -> str:
             f"batch            computing takes as long as that at {int(plan.balanced_rows):,} rows; recommended "
             f"with this memory: max_batch_size {plan.recommended_batch_size}"
         )
+    for part in plan.parts:
+        if part.name == "draft_model":
+            lines.append(f"draft model      {gigabytes(part.bytes)} of the weights on {part.device}")
     idle = [device.name for device in plan.gpus if not device.needed]
     if idle:
         lines.append(f"idle             {', '.join(idle)}: max_memory in setup_config.json does not name it")

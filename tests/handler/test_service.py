@@ -282,6 +282,23 @@ def test_what_comes_from_disk_is_told(make_handler, monkeypatch, reported):
     assert new["llm_accepted_draft_tokens_total"] == frontend.handler.engine.speculator.num_accepted
 
 
+def test_a_draft_model_is_used_and_told(make_handler, model_dir, draft_bloom, monkeypatch):
+    monkeypatch.setattr(speculation, "prompt_lookup", lambda token_ids, limit: [])
+    monkeypatch.setattr(service, "read_settings", lambda _: Settings(max_memory={"cpu": 250_000}, max_batch_size=4))
+    plain = make_handler(True)
+    assert plain.answer(plain.send({}, describe="True"))[1]["draft_model"] is None
+    answer = plain.answer(plain.send(instances(PROMPT, max_new_tokens=9)))
+    monkeypatch.setattr(service, "open_draft", lambda _: draft_bloom)
+    frontend = make_handler(True)
+    cost = frontend.handler.engine._cost
+    cost.reading, cost.per_position, cost.record = 1.0, 0.0, lambda *_: None
+    assert frontend.answer(frontend.send(instances(PROMPT, max_new_tokens=9))) == answer
+    told = frontend.answer(frontend.send({}, describe="True"))[1]
+    assert told["draft_model"]["model_type"] == "bloom" and told["draft_model"]["in_use"]
+    assert told["draft_model"]["memory_footprint"] < told["memory_footprint"]
+    assert told["streaming"]["draft_tokens"] > 0
+
+
 def test_describe(make_handler, continuous):
     frontend = make_handler(continuous)
     status, public = frontend.answer(frontend.send({}, url_path="describe"))

@@ -40,6 +40,24 @@ def test_a_folder_links_the_weights_and_making_it_again_leaves_them(bloom, tmp_p
     assert (bloom / "config.json").is_file()
 
 
+@pytest.mark.parametrize("archive_format", ["zip-store", "no-archive"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_draft_model_travels_beside(bloom, draft_bloom, tmp_path, zipped, archive_format):
+    weights = zip_checkpoint(bloom, tmp_path / "model.zip") if zipped else bloom
+    made = archive("bloom", weights, tmp_path / "store", archive_format=archive_format, draft_model=draft_bloom)
+    if archive_format == "no-archive":
+        assert (made / "draft_model").resolve() == draft_bloom
+        return
+    with zipfile.ZipFile(made) as packed:
+        assert packed.read("draft_model/config.json") == (draft_bloom / "config.json").read_bytes()
+        assert ("model.zip" in packed.namelist()) == zipped != ("model/config.json" in packed.namelist())
+
+
+def test_a_draft_model_that_is_none(bloom, tmp_path):
+    with pytest.raises(UserError, match="give DRAFT_MODEL the folder"):
+        archive("bloom", bloom, tmp_path / "store", draft_model=tmp_path)
+
+
 def test_a_setting_that_would_fail_the_load_fails_here(bloom, tmp_path):
     setup = tmp_path / "setup_config.json"
     setup.write_text('{"max_memory": {"cpu": "lots"}}')

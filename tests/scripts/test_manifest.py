@@ -12,19 +12,9 @@ import yaml
 from handler.settings import Settings
 from scripts.archive import ROOT, startup_seconds
 from scripts.console import UserError
-from scripts.manifest import (
-    BASES,
-    IMAGE,
-    KNATIVE_PORTS,
-    Service,
-    check,
-    main,
-    manifests,
-    parse_pairs,
-    parse_tolerations,
-    variants,
-    warnings,
-)
+from scripts.manifest import BASES, IMAGE, Service, check, manifests, variants, warnings
+from scripts.manifest.__main__ import main, parse_pairs, parse_tolerations
+from scripts.manifest.render import KNATIVE_PORTS
 from scripts.plan import make_plan, parallel
 from scripts.releases import remember
 from server.container import CONFIG, METRICS_PORT, PORT

@@ -321,8 +321,6 @@ class Engine:
         if job.finished:
             return
         job.error = as_engine_error(error)
-        rows = [sequence.row for sequence in self._scheduler.running if sequence.job is job]
-        self._cache.zero_rows([row for row in rows if row >= 0])
         self._end(job, "error")
 
     def _end_expired(self) -> None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -108,7 +109,7 @@ class KVCache(Cache):
         """The first `length` columns of a row, for each store; views."""
         return [store[row, :, :length] for store in self._stores()]
 
-    def keep_prefix(self, row: int, owner: str, token_ids: list[int]) -> None:
+    def keep_prefix(self, row: int, owner: str, token_ids: np.ndarray) -> None:
         """Keep what a row holds of these tokens, its first ones, for other texts of this owner, if there is room."""
         rows, columns = self._allocated
         room = self.capacity_tokens - rows * columns - len(token_ids)
@@ -117,19 +118,22 @@ class KVCache(Cache):
             parts = [part.clone() for part in self.parts(row, len(token_ids))]
             self.prefixes.add(Prefix(owner, token_ids, parts))
 
-    def use_prefix(self, parts: list[torch.Tensor], length: int, row: int, shape: tuple[int, int]) -> None:
-        """Write the first `length` columns of parts into a row. shape: rows and columns that all running rows fill."""
+    def reserve(self, shape: tuple[int, int]) -> None:
+        """Have the rows and columns that all running rows fill before the next forward makes them."""
         rows, columns = self._next_shape(*shape)
         self.prefixes.shrink(self.capacity_tokens - rows * columns)
         for layer in self._row_layers():
             layer.resize(rows, columns)
+
+    def use_prefix(self, parts: list[torch.Tensor], length: int, row: int) -> None:
+        """Write the first `length` columns of parts into a row."""
         for store, part in zip(self._stores(), parts, strict=True):
             store[row, :, :length] = part[:, :length]
 
-    def zero_rows(self, rows: Sequence[int]) -> None:
-        """Zero rows that broke: masked columns still meet a weight of 0 in attention, and 0 x NaN is NaN."""
+    def zero_row(self, row: int) -> None:
+        """Zero a row that broke: masked columns still meet a weight of 0 in attention, and 0 x NaN is NaN."""
         for store in self._stores():
-            store[[row for row in rows if row < len(store)]] = 0
+            store[row : row + 1] = 0  # none where the store has no such row
 
     def _next_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns to allocate where so many are needed.
@@ -139,12 +143,15 @@ class KVCache(Cache):
         """
         # After a forward that ran out of memory some layers have grown and others not: what all have counts.
         allocated_rows, allocated_columns = self._allocated
-        capacity = self.capacity_tokens - self.prefixes.num_tokens
-        if not columns <= allocated_columns < 2 * columns:
+        capacity = self.capacity_tokens
+        room = capacity - self.prefixes.num_tokens
+        if columns <= allocated_columns < 2 * columns:
+            columns = max(columns, min(allocated_columns, room // rows))
+        else:  # prefixes make way for the spare columns too, or the store would be copied for each few tokens
             allocated_columns = math.ceil(columns * _SPARE_COLUMNS / _COLUMN_STEP) * _COLUMN_STEP
-        columns = max(columns, min(allocated_columns, capacity // rows))
+            columns = max(columns, min(allocated_columns, capacity // rows))
         allocated_rows = allocated_rows if rows <= allocated_rows else 2 * allocated_rows
-        return max(rows, min(allocated_rows, capacity // columns)), columns
+        return max(rows, min(allocated_rows, room // columns)), columns
 
     @property
     def _allocated(self) -> tuple[int, int]:
@@ -212,7 +219,7 @@ class RowLayer(CacheLayerMixin):
 
 
 def _resized(store: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """A store of that size with the same content in the same place; zero elsewhere, as in `zero_rows`."""
+    """A store of that size with the same content in the same place; zero elsewhere, as in `zero_row`."""
     fresh = store.new_zeros(rows, store.shape[1], columns, store.shape[3])
     common_rows, common_columns = min(rows, store.shape[0]), min(columns, store.shape[2])
     fresh[:common_rows, :, :common_columns] = store[:common_rows, :, :common_columns]

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from handler.settings import EngineConfig
 
 from .capacity import PROMPT_LOGPROB_TOKENS, Capacity
@@ -130,8 +132,7 @@ class Scheduler:
         long, short, prefill = Batch(), Batch(), Batch()
         anyone_decodes = any(not sequence.is_prefilling for sequence in self.running)
         chunk = budget = self._capacity.prefill_chunk if anyone_decodes else self._capacity.idle_prefill_chunk
-        for sequence in self.running:
-            self._reuse_prefix(sequence, chunk)
+        self._reuse_prefixes(chunk)
         mixes, reported = self._mixes(chunk), PROMPT_LOGPROB_TOKENS
         for sequence in self.running:
             if not sequence.is_prefilling:
@@ -180,7 +181,9 @@ class Scheduler:
         """After the forwards: let the others have what was computed for them too, and take finished sequences out."""
         self._share_prompts()
         for sequence in self.running:
-            self._keep_prefix(sequence)
+            if sequence.finished:
+                self._keep_prefix(sequence)
+                self._clean_row(sequence)
         self.waiting = [sequence for sequence in self.waiting if not sequence.finished]
         self.running = [sequence for sequence in self.running if not sequence.finished]
 
@@ -230,6 +233,7 @@ class Scheduler:
         return rows * longest <= self._cache.capacity_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._clean_row(sequence)
         self.running.remove(sequence)
         self.waiting.append(sequence)
         self.waiting.sort(key=lambda waiting: waiting.order)
@@ -266,14 +270,22 @@ class Scheduler:
             turns.append((self._leader(sequence) is not None, held[sequence.job.group], sequence.order, sequence))
             held[sequence.job.group] += 1
         self.running = order + [sequence for *_, sequence in sorted(turns)]
-        moved = [(s.row, row, s.num_cached_tokens) for row, s in enumerate(self.running) if s.row != row]
-        moved = [move for move in moved if move[2]]
+        moved = {row: s for row, s in enumerate(self.running) if s.row != row and s.num_cached_tokens}
         if moved:
-            sources, destinations, lengths = zip(*moved, strict=True)
-            self._cache.copy_rows(sources, destinations, max(lengths))
+            length = max(sequence.num_cached_tokens for sequence in moved.values())
+            self._cache.copy_rows([sequence.row for sequence in moved.values()], list(moved), length)
+            for sequence in moved.values():
+                if sequence.row not in moved:
+                    self._clean_row(sequence)
         for row, sequence in enumerate(self.running):
             sequence.row = row
         return num_long
+
+    def _clean_row(self, sequence: Sequence) -> None:
+        """Before a sequence leaves its row to others: zero what may be no number, as nothing was sampled from it yet or
+        that failed."""
+        if sequence.row >= 0 and (sequence.is_prefilling or sequence.finish_reason == "error"):
+            self._cache.zero_row(sequence.row)
 
     def _num_long(self, lengths: list[int]) -> int:
         """How many of the longest decoding rows, whose lengths come first, should have a forward of their own."""
@@ -301,22 +313,39 @@ class Scheduler:
                     logger.exception("a prompt could not be shared")
                     sequence.shares_prompt = False
 
+    def _reuse_prefixes(self, chunk: int) -> None:
+        """Look for prefixes for those whose turn it is to be prefilled: to do so for all at each step takes long."""
+        budget = chunk
+        for sequence in self.running:
+            if budget <= 0:
+                return
+            self._reuse_prefix(sequence, chunk)
+            if sequence.is_prefilling and not self._leader(sequence):
+                missing = sequence.length - sequence.num_cached_tokens
+                budget -= min(missing, PROMPT_LOGPROB_TOKENS) if sequence.needs_prompt_logprobs else missing
+
     def _reuse_prefix(self, sequence: Sequence, chunk: int) -> None:
-        """Let a sequence with nothing in the cache have what another text, or one that runs, began with."""
+        """Let a sequence with nothing in the cache have what another text, or a running one's prompt, began with."""
         owner = sequence.job.prefix_owner
         if owner is None or sequence.num_cached_tokens or sequence.needs_prompt_logprobs or self._leader(sequence):
             return
-        wanted = sequence.all_token_ids[:-2]  # with two missing it still is a prefilling one, and its row in its place
+        # With two missing it still is a prefilling one, and its row in its place.
+        wanted = np.array(sequence.all_token_ids[:-2])
         parts, length = self._cache.prefixes.longest(owner, wanted)
+        row = None
         for other in self.running:
             if other.job.prefix_owner == owner and other.num_cached_tokens > length:
-                common = num_common(other.all_token_ids[: other.num_cached_tokens], wanted)
+                common = num_common(other.job.prompt_array[: other.num_cached_tokens], wanted)
                 if common > length:
-                    parts, length = self._cache.parts(other.row, common), common
+                    row, length = other.row, common
         sequence.num_cached_tokens = length
         try:
             if length:
-                self._cache.use_prefix(parts, length, sequence.row, self._cache_shape(chunk))
+                self._cache.reserve(self._cache_shape(chunk))
+                if row is None:
+                    self._cache.use_prefix(parts, length, sequence.row)
+                else:
+                    self._cache.copy_rows([row], [sequence.row], length)
                 self.num_reused_tokens += length
         except (RuntimeError, MemoryError) as error:  # no memory: its prompt is computed, as ever
             logger.warning("a prefix could not be reused: %s", error)
@@ -325,10 +354,10 @@ class Scheduler:
     def _keep_prefix(self, sequence: Sequence) -> None:
         """Keep what a finished sequence has in the cache, for others; of several continuations only the first's."""
         owner, length = sequence.job.prefix_owner, sequence.num_cached_tokens
-        if owner is None or length < SHORTEST or sequence.index or sequence.finish_reason in (None, "error"):
+        if owner is None or length < SHORTEST or sequence.index or sequence.finish_reason == "error":
             return
         try:
-            self._cache.keep_prefix(sequence.row, owner, sequence.all_token_ids[:length])
+            self._cache.keep_prefix(sequence.row, owner, np.array(sequence.all_token_ids[:length]))
         except (RuntimeError, MemoryError) as error:
             logger.warning("a prefix could not be kept: %s", error)
 

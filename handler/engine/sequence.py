@@ -1,7 +1,10 @@
 """What a caller watches grow: a job is a submitted request, a sequence one continuation of its prompt."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
+
+import numpy as np
 
 from .detokenizer import TextStream
 from .errors import EngineError
@@ -48,6 +51,11 @@ class Job:
     @property
     def group(self) -> str:
         return self.request.group or self.id
+
+    @cached_property
+    def prompt_array(self) -> np.ndarray:
+        """The prompt's tokens, quick to compare with others'."""
+        return np.array(self.prompt_ids)
 
     @property
     def finished(self) -> bool:

@@ -1,5 +1,7 @@
 """Only what must fail fails, and the engine goes on."""
 
+import copy
+
 import pytest
 import torch
 
@@ -159,6 +161,32 @@ def test_a_row_that_is_not_a_number_leaves_nothing_behind(engine, monkeypatch):
     engine.step()
     assert isinstance(broken.error, ModelError)
     finish(engine, neighbour, submit(engine, 1, length=2, new=20))
+
+
+@pytest.mark.parametrize("how", ["cancelled", "preempted", "moved"])
+def test_a_prompt_that_gives_no_numbers_harms_nobody_in_its_row(tokenizer, how):
+    """Before anything is sampled from it nobody has noticed."""
+    model = copy.deepcopy(make_model("llama"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = torch.nan
+    engine = Engine(model, tokenizer, EngineConfig(max_batch_size=3, prefill_chunk=4, prefix_cache="off"))
+    first = engine.submit(Request([30, 31], {"max_new_tokens": 2 if how == "moved" else 30, "eos_token_id": []}))
+    engine.step()
+    broken = engine.submit(Request([5, 7] * 20, {"max_new_tokens": 4}))
+    engine.step()
+    if how == "moved":
+        assert first.finished
+        engine.step()
+    elif how == "cancelled":
+        engine.cancel(broken.id)
+    else:
+        with torch.inference_mode():
+            engine._scheduler._preempt(broken.sequences[0])
+        engine._end(broken, "cancel")
+    jobs = [engine.submit(Request([30 + seed, 31], {"max_new_tokens": 4})) for seed in range(2)]
+    while engine.has_work:
+        engine.step()
+    assert not any(job.error for job in [first, *jobs])
 
 
 def test_an_error_keeps_no_tensors_alive(engine, monkeypatch):

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 
 from handler.engine import Engine, EngineConfig, Request
 from handler.engine.kv_cache import KVCache
@@ -158,7 +159,8 @@ def test_a_prompt_preempted_half_way_is_reported_once(model, tokenizer):
     for _ in range(3):
         engine.step()
     assert len(job.prompt_logprobs) > 4
-    engine._scheduler._preempt(job.sequences[0])
+    with torch.inference_mode():
+        engine._scheduler._preempt(job.sequences[0])
     while not job.finished:
         engine.step()
     engine.cancel(other.id)

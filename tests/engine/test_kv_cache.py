@@ -118,7 +118,8 @@ def test_bytes_bound_the_store():
 def test_scrubbed_rows_are_zero():
     cache = KVCache(100, None, 1)
     store(cache, 0, [0, 0], [2, 2], numbered(2, 2) * float("nan"), (2, 2))
-    cache.zero_rows([1, 99])
+    cache.zero_row(1)
+    cache.zero_row(99)
     assert cache.layers[0].keys[1].eq(0).all() and cache.layers[0].keys[0].isnan().any()
 
 

@@ -1,9 +1,11 @@
 """Who begins as another text did need not compute that again; nobody notices whose it was who may not."""
 
+import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from handler.engine import Engine, EngineConfig, InvalidRequest, Request
+from handler.engine import Engine, EngineConfig, InvalidRequest, Request, kv_cache
 from handler.engine.kv_cache import RowLayer
 from handler.engine.prefix_cache import Prefix, PrefixCache
 
@@ -114,8 +116,9 @@ def test_running_rows_go_before_what_is_kept(scheduled):
     assert prefilled(scheduled, engine, prompt_ids(3, 40)) == 2
     assert prefilled(scheduled, engine, prompt_ids(1, 40)) == 40  # used least lately
     assert prefilled(scheduled, engine, prompt_ids(3, 40)) == 2  # used since 4 was
-    parts, length = engine._cache.prefixes.longest("", prompt_ids(3, 40))
-    engine._cache.use_prefix(parts, length, 1, (2, 50))
+    parts, length = engine._cache.prefixes.longest("", np.array(prompt_ids(3, 40)))
+    engine._cache.reserve((2, 50))
+    engine._cache.use_prefix(parts, length, 1)
     assert engine._cache.prefixes.num_tokens == 40  # two rows take 100
     run(engine, prompt_ids(5, 150), 2)
     assert engine._cache.prefixes.num_tokens == 0
@@ -124,9 +127,50 @@ def test_running_rows_go_before_what_is_kept(scheduled):
 def test_there_are_only_so_many():
     cache = PrefixCache()
     for first in range(300):
-        cache.add(Prefix("", [first, *range(40)], []))
+        cache.add(Prefix("", np.array([first, *range(40)]), []))
     assert cache.num_tokens == 256 * 41
-    assert cache.has("", [299, *range(40)]) and not cache.has("", [43, *range(40)])
+    assert cache.has("", np.array([299, *range(40)])) and not cache.has("", np.array([43, *range(40)]))
+
+
+def test_only_those_whose_turn_it_is_are_looked_up(monkeypatch):
+    """Many prompts wait in their rows for the first one to be through, and looking one up takes long."""
+    engine = make_engine(prefill_chunk=8)
+    jobs = [engine.submit(Request([*SHARED, seed], {"max_new_tokens": 1})) for seed in range(3, 9)]
+    lookups, longest = [], PrefixCache.longest
+    monkeypatch.setattr(PrefixCache, "longest", lambda *args: lookups.append(0) or longest(*args))
+    engine.step()
+    assert len(lookups) == 1
+    while engine.has_work:
+        engine.step()
+    assert engine.num_reused_tokens > 4 * 59 and all(job.sequences[0].token_ids for job in jobs)
+
+
+def test_the_store_is_not_held_twice_while_a_running_row_is_copied(monkeypatch):
+    engine = make_engine()
+    engine.submit(Request(SHARED, {"max_new_tokens": 30, "eos_token_id": []}))
+    engine.step()
+    resized, old = kv_cache._resized, []
+
+    def watched(store, *shape):
+        assert sum(not ref.expired() for ref in old) <= 2  # one layer's
+        old.append(StorageWeakRef(store.untyped_storage()))
+        return resized(store, *shape)
+
+    monkeypatch.setattr(kv_cache, "_resized", watched)
+    engine.submit(Request(SHARED + [9] * 60, {"max_new_tokens": 1}))
+    engine.step()
+    assert len(old) == 6 and engine.num_reused_tokens == 60
+
+
+def test_the_store_grows_by_spare_columns_also_where_prefixes_fill_the_rest(monkeypatch):
+    engine = make_engine(kv_cache_memory=700 * TOKEN_BYTES, max_batch_size=4)
+    for seed in range(20):
+        run(engine, prompt_ids(seed, 33), 1)
+    assert engine._cache.prefixes.num_tokens > 600
+    resized, stores = kv_cache._resized, []
+    monkeypatch.setattr(kv_cache, "_resized", lambda store, *shape: stores.append(shape) or resized(store, *shape))
+    run(engine, prompt_ids(30, 10), 140, n=4)
+    assert len(set(stores)) <= 7  # of one row, and of four every 32 tokens
 
 
 def test_no_memory_is_no_error(monkeypatch, scheduled):
@@ -158,13 +202,14 @@ def test_what_failed_is_not_kept():
 
 def test_the_longest_and_the_last_used_stay():
     cache = PrefixCache()
-    texts = [list(range(100)), list(range(140)), [9] * 50, [8] * 60]
+    texts = [np.arange(100), np.arange(140), np.full(50, 9), np.full(60, 8)]
+    nines = texts[2][:40]
     for text in texts:
         cache.add(Prefix("", text, []))
     assert cache.num_tokens == 140 + 50 + 60  # the first is the beginning of the second
-    assert cache.has("", [9] * 40) and not cache.has("", [9] * 51) and not cache.has("other", [9] * 40)
-    assert cache.longest("", [*list(range(120)), 0])[1] == 120
+    assert cache.has("", nines) and not cache.has("", np.full(51, 9)) and not cache.has("other", nines)
+    assert cache.longest("", np.array([*range(120), 0]))[1] == 120
     cache.shrink(200)
-    assert cache.num_tokens == 200 and not cache.has("", [9] * 40)
+    assert cache.num_tokens == 200 and not cache.has("", nines)
     cache.shrink(140)
-    assert cache.num_tokens == 140 and cache.has("", list(range(140)))
+    assert cache.num_tokens == 140 and cache.has("", np.arange(140))

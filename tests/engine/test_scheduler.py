@@ -39,6 +39,7 @@ def make_scheduler(capacity_tokens=10_000, mixed_batch=False, pass_columns=math.
         copies.append((list(sources), list(destinations), length))
 
     cache = SimpleNamespace(capacity_tokens=capacity_tokens, copy_rows=copy_rows, copies=copies, num_rows=0)
+    cache.zero_row = lambda row: None
     return Scheduler(cache, config, Capacity.of(architecture, config), mixed_batch, ForwardCost(), pass_columns), cache
 
 

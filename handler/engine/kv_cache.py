@@ -7,7 +7,7 @@ where their new tokens go; a forward that fails has therefore changed nothing th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -120,15 +120,23 @@ class KVCache(Cache):
 
     def reserve(self, shape: tuple[int, int]) -> None:
         """Have the rows and columns that all running rows fill before the next forward makes them."""
+        for _ in self._reserved_layers(shape):
+            pass
+
+    def use_prefix(self, parts: list[torch.Tensor], length: int, row: int, shape: tuple[int, int]) -> None:
+        """Reserve that shape, and write the first `length` columns of parts into a row. Each part is taken out of the
+        list: the memory of a prefix that had to make way is free before the next layer needs it."""
+        for layer in self._reserved_layers(shape):
+            for store in (layer.keys, layer.values):
+                store[row, :, :length] = parts.pop(0)[:, :length]
+
+    def _reserved_layers(self, shape: tuple[int, int]) -> Iterator["RowLayer"]:
+        """The layers that exist so far, one after the other made as large as is needed."""
         rows, columns = self._next_shape(*shape)
         self.prefixes.shrink(self.capacity_tokens - rows * columns)
         for layer in self._row_layers():
             layer.resize(rows, columns)
-
-    def use_prefix(self, parts: list[torch.Tensor], length: int, row: int) -> None:
-        """Write the first `length` columns of parts into a row."""
-        for store, part in zip(self._stores(), parts, strict=True):
-            store[row, :, :length] = part[:, :length]
+            yield layer
 
     def zero_row(self, row: int) -> None:
         """Zero a row that broke: masked columns still meet a weight of 0 in attention, and 0 x NaN is NaN."""

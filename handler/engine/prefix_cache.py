@@ -37,7 +37,7 @@ class PrefixCache:
         if best is None or common[best] < SHORTEST:
             return [], 0
         self._prefixes.move_to_end(best)
-        return best.parts, common[best]
+        return list(best.parts), common[best]
 
     def has(self, owner: str, token_ids: np.ndarray) -> bool:
         """Whether a text is there, or the beginning of one."""

@@ -341,10 +341,11 @@ class Scheduler:
         sequence.num_cached_tokens = length
         try:
             if length:
-                self._cache.reserve(self._cache_shape(chunk))
+                shape = self._cache_shape(chunk)
                 if row is None:
-                    self._cache.use_prefix(parts, length, sequence.row)
+                    self._cache.use_prefix(parts, length, sequence.row, shape)
                 else:
+                    self._cache.reserve(shape)
                     self._cache.copy_rows([row], [sequence.row], length)
                 self.num_reused_tokens += length
         except (RuntimeError, MemoryError) as error:  # no memory: its prompt is computed, as ever

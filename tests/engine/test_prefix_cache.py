@@ -117,8 +117,7 @@ def test_running_rows_go_before_what_is_kept(scheduled):
     assert prefilled(scheduled, engine, prompt_ids(1, 40)) == 40  # used least lately
     assert prefilled(scheduled, engine, prompt_ids(3, 40)) == 2  # used since 4 was
     parts, length = engine._cache.prefixes.longest("", np.array(prompt_ids(3, 40)))
-    engine._cache.reserve((2, 50))
-    engine._cache.use_prefix(parts, length, 1)
+    engine._cache.use_prefix(parts, length, 1, (2, 50))
     assert engine._cache.prefixes.num_tokens == 40  # two rows take 100
     run(engine, prompt_ids(5, 150), 2)
     assert engine._cache.prefixes.num_tokens == 0
@@ -160,6 +159,23 @@ def test_the_store_is_not_held_twice_while_a_running_row_is_copied(monkeypatch):
     engine.submit(Request(SHARED + [9] * 60, {"max_new_tokens": 1}))
     engine.step()
     assert len(old) == 6 and engine.num_reused_tokens == 60
+
+
+def test_a_prefix_that_makes_way_is_let_go_layer_by_layer(monkeypatch):
+    engine = make_engine(kv_cache_memory=180 * TOKEN_BYTES, max_batch_size=1)
+    run(engine, SHARED, 1)
+    (prefix,) = engine._cache.prefixes._prefixes
+    parts = [StorageWeakRef(part.untyped_storage()) for part in prefix.parts]
+    del prefix
+    resized, left = kv_cache._resized, []
+
+    def watched(store, *shape):
+        left.append(sum(not ref.expired() for ref in parts))
+        return resized(store, *shape)
+
+    monkeypatch.setattr(kv_cache, "_resized", watched)
+    run(engine, SHARED + [9] * 90, 1)
+    assert left[:6] == [6, 6, 4, 4, 2, 2] and engine.num_reused_tokens == 60
 
 
 def test_the_store_grows_by_spare_columns_also_where_prefixes_fill_the_rest(monkeypatch):

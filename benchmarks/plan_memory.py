@@ -1,5 +1,6 @@
 """What `make plan` says that a model needs on a CPU, against the peak that a process then has, over models, settings
-and tiers. Each in a process of its own, with all rows prefilled to their full length.
+and tiers. Each in a process of its own, with a worker's environment, and the steps that take most: all rows at once
+behind long texts of different length, full rows, and the longest chunk while all keys and values are there.
 
 python -m benchmarks.plan_memory
 
@@ -9,6 +10,7 @@ copies, activations, weights on their way.
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +21,10 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaCon
 from benchmarks.checkpoints import WORK
 from handler.settings import Settings
 from scripts.plan import make_plan
+from server.torchserve import MEMORY
 from tests.models import train_tokenizer
 
-LENGTH, ROWS, VOCAB = 1024, 8, 16_000
+LENGTH, ROWS, VOCAB = 1024, 4, 16_000
 WIDE = {"vocab_size": VOCAB, "hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16}
 MODELS: dict[str, PreTrainedConfig] = {
     "bloom": BloomConfig(**WIDE, pad_token_id=3),
@@ -38,11 +41,11 @@ CASES = [
     ("bloom", "bfloat16", ROWS, LENGTH, 0.5),
     ("bloom", "bfloat16", 2, 512, 0.0),
     ("llama", "float32", ROWS, LENGTH, 1.0),
-    ("llama", "bfloat16", 4 * ROWS, LENGTH // 2, 1.0),
+    ("llama", "bfloat16", 4 * ROWS, LENGTH // 4, 1.0),
     ("llama", "bfloat16", ROWS, LENGTH, 0.5),
     ("qwen2", "bfloat16", ROWS, LENGTH, 1.0),
     ("gpt2", "float32", ROWS, LENGTH, 0.5),
-    ("gpt2", "bfloat16", 2 * ROWS, LENGTH, 1.0),
+    ("gpt2", "bfloat16", 2 * ROWS, LENGTH // 2, 1.0),
 ]
 
 CHILD = """
@@ -62,12 +65,24 @@ def serve(folder, settings):
     rows, length = settings.max_batch_size, settings.max_sequence_length
     length = min(length, engine.capacity.max_sequence_length)
     generator = torch.Generator().manual_seed(0)
-    new = length // 8  # so many that the first rows are still there when the last is prefilled
-    for row in range(rows):  # of different length: ragged rows are put beside their new tokens
-        prompt = torch.randint(4, 300, (length - new - row,), generator=generator).tolist()
-        engine.submit(Request(prompt, {"max_new_tokens": new, "min_new_tokens": new}))
-    while engine.has_work:
-        engine.step()
+
+    def tokens(count):
+        return torch.randint(4, 300, (max(1, count),), generator=generator).tolist()
+
+    def answer(prompts):
+        for prompt in prompts:
+            engine.submit(Request(prompt, {"max_new_tokens": 8, "min_new_tokens": 8}))
+        while engine.has_work:
+            engine.step()
+
+    # Two texts of different length that fit beside rows which begin with one of them: all rows in one ragged forward.
+    tail = min(engine.capacity.idle_prefill_chunk // rows, length // 4)
+    texts = [tokens(rows * (length - tail - 16) // (rows + 2) - 32 - i) for i in range(2)]
+    answer(texts)
+    answer([texts[row % 2] + tokens(tail) for row in range(rows)])
+    # Full rows, and the longest chunk once more when all keys and values are there.
+    answer([tokens(length - 8 - row) for row in range(rows)])
+    answer([tokens(length - 8)])
 
 settings = Settings.model_validate_json(sys.argv[3])
 serve(pathlib.Path(sys.argv[1]), settings.model_copy(update={"max_memory": None, "max_batch_size": 2}))
@@ -82,7 +97,6 @@ print(json.dumps(memory("VmHWM") - before))
 TINY = {
     "vocab_size": 384,
     "hidden_size": 64,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
@@ -115,7 +129,7 @@ def compare(model: str, dtype: str, rows: int, length: int, resident: float) -> 
     planned = cpu.needed - cpu.runtime
     before = checkpoint(model, dtype, tiny=True)
     command = [sys.executable, "-c", CHILD, str(before), str(folder), settings.model_dump_json()]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | MEMORY)
     if ended.returncode:
         raise RuntimeError(ended.stderr)
     measured = json.loads(ended.stdout.splitlines()[-1])

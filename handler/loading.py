@@ -150,9 +150,11 @@ def _computed_as(
     plan = _, empty, _ = planned(settings)
     if gpus or not settings.pack_weights or not cpu_lacks(empty.dtype) or getattr(config, "quantization_config", None):
         return plan
-    _, wide, limits = float32 = planned(settings.model_copy(update={"dtype": "float32"}))
+    wider, wide, limits = float32 = planned(settings.model_copy(update={"dtype": "float32"}))
     named = settings.device_map.values() if isinstance(settings.device_map, dict) else ()
-    fits = "disk" not in named and sum(p.nbytes for p in wide.parameters()) <= limits.get("cpu", 0)
+    # max_memory may allow more than a pod has that was planned with the stored dtype.
+    room = min(limits.get("cpu", 0), device_limits(wide, wider, free_memory(gpus))["cpu"])
+    fits = "disk" not in named and sum(p.nbytes for p in wide.parameters()) <= room
     return float32 if fits else plan
 
 

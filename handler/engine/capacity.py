@@ -17,11 +17,11 @@ _MOST_DRAFTS = 32  # of all sequences in a step
 _IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
 # Prompt positions whose logits are kept in a step, for log-probabilities, and of which float32 is made at once.
 PROMPT_LOGPROB_TOKENS, PROMPT_LOGPROB_ROWS = 128, 32
-# Bytes that kernels take for themselves, whatever the model: blocks that matrix products repack, a thread each.
-_KERNEL_BYTES = 32 << 20
-# The C library keeps blocks of up to 32 MiB that were freed (M_MMAP_THRESHOLD), and the next ones may not fit in:
-# measured half as much as lives at the peak, up to four blocks.
-_KEPT_BYTES = 4 * (32 << 20)
+# oneDNN keeps what it made for a matrix and a number of rows, 0.6 MB, and of these the last KERNELS (its own limit is
+# 1024); the C library's heap keeps HEAP_BYTES that were freed. server/torchserve.py sets both. Of what oneDNN gives up
+# 0.3 MB stays for good, which is not counted: it grows with the numbers of rows that were ever met.
+KERNELS, HEAP_BYTES = 64, 8 << 20
+_KERNEL_BYTES = 600_000
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ def _activation_bytes(architecture: Architecture, rows: int, padded: int, column
     # Logits of prompts, some of their rows in float32 with their logarithms; those that are sampled from are sorted.
     prompt = architecture.vocab_size * (item * PROMPT_LOGPROB_TOKENS + 12 * PROMPT_LOGPROB_ROWS)
     sampled = architecture.vocab_size * (item * (rows + _MOST_DRAFTS) + 28 * rows)
-    most = max(attention, mlp, prompt, sampled)
-    return most + min(most // 2, _KEPT_BYTES) + _KERNEL_BYTES
+    return max(attention, mlp, prompt, sampled) + KERNELS * _KERNEL_BYTES + HEAP_BYTES
 
 
 def _max_sequence_length(architecture: Architecture, config: EngineConfig) -> int:

@@ -1,7 +1,10 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
+from handler.engine.capacity import HEAP_BYTES, KERNELS
 from server import torchserve
 from server.torchserve import cpu_quota, environment
 
@@ -55,3 +58,25 @@ def test_no_more_threads_than_the_quota_has_cpus(monkeypatch, tmp_path, quota, t
     assert environment(tmp_path, tmp_path)["GOMP_SPINCOUNT"] == "20000"
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "7")
     assert environment(tmp_path, tmp_path)["OMP_NUM_THREADS"] == "7"
+
+
+def test_workers_keep_no_more_for_themselves_than_is_planned(monkeypatch, tmp_path):
+    monkeypatch.setattr(torchserve, "find_java_home", lambda: tmp_path)
+    for name in torchserve.MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    variables = environment(tmp_path, tmp_path)
+    assert variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(KERNELS)
+    assert variables["MALLOC_TRIM_THRESHOLD_"] == str(HEAP_BYTES)
+    # Large blocks are returned when they are freed, with holes between them and all.
+    code = """if True:
+        import pathlib, re
+        import torch
+        def resident():
+            return int(re.search(r"VmRSS:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) << 10
+        torch.ones(24 << 18).sum()  # from now on blocks of up to its size would stay
+        before, blocks = resident(), [torch.ones(8 << 18) for _ in range(16)]
+        del blocks[::2]
+        print(resident() - before)
+    """
+    printed = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert int(printed.stdout) < 9 * (8 << 20)  # of the eight that are left, and not of sixteen

@@ -11,6 +11,8 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from handler import loading
+from handler.engine.architecture import Architecture
+from handler.engine.capacity import Capacity
 from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import packed
@@ -165,3 +167,12 @@ def test_unless_they_do_not_fit_so(lacking, bloom_bfloat16, tmp_path):
         assert loaded.model.dtype == torch.bfloat16
         assert loaded.products == "bfloat16, of many rows in blocks of float32"
     assert load_model(bloom_bfloat16, Settings(max_memory={"cpu": 2 * size}), tmp_path).model.dtype == torch.float32
+
+
+def test_nor_where_max_memory_allows_more_than_there_is(lacking, bloom_bfloat16, tmp_path, monkeypatch):
+    """A pod that was planned for 16 bits is not killed on such a CPU."""
+    settings = Settings(max_memory={"cpu": 10**9})
+    empty = loading.meta_model(loading.read_config(bloom_bfloat16, settings), settings, [])
+    taken = 2 * empty.get_memory_footprint() + Capacity.of(Architecture.of(empty), settings).activation_bytes
+    monkeypatch.setattr(loading, "free_memory", lambda gpus: {"cpu": taken})
+    assert load_model(bloom_bfloat16, settings, tmp_path).model.dtype == torch.bfloat16

@@ -11,6 +11,8 @@ SHARD_DIR ?= $(MODEL_DIR)-$(or $(QUANTIZE),sharded)
 MODEL_ZIP ?= model.zip
 PORT ?= 8080
 TEXT ?= My dog is cute
+# As it was written: a shell would take quotes and backticks out of it, and make what follows a dollar.
+export PROMPT := $(value TEXT)
 
 # OpenMP's waiting threads spin by default: on a machine with anything else to do, everything takes many times longer.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -66,7 +68,7 @@ $(READY_KSERVE_OLD): requirements-kserve-old.lock $(READY_KSERVE)
 	@touch $@
 
 demo: $(READY) ## a small real model, all the way to its answer
-	@$(RUN) scripts.demo --setup-config "$(SETUP_CONFIG)" --text "$(TEXT)"
+	@$(RUN) scripts.demo --setup-config "$(SETUP_CONFIG)" --text "$$PROMPT"
 
 serve: $(READY) ## serve MODEL_DIR as MODEL_NAME on PORT, in the foreground; DRAFT_MODEL=… to guess tokens
 	@$(RUN) scripts.serve $(if $(MODEL_DIR),--model-dir "$(MODEL_DIR)") $(DRAFT) --model-name "$(MODEL_NAME)" \
@@ -76,7 +78,7 @@ stop: $(READY) ## end what `make serve` started on PORT
 	@$(RUN) scripts.serve --stop --port $(PORT)
 
 predict: $(READY) ## send TEXT to what is served on PORT
-	@$(RUN) scripts.predict --model-name "$(MODEL_NAME)" --url http://127.0.0.1:$(PORT) --text "$(TEXT)"
+	@$(RUN) scripts.predict --model-name "$(MODEL_NAME)" --url http://127.0.0.1:$(PORT) --text "$$PROMPT"
 
 download: $(READY) ## MODEL_ID at REVISION from the Hugging Face hub -> models/
 	@$(RUN) scripts.download --model-id "$(MODEL_ID)" --revision "$(REVISION)"

@@ -150,7 +150,7 @@ def _api_keys() -> list[str] | None:
 
 def _run_as_init(commands: dict[str, list[str]], environment: dict[str, str], signals: dict[str, int]) -> int:
     """Run commands as a container's first process has to: end all of them when it is told to end or one of them ends,
-    and reap orphans. The exit status of the one that ended first.
+    one after the other, the last first, and reap orphans. The exit status of the one that ended first.
 
     The kernel does not end a first process that leaves SIGTERM unhandled, as `torchserve` does.
 
@@ -164,7 +164,7 @@ def _run_as_init(commands: dict[str, list[str]], environment: dict[str, str], si
 
     def end(*_: object) -> None:
         told.set()
-        for process, name in children.items():
+        for process, name in [*children.items()][-1:]:  # the others once it has gone: it may still need them
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.killpg(process, signals.get(name, signal.SIGTERM))
 
@@ -179,7 +179,7 @@ def _run_as_init(commands: dict[str, list[str]], environment: dict[str, str], si
         if not told.is_set():
             print(f"error: {name} ended by itself with status {code}", file=sys.stderr)
             result = code or 1
-            end()
+        end()
     return result
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import socket
 from pathlib import Path
 
 from server.errors import LaunchError
@@ -19,12 +20,13 @@ def command(
     api_keys: list[str] | None,
     port: int,
     metrics_port: int,
-    host: str = "*",
+    host: str | None = None,
 ) -> list[str]:
     """The command line that runs nginx in the foreground before the TorchServe of these config.properties.
 
     folder: where its configuration goes, which holds the keys, and all that it writes. model: name and version, for
-    OpenAI's paths. api_keys: one of them is needed for all but health; None: whoever comes is served.
+    OpenAI's paths. api_keys: one of them is needed for all but health; None: whoever comes is served. host: where it
+    listens; None: everywhere.
     Raises LaunchError when there is no nginx, or a key or a name is none.
     """
     nginx = shutil.which("nginx")
@@ -35,9 +37,8 @@ def command(
             raise LaunchError(f"a model is called {name!r}: archive it under a name of letters, digits, _, . and -")
     values = {
         "folder": folder,
-        "host": host,
-        "port": port,
-        "metrics_port": metrics_port,
+        "listen": _listen(host, port),
+        "listen_metrics": _listen(host, metrics_port),
         "inference": _address(properties["inference_address"]),
         "metrics": _address(properties["metrics_address"]),
         "max_request_size": properties.get("max_request_size", TORCHSERVES_MAX_REQUEST_SIZE),
@@ -50,6 +51,13 @@ def command(
     config.touch(mode=0o600)
     config.write_text(re.sub(r"\{(\w+)\}", lambda match: str(values[match[1]]), TEMPLATE.read_text()))
     return [nginx, "-e", "stderr", "-p", str(folder), "-c", str(config)]
+
+
+def _listen(host: str | None, port: int) -> str:
+    """What nginx listens on. A pod may have IPv6 alone, and a kernel may have none."""
+    if host is None and socket.has_dualstack_ipv6():
+        return f"[::]:{port} ipv6only=off"
+    return f"{host or '*'}:{port}"
 
 
 def _address(url: str) -> str:

@@ -29,12 +29,14 @@ def parse_uri(uri: str) -> tuple[str, str, str]:
             f"STORAGE_URI is {uri!r}: write gs://BUCKET/PATH, s3://BUCKET/PATH, file:///PATH or "
             "https://ACCOUNT.blob.core.windows.net/CONTAINER/PATH"
         )
+    if url.query or url.fragment:
+        raise UserError(f"STORAGE_URI is {uri.partition('?')[0]!r} and more: KServe wants a path without ? and #")
     bucket, _, path = f"{'' if azure else url.netloc}{url.path}".strip("/").partition("/")
     if url.scheme == "file":
         if url.netloc or not bucket:
             raise UserError(f"STORAGE_URI is {uri!r}: write file:///an/absolute/path")
         return "file", "", url.path
-    if not bucket or not path or url.query:
+    if not bucket or not path:
         raise UserError(f"STORAGE_URI is {uri!r}: KServe wants a bucket and a path in it, such as gs://BUCKET/bloom")
     return f"{url.scheme}://{url.netloc}" if azure else url.scheme, bucket, path
 

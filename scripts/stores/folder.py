@@ -46,8 +46,9 @@ class FolderStore:
     def delete(self, key: str) -> None:
         path = self._folder / key
         path.unlink()
-        with contextlib.suppress(OSError):  # of the folders that are left, the empty ones
-            os.removedirs(path.parent)
+        with contextlib.suppress(OSError):  # of the folders below this one, the empty ones
+            for parent in path.relative_to(self._folder).parents[:-1]:
+                (self._folder / parent).rmdir()
 
     def put(self, key: str, data: bytes, part: Part) -> None:
         target = self._folder / key

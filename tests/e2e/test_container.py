@@ -126,9 +126,10 @@ def test_through_nginx_as_to_torchserve_itself(container, mount, generated):
             for connection in process.net_connections("tcp")
             if connection.status == psutil.CONN_LISTEN
         }
+        everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
         assert {at for at in listening if at[0] not in ("127.0.0.1", "::ffff:127.0.0.1")} == {
-            ("0.0.0.0", port),
-            ("0.0.0.0", port + 1),
+            (everywhere, port),
+            (everywhere, port + 1),
         }
         # Without nginx nobody is served.
         (nginx,) = [child for child in psutil.Process(pod.process.pid).children() if child.name() == "nginx"]

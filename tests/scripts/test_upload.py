@@ -406,8 +406,11 @@ def test_permission_is_explained():
         ("s3://bucket", "KServe wants a bucket and a path in it"),
         ("gs:///path", "KServe wants a bucket and a path in it"),
         ("https://a.blob.core.windows.net/container", "KServe wants a bucket and a path in it"),
-        ("https://a.blob.core.windows.net/container/path?sig=secret", "KServe wants"),
+        ("https://a.blob.core.windows.net/container/path?sig=secret", r"path' and more: KServe wants"),
         ("file://relative/path", "write file:///an/absolute/path"),
+        ("file:///tmp/a#b", r"without \? and #"),
+        ("file:///tmp/a?b", r"without \? and #"),
+        ("gs://bucket/bloom#2", r"without \? and #"),
         ("file:///", "write file:///an/absolute/path"),
     ],
 )
@@ -453,6 +456,13 @@ def test_releases_are_listed(mar, tmp_path, capsys):
     assert capsys.readouterr().out.endswith("  not whole: run make upload again to go on\n")
     with pytest.raises(UserError, match="is not the name of a release"):
         releases.main(["--storage-uri", uri, "--delete", ".."])
+
+
+def test_with_the_last_release_its_folder_goes_and_no_other(mar, tmp_path):
+    uri = f"file://{tmp_path}/mount/a model ä"
+    release = upload.upload(mar, uri).release
+    releases.delete(uri, release)
+    assert [path.name for path in (tmp_path / "mount").rglob("*")] == ["a model ä"]
 
 
 def test_the_uri_of_a_release():

@@ -1,7 +1,9 @@
-"""What the container's entry asks the kernel."""
+"""What the container's entry asks the kernel, and how it ends."""
 
 import contextlib
+import signal
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -22,3 +24,34 @@ def test_open_requests_are_the_connections_to_torchserve():
             assert _open_requests(port) == 2
             client.close()
         assert _open_requests(port) == 0  # nor are those that have ended
+
+
+CHILD = """
+import os, signal, sys, time
+seconds, name = float(sys.argv[1]), sys.argv[2]
+def end(*_):
+    time.sleep(seconds)
+    os.write(1, f"{name} ends\\n".encode())
+    os._exit(0)
+signal.signal(signal.SIGQUIT if name == "nginx" else signal.SIGTERM, end)
+os.write(1, b"up\\n")
+while True:
+    signal.pause()
+"""
+INIT = f"""
+import signal, sys
+from pathlib import Path
+from server import container
+container._work_folder = lambda: Path(sys.argv[1])
+children = {{"TorchServe": "0", "nginx": "0.5"}}
+commands = {{name: [sys.executable, "-c", {CHILD!r}, seconds, name] for name, seconds in children.items()}}
+sys.exit(container._run_as_init(commands, {{}}, signals={{"nginx": signal.SIGQUIT}}))
+"""
+
+
+def test_what_nginx_has_begun_is_answered_before_torchserve_ends(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", INIT, tmp_path], stdout=subprocess.PIPE, text=True) as init:
+        assert init.stdout and [init.stdout.readline(), init.stdout.readline()] == ["up\n"] * 2
+        init.send_signal(signal.SIGTERM)
+        assert init.stdout.read() == "nginx ends\nTorchServe ends\n"
+    assert init.returncode == 0

@@ -59,11 +59,11 @@ def headers(head):
 
 
 @contextlib.contextmanager
-def running(folder, upstream, api_keys):
+def running(folder, upstream, api_keys, host="127.0.0.1"):
     port = free_port()
     address = f"http://127.0.0.1:{upstream.port}"
     properties = {"inference_address": address, "metrics_address": address, "max_request_size": str(MAX)}
-    command = proxy.command(folder / "nginx", properties, ("bloom", "1.0"), api_keys, port, port + 1, "127.0.0.1")
+    command = proxy.command(folder / "nginx", properties, ("bloom", "1.0"), api_keys, port, port + 1, host)
     with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
             while process.poll() is None:
@@ -164,6 +164,7 @@ def get(port, path):
         pytest.param(
             b"POST / HTTP/1.0\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, id="chunks in HTTP/1.0"
         ),
+        pytest.param(b"GET /ping HTTP/3.0\r\nHost: x\r\n\r\n", 400, id="another version of HTTP"),
         pytest.param(b"GET /ping HTTP/1.1 x\r\nHost: x\r\n\r\n", 400, id="a request line of four words"),
         pytest.param(b"GET /a b HTTP/1.1\r\nHost: x\r\n\r\n", 400, id="a space in the path"),
         pytest.param(b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n", 400, id="a zero byte in the path"),
@@ -263,11 +264,13 @@ def test_openais_paths_are_where_kserve_has_them(open_port, upstream):
     requests.get(f"http://127.0.0.1:{open_port}/openai/v1/models", timeout=10)
     get(open_port, b"/openai/v1/%0d%0aX:%20y")
     get(open_port, b"/openai/v1/../../x")
+    get(open_port, b"/openai/v1")
     assert [received.split(b"\r\n")[0] for received in upstream.received] == [
         b"POST /predictions/bloom/1.0/v1/completions?a=b HTTP/1.1",
         b"GET /predictions/bloom/1.0/v1/models HTTP/1.1",
         b"GET /predictions/bloom/1.0/v1/%0D%0AX:%20y HTTP/1.1",
         b"GET /openai/v1/../../x HTTP/1.1",
+        b"GET /predictions/bloom/1.0/v1 HTTP/1.1",
     ]
 
 
@@ -306,7 +309,9 @@ def test_prometheus_gets_metrics_and_nothing_else(open_port, upstream):
     "given",
     [None, "Bearer", "Bearer wrong", f"Bearer {KEYS[0].upper()}", f"Bearer {KEYS[0]}x", f"Bearer x{KEYS[0]}", KEYS[0]],
 )
-@pytest.mark.parametrize("path", ["/predictions/bloom", "/v1/models/bloom:predict", "/openai/v1/models", "/"])
+@pytest.mark.parametrize(
+    "path", ["/predictions/bloom", "/v1/models/bloom:predict", "/openai/v1/models", "/openai/v1", "/"]
+)
 def test_without_a_key_nothing_is_served(locked, upstream, given, path):
     answer = requests.post(locked + path, headers={"Authorization": given} if given else {}, data=b"x", timeout=10)
     assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
@@ -338,6 +343,17 @@ def test_without_a_key_no_body_is_kept(locked, upstream, path):
         connection.sendall(head)
         assert connection.recv(100).startswith((b"HTTP/1.1 413 ", b"HTTP/1.1 401 "))
     assert upstream.received == []
+
+
+def test_a_pod_may_have_ipv6_alone_and_its_kernel_none(tmp_path, upstream, monkeypatch):
+    if socket.has_dualstack_ipv6():
+        with running(tmp_path / "both", upstream, None, host=None) as port:
+            for host in ("127.0.0.1", "[::1]"):
+                for each in (port, port + 1):
+                    assert requests.get(f"http://{host}:{each}/metrics", timeout=10).text == "ok"
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with running(tmp_path / "old", upstream, None, host=None) as port:
+        assert requests.get(f"http://127.0.0.1:{port}/ping", timeout=10).text == "ok"
 
 
 def test_keys_are_for_nobody_elses_eyes(tmp_path, upstream):

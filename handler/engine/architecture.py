@@ -96,6 +96,8 @@ class Architecture:
 def _kv_width(layer: PreTrainedConfig) -> int:
     """Numbers in a token's keys in one layer, and again in its values."""
     heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    if getattr(layer, "multi_query", False) and not getattr(layer, "new_decoder_architecture", False):
+        heads = 1  # Falcon-7B, StarCoder
     return heads * _head_size(layer)
 
 

@@ -16,6 +16,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -25,6 +26,7 @@ from handler.weights.quantized import matrices, scaled
 
 _ROWS = 256  # in a product, that the order is chosen for: also the fastest for one (python -m benchmarks.packed)
 _HEIGHTS, _DEPTHS = (64, 48, 32, 24, 16, 8), (1, 2, 4)
+_EXACT_ROWS = 32  # those of decoding steps
 _COMPARED_ROWS = 4096  # at a time
 
 
@@ -99,9 +101,20 @@ def _product(packed: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(input: torch.Tensor) -> torch.Tensor:
-        return multiply(input, packed, bias, "none", [], "")
+        rows = input.numel() // input.shape[-1]
+        if (padded := padded_rows(rows)) == rows:
+            return multiply(input, packed, bias, "none", [], "")
+        inputs = pad(input.reshape(rows, -1), (0, 0, 0, padded - rows))
+        return multiply(inputs, packed, bias, "none", [], "")[:rows].view(*input.shape[:-1], -1)
 
     return forward
+
+
+def padded_rows(rows: int) -> int:
+    """Rows to multiply for so many, at most an eighth more: oneDNN makes a kernel for each number that it meets, and
+    some of its memory is never returned."""
+    step = 1 << max(0, rows.bit_length() - 4) if rows > _EXACT_ROWS else 1
+    return -(-rows // step) * step
 
 
 def _lookup(packed: torch.Tensor, blocks: torch.Tensor, module: nn.Embedding) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -5,7 +5,10 @@ import torch
 from accelerate import cpu_offload
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
+    GPTBigCodeConfig,
     GPTNeoConfig,
+    LlamaConfig,
     MambaConfig,
     MistralConfig,
     MptConfig,
@@ -15,6 +18,7 @@ from transformers import (
 )
 
 from handler.engine import Engine, EngineConfig, Request, UnsupportedModel
+from handler.engine.architecture import Architecture
 from handler.engine.kv_cache import KVCache
 
 from .conftest import VOCAB, make_model, prompt_ids, reference
@@ -214,3 +218,23 @@ def test_padding_attends_to_something(tokenizer):
 def test_models_that_cannot_be_batched_by_rows_are_refused(make, tokenizer):
     with pytest.raises(UnsupportedModel):
         Engine(make(), tokenizer)
+
+
+SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 16}
+
+
+@pytest.mark.parametrize(
+    "config, heads",
+    [
+        (FalconConfig(**SMALL, multi_query=True, new_decoder_architecture=False), 1),
+        (FalconConfig(**SMALL, num_kv_heads=2, new_decoder_architecture=True), 4),  # it stores them for each head
+        (FalconConfig(**SMALL, multi_query=False, alibi=True), 4),
+        (GPTBigCodeConfig(**SMALL, multi_query=True), 1),
+        (LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=8), 2),
+    ],
+)
+def test_bytes_of_a_token_are_known_before_there_are_any(config, heads):
+    model = AutoModelForCausalLM.from_config(config)
+    layers = model(torch.tensor([[1]]), use_cache=True).past_key_values.layers
+    stored = sum(store.nbytes for layer in layers for store in (layer.keys, layer.values))
+    assert Architecture.of(model).kv_bytes_per_token == stored == 2 * 2 * heads * 8 * 4

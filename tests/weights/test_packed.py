@@ -176,3 +176,19 @@ def test_nor_where_max_memory_allows_more_than_there_is(lacking, bloom_bfloat16,
     taken = 2 * empty.get_memory_footprint() + Capacity.of(Architecture.of(empty), settings).activation_bytes
     monkeypatch.setattr(loading, "free_memory", lambda gpus: {"cpu": taken})
     assert load_model(bloom_bfloat16, settings, tmp_path).model.dtype == torch.bfloat16
+
+
+def test_few_kernels_are_made_for_all_numbers_of_rows():
+    padded = {rows: packed.padded_rows(rows) for rows in range(1025)}
+    assert all(rows <= more <= rows * 9 / 8 for rows, more in padded.items())
+    assert all(padded[rows] == rows for rows in range(33))
+    assert len(set(padded.values())) < 80
+
+
+@pytest.mark.parametrize("rows", [33, 100, 1000])
+def test_rows_that_are_added_change_nothing(rows):
+    model = copy.deepcopy(make_model("llama"))
+    inputs, layer = torch.randn(1, rows, 32), model.model.layers[0].mlp.up_proj
+    expected = layer(inputs)
+    assert packed.pack_weights(model)
+    assert torch.allclose(layer(inputs), expected, atol=1e-5) and layer(inputs).shape == expected.shape

@@ -29,9 +29,9 @@ AFTER_TRACEBACK = ("Backend worker process died", "s_name_part0=")
 # Of workers. What they keep for themselves is then what handler/engine/capacity.py plans for.
 MEMORY = {
     "THP_MEM_ALLOC_ENABLE": "1",  # PyTorch's large tensors in huge pages: products read them a tenth faster
-    # Freed blocks of 128 KiB or more go back at once. By default that grows to 32 MiB: what is kept is never returned,
-    # and new blocks may not fit in.
-    "MALLOC_MMAP_THRESHOLD_": str(128 << 10),
+    # Freed blocks of a MiB or more go back at once. By default those of up to 32 MiB stay, and new ones may not fit in.
+    # Of smaller ones the kernel would spend more time on zeroing pages.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 20),
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # half a millisecond each to make again
 }

@@ -89,21 +89,27 @@ def _check_name(release: str) -> None:
         raise UserError(f"{release!r} is not the name of a release: make releases STORAGE_URI=… lists them")
 
 
-def remember(model_store: Path, model_name: str, release: str) -> None:
-    """Note what was uploaded, beside the archive."""
+def remember(model_store: Path, model_name: str, release: str, storage_uri: str) -> None:
+    """Note what was uploaded where, beside the archive."""
     with _notes(model_store, model_name).open("a") as notes:
-        notes.write(f"{release}\n")
+        notes.write(f"{release} {storage_uri.rstrip('/')}\n")
 
 
-def newest(model_store: Path, model_name: str) -> str:
-    """The release that was uploaded last from here. Raises UserError when none was."""
+def newest(model_store: Path, model_name: str, storage_uri: str) -> str:
+    """The release that was uploaded last from here to a storage URI; a volume is filled from whatever URI.
+
+    Raises UserError when none was.
+    """
     notes = _notes(model_store, model_name)
-    if not notes.is_file():
+    uploads = [line.split(maxsplit=1) for line in notes.read_text().splitlines()] if notes.is_file() else []
+    is_volume = storage_uri.startswith("pvc://")
+    there = [release for release, uri in uploads if is_volume or uri == storage_uri.rstrip("/")]
+    if not there:
         raise UserError(
-            f"no release of {model_name} was uploaded from here: run make upload, or name with RELEASE=… one that "
-            "make releases STORAGE_URI=… lists"
+            f"no release of {model_name} was uploaded from here to {storage_uri}: run make upload, or name with "
+            "RELEASE=… one that make releases STORAGE_URI=… lists"
         )
-    return notes.read_text().split()[-1]
+    return there[-1]
 
 
 def _notes(model_store: Path, model_name: str) -> Path:

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.kserve:
         check_kserve(args.storage_uri, args.kserve)
     summary = upload(find_archive(args.model_store, args.model_name), args.storage_uri)
-    remember(args.model_store, args.model_name, summary.release)
+    remember(args.model_store, args.model_name, summary.release, args.storage_uri)
     sent = f"sent {summary.sent} files ({summary.bytes / 1e9:.2f} GB)"
     print(f"{args.storage_uri}: {sent}, {summary.skipped} were there already")
     print(f"release {summary.release}, for KServe {least_kserve(args.storage_uri)} or newer: make deploy takes it")

@@ -129,7 +129,7 @@ def _with_releases(service: Service, variant: str, release: str | None, model_st
                 "leave it out"
             )
         return service
-    release = release or newest(model_store, service.name)
+    release = release or newest(model_store, service.name, service.source_uri or service.storage_uri)
     source = service.source_uri and release_uri(service.source_uri, release)
     return replace(service, storage_uri=release_uri(service.storage_uri, release), source_uri=source)
 

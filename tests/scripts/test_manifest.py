@@ -631,8 +631,8 @@ def test_a_key_is_asked_for_unless_a_mesh_decides(plan, variant):
 def test_the_release_is_the_one_uploaded_last_unless_it_is_named(command, tmp_path):
     with pytest.raises(UserError, match="no release of bloom-7b1 was uploaded from here"):
         command("--storage-uri", "gs://b/p")
-    for release in ("0" * 16, "1" * 16):
-        remember(tmp_path, "bloom-7b1", release)
+    for release, storage_uri in (("0" * 16, "gs://b/p/"), ("1" * 16, "gs://b/p"), ("2" * 16, "s3://b/p")):
+        remember(tmp_path, "bloom-7b1", release, storage_uri)
 
     def uri(storage_uri, *more):
         predictor = command("--storage-uri", storage_uri, *more)["InferenceService"]["spec"]["predictor"]
@@ -641,7 +641,9 @@ def test_the_release_is_the_one_uploaded_last_unless_it_is_named(command, tmp_pa
     assert uri("gs://b/p") == f"gs://b/p/{'1' * 16}/"
     assert uri("gs://b/p", "--release", "0" * 16) == f"gs://b/p/{'0' * 16}/"
     assert uri("gs://b/p", "--variant", "canary") == f"gs://b/p/{'1' * 16}/"  # beside one of the release before
-    assert uri(VOLUME, "--variant", "pvc") == f"{VOLUME}/{'1' * 16}/"
+    assert uri(VOLUME, "--variant", "pvc") == f"{VOLUME}/{'2' * 16}/"
+    with pytest.raises(UserError, match="uploaded from here to gs://b/other"):
+        uri("gs://b/other")
     image = "oci://registry/bloom-7b1:1"
     assert uri(image) == image
     with pytest.raises(UserError, match="leave it out"):

@@ -438,7 +438,7 @@ def test_the_commands_say_what_they_did(mar, tmp_path):
     first, second = (
         subprocess.run([*command, "--storage-uri", uri], capture_output=True, text=True, check=True) for _ in range(2)
     )
-    release = releases.newest(store, "bloom")
+    release = releases.newest(store, "bloom", uri)
     said = f"release {release}, for KServe 0.13 or newer: make deploy takes it\n"
     assert first.stdout == f"{uri}: sent 3 files (0.02 GB), 0 were there already\n{said}"
     assert second.stdout == f"{uri}: sent 0 files (0.00 GB), 3 were there already\n{said}"
@@ -473,8 +473,8 @@ def test_the_uri_of_a_release():
 
 
 def test_without_an_upload_from_here_a_release_has_to_be_named(tmp_path):
-    with pytest.raises(UserError, match="no release of bloom was uploaded from here: run make upload, or name"):
-        releases.newest(tmp_path, "bloom")
+    with pytest.raises(UserError, match="uploaded from here to s3://b/p: run make upload, or name"):
+        releases.newest(tmp_path, "bloom", "s3://b/p")
 
 
 @pytest.mark.parametrize(

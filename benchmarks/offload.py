@@ -3,9 +3,11 @@
     python -m benchmarks.offload                        # everything: an hour, 35 GB of disk, root
     python -m benchmarks.offload --formats bfloat16 --clients 1
 
+Of the hour, making the checkpoints takes most; they stay.
+
 For each format and number of clients: tokens a second of this package's engine, beside Accelerate's own `generate` of
 one client in 16 bits in the same group; bytes read a step over those of the disk tier; the rate of reading over the
-best of raw reads of the same files. Writes JSON and a plot.
+best of raw reads of the same files. JSON goes to benchmarks/results/, a plot to docs/.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from benchmarks.checkpoints import WORK, bloom_7b1
 from handler.settings import parse_size
 
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
+PLOT = Path("docs/offload.svg")
 FORMATS = ("bfloat16", "int8", "int4")
 NEW_TOKENS = {1: 6, 32: 6}
 
@@ -124,7 +127,7 @@ def main() -> None:
                 print_run(report, {"engine": "ours", "format": name, "clients": clients, "memory": memory, **measured})
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "offload.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(report["runs"], args.results / "offload.svg")
+    plot(report["runs"], PLOT)
 
 
 def quantized(folder: Path, name: str) -> Path:

@@ -9,6 +9,18 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests import clouds
 
+# What `make test-fast` leaves out besides servers and stores: files and tests that search long.
+SLOW = (
+    "test_equality.py",
+    "test_architectures.py",
+    "test_speculation.py",
+    "test_draft_model.py",
+    "test_the_corpus",
+    "test_memory_does_not_grow_with_what_is_quantized",
+    "test_the_command_prints_yaml_that_is_applied_by_deploy",
+    "test_what_is_missing_is_named",
+    "test_a_real_group",
+)
 STORES = ["s3", "gcs", "azure"]
 
 
@@ -17,7 +29,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "cloud_server" in item.fixturenames:
             item.add_marker("cloud")
-        if item.path.name in ("test_equality.py", "test_architectures.py"):
+        if item.path.name in SLOW or item.originalname in SLOW:
             item.add_marker("slow")
     items.sort(key=lambda item: not {"e2e", "cloud"} & set(item.keywords))
 

@@ -1,7 +1,6 @@
 """A small model in memory that guesses what a large one, whose weights are read at each step, will say next."""
 
 import time
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 from .architecture import Architecture
 from .forward_cost import ForwardCost
 from .kv_cache import KVCache
-from .model_runner import ModelRunner
+from .model_runner import ModelRunner, Row
 from .scheduler import Batch
 from .sequence import Sequence
 
@@ -18,24 +17,8 @@ _MAX_TOKENS = 4096  # rows x columns of its keys and values: longer texts, and m
 _CHUNK = 256  # rows x new columns of a forward over tokens that it has not seen yet
 
 
-@dataclass(eq=False)
-class DraftRow:
-    """What `ModelRunner` must know of a row, by the names that a `Sequence` has for it.
-
-    token_ids: those of the sequence, and behind them its drafts.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    row: int = -1
-    num_cached_tokens: int = 0
-    needs_prompt_logprobs: bool = False
-
-    @property
-    def length(self) -> int:
-        return len(self.token_ids)
-
-    def next_token_ids(self, count: int) -> list[int]:
-        return self.token_ids[self.num_cached_tokens :][:count]
+class DraftRow(Row):
+    """token_ids: those of the sequence that it follows, and behind them its drafts."""
 
     def follow(self, sequence: Sequence) -> None:
         """Keep of what is cached that which the sequence has come to; its last token is always computed."""

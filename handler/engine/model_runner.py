@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +14,23 @@ from .architecture import Architecture
 from .attention import UNSEEN, gpt_neo_sees, key_positions, longrope_by_row, window_masks
 from .kv_cache import ForwardContext, KVCache
 from .scheduler import Batch
+
+
+@dataclass(eq=False)
+class Row:
+    """What a forward must know of a row, by the names that a `Sequence` has for it; for rows that are no sequences."""
+
+    token_ids: list[int] = field(default_factory=list)
+    row: int = -1
+    num_cached_tokens: int = 0
+    needs_prompt_logprobs: bool = False
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    def next_token_ids(self, count: int) -> list[int]:
+        return self.token_ids[self.num_cached_tokens : self.num_cached_tokens + count]
 
 
 class ModelRunner:

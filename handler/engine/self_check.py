@@ -4,7 +4,6 @@ The check is short, so it cannot see what begins at many tokens: a sliding windo
 """
 
 import math
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 from .architecture import Architecture
 from .errors import UnsupportedModel
 from .kv_cache import KVCache
-from .model_runner import ModelRunner
+from .model_runner import ModelRunner, Row
 from .scheduler import Batch
 from .sequence import Sequence
 
@@ -22,23 +21,6 @@ _COMPARED = 5  # positions after a cut: there what was before it counts most
 # Most of the logits' standard deviation that the median position may be off. Rounding comes to 0.03 in bfloat16, to
 # 0.1 where it changes experts, to 0.0001 in float32; a wrong position or a missing token to 0.3 and more.
 _TOLERANCE, _TOLERANCE_FLOAT32 = 0.2, 0.01
-
-
-@dataclass(eq=False)
-class _Row:
-    """As much of a `Sequence` as a forward asks for. It wants the logits of all its positions."""
-
-    row: int
-    token_ids: list[int]
-    num_cached_tokens: int = 0
-    needs_prompt_logprobs: bool = True
-
-    @property
-    def length(self) -> int:
-        return len(self.token_ids)
-
-    def next_token_ids(self, count: int) -> list[int]:
-        return self.token_ids[self.num_cached_tokens : self.num_cached_tokens + count]
 
 
 @torch.inference_mode()
@@ -69,14 +51,14 @@ def _largest_difference(model: PreTrainedModel, architecture: Architecture) -> f
     """Of two rows that are cut from a third that is not, in standard deviations of its logits."""
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(architecture.vocab_size, (_TOKENS,), generator=generator).tolist()
-    longer, shorter, whole = (_Row(row, token_ids) for row in range(3))
+    longer, shorter, whole = (Row(token_ids, row, needs_prompt_logprobs=True) for row in range(3))
     runner = ModelRunner(model, architecture, KVCache(3 * 64, None, architecture.kv_bytes_per_token))
     _forward(runner, {longer: 7, shorter: 3})
     of_longer, of_shorter, of_whole = _forward(runner, {longer: 5, shorter: 9, whole: 12})
     return max(_median_difference(of_longer, of_whole[7:]), _median_difference(of_shorter, of_whole[3:]))
 
 
-def _forward(runner: ModelRunner, new_tokens: dict[_Row, int]) -> tuple[torch.Tensor, ...]:
+def _forward(runner: ModelRunner, new_tokens: dict[Row, int]) -> tuple[torch.Tensor, ...]:
     """Carry rows on by so many tokens; logits [tokens, vocab] of each."""
     batch = Batch(cast(list[Sequence], list(new_tokens)), list(new_tokens.values()), (len(new_tokens), _TOKENS))
     logits = runner.forward(batch).float()

@@ -99,6 +99,26 @@ class _GoogleUpload:
             self._store.put(self._name(part), data, part)
 
     def finish(self) -> None:
+        try:
+            composed = self._compose_all()
+        except (PreconditionFailed, NotFound):
+            # Another upload has made the object, and perhaps removed the parts that this one counted on. Or one broke
+            # off before it could verify what it had made.
+            there = self._store.bucket.get_blob(self._blob(self._key).name, retry=self._store.retry)
+            if there is None:
+                raise
+            self._verify(there)
+        else:
+            try:
+                self._verify(composed)
+            except DataLoss:
+                composed.delete(if_generation_match=composed.generation, retry=self._store.retry)
+                raise
+        for name in self._store.objects(self._folder):
+            with contextlib.suppress(NotFound):  # another upload has removed it
+                self._store.delete(name)
+
+    def _compose_all(self) -> Any:
         names = [self._name(part) for part in self._parts]
         # What was composed may be composed again.
         while len(names) > MAX_COMPOSED:
@@ -107,18 +127,7 @@ class _GoogleUpload:
             with contextlib.suppress(PreconditionFailed):
                 self._compose(group, name)
             names.insert(0, name)
-        try:
-            composed = self._compose(names, self._key)
-        except PreconditionFailed:  # by another upload, or by one that broke off before it could verify it
-            self._verify(self._store.bucket.get_blob(self._blob(self._key).name, retry=self._store.retry))
-        else:
-            try:
-                self._verify(composed)
-            except DataLoss:
-                composed.delete(if_generation_match=composed.generation, retry=self._store.retry)
-                raise
-        for name in self._store.objects(self._folder):
-            self._store.delete(name)
+        return self._compose(names, self._key)
 
     def _compose(self, names: Sequence[str], key: str) -> Any:
         composed = self._blob(key)

@@ -170,6 +170,31 @@ def test_who_comes_second_takes_what_the_first_has_finished(cloud, mar, monkeypa
     assert len(objects(cloud)) == 3
 
 
+def test_parts_that_another_upload_used_up_are_not_counted_on(cloud, mar, monkeypatch):
+    """Another upload of the same archive begins and ends after this one has seen what is there, and before it sends
+    the rest."""
+    send = upload._send_parts
+
+    def overtaken(store, key, path, parts, *rest):
+        monkeypatch.setattr(upload, "_send_parts", send)
+        store.begin(key, path, parts).put(parts[0], parts[0].read(path))
+        begin = store.begin
+
+        def slow(*arguments):
+            unfinished = begin(*arguments)
+            assert unfinished.done == {1}
+            upload.upload(mar, cloud.uri)
+            return unfinished
+
+        store.begin = slow
+        send(store, key, path, parts, *rest)
+
+    monkeypatch.setattr(upload, "_send_parts", overtaken)
+    release = upload.upload(mar, cloud.uri).release
+    assert of_release(cloud, release)["model-store/bloom.mar"] == mar.read_bytes()
+    assert len(objects(cloud)) == 3
+
+
 @pytest.mark.parametrize("cloud_server", ["s3", "azure"], indirect=True)  # the emulator of gs knows no conditions
 def test_nothing_is_written_over(cloud, folder):
     store = open_store(cloud.uri)

@@ -156,10 +156,7 @@ def _run_as_init(commands: dict[str, list[str]], environment: dict[str, str], si
 
     signals: what ends a command if not SIGTERM.
     """
-    children = {
-        subprocess.Popen(command, env=environment, cwd=_work_folder(), start_new_session=True).pid: name
-        for name, command in commands.items()
-    }
+    children: dict[int, str] = {}
     told = threading.Event()
 
     def end(*_: object) -> None:
@@ -170,6 +167,12 @@ def _run_as_init(commands: dict[str, list[str]], environment: dict[str, str], si
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
+    for name, command in commands.items():
+        if not told.is_set():
+            started = subprocess.Popen(command, env=environment, cwd=_work_folder(), start_new_session=True)
+            children[started.pid] = name
+    if told.is_set():  # while they were started, one of which `end` did not know
+        end()
     result = 0
     while children:
         process, status = os.wait()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -21,10 +22,13 @@ from server.errors import LaunchError
 from server.java import find_java_home
 
 LOGGING = Path(__file__).with_name("log4j2.xml")
+# Below those that the kernel gives to clients: a connection of somebody's would take one until TorchServe is up.
+FREE_PORTS = range(10_000, 16_000, len(PORTS))
 MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's path on Linux
 # What TorchServe's worker logs right before the traceback of a failure, and what it logs right after it.
 FAILURE = re.compile(r"MODEL_LOG - (Failed to load model|Load model .* OOM|Backend worker process died)")
 AFTER_TRACEBACK = ("Backend worker process died", "s_name_part0=")
+TRACEBACK_SECONDS = 30  # that its last line may come later than its first: the next worker has to start for that
 
 # Of workers. What they keep for themselves is then what handler/engine/capacity.py plans for.
 MEMORY = {
@@ -73,7 +77,7 @@ class TorchServe:
         stop(self.work)  # a TorchServe that was killed leaves processes and gigabytes
         shutil.rmtree(self.work, ignore_errors=True)
         temporary = self._temporary_folder()
-        config = self.work / "config.properties"
+        config = _config(self.work)
         config.write_text(laptop_properties(self._archive, self.port))
         start = command(config, self._archive.parent)
         variables = environment(temporary, self.logs) | self._environment
@@ -82,7 +86,7 @@ class TorchServe:
             self._process = subprocess.Popen(
                 start, cwd=self.work, env=variables, stdout=console, stderr=console, start_new_session=True
             )
-        (self.work / "pid").write_text(f"{self._process.pid} {psutil.Process(self._process.pid).create_time()}")
+        (self.work / "pid").write_text(str(self._process.pid))
 
     def wait_ready(self, timeout: float) -> None:
         """Wait until a worker is READY: `/ping` says Healthy long before, and also when the model cannot load.
@@ -113,12 +117,15 @@ class TorchServe:
 
     def failure(self) -> str:
         """The traceback of the first worker that died, or nothing."""
-        if not FAILURE.search(_read(self.logs / "model_log.log")):
-            return ""
-        time.sleep(0.5)  # until its last lines are written
-        lines = FAILURE.split(_read(self.logs / "model_log.log"), maxsplit=1)[-1].splitlines()[1:]
-        logged = (line.partition(" MODEL_LOG - ")[2] for line in lines if "-stdout MODEL_LOG - " in line)
-        return "\n".join(takewhile(lambda line: not line.startswith(AFTER_TRACEBACK), logged))
+        deadline = time.monotonic() + TRACEBACK_SECONDS
+        while FAILURE.search(log := _read(self.logs / "model_log.log")):
+            lines = FAILURE.split(log, maxsplit=1)[-1].splitlines()[1:]
+            logged = [line.partition(" MODEL_LOG - ")[2] for line in lines if "-stdout MODEL_LOG - " in line]
+            traceback = [*takewhile(lambda line: not line.startswith(AFTER_TRACEBACK), logged)]
+            if len(traceback) < len(logged) or not self.running() or time.monotonic() > deadline:
+                return "\n".join(traceback)
+            time.sleep(0.1)
+        return ""
 
     def wait(self) -> None:
         """Wait until TorchServe ends, whoever ended it."""
@@ -217,13 +224,11 @@ def stop(work: Path, timeout: float = 30) -> bool:
 
 
 def free_port() -> int:
-    """A port with as many free ones after it as TorchServe needs."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    """A port with as many free ones after it as TorchServe needs. Raises LaunchError when there is none."""
+    for port in random.sample(FREE_PORTS, len(FREE_PORTS)):
         if all(map(_is_free, range(port, port + len(PORTS)))):
             return port
+    raise LaunchError(f"no free ports between {FREE_PORTS.start} and {FREE_PORTS.stop}")
 
 
 def _check_ports(port: int) -> None:
@@ -243,12 +248,17 @@ def _is_free(port: int) -> bool:
 
 
 def _recorded_process(work: Path) -> psutil.Process | None:
-    """The process that `start` recorded, unless it has ended and its id belongs to another one by now."""
-    recorded = _read(work / "pid").split()
-    if not recorded or not psutil.pid_exists(int(recorded[0])):
-        return None
-    process = psutil.Process(int(recorded[0]))
-    return process if str(process.create_time()) == recorded[1] else None
+    """The process that `start` recorded, unless it has ended and its id belongs to another one by now. Its command line
+    tells; when it was started, by the clock, changes when the clock is set."""
+    if recorded := _read(work / "pid"):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(recorded))
+            return process if str(_config(work.resolve())) in process.cmdline() else None
+    return None
+
+
+def _config(work: Path) -> Path:
+    return work / "config.properties"
 
 
 def _read(path: Path) -> str:

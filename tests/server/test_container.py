@@ -55,3 +55,20 @@ def test_what_nginx_has_begun_is_answered_before_torchserve_ends(tmp_path):
         init.send_signal(signal.SIGTERM)
         assert init.stdout.read() == "nginx ends\nTorchServe ends\n"
     assert init.returncode == 0
+
+
+def test_who_is_told_to_end_while_it_starts_ends_what_it_has_started(tmp_path):
+    """Between the start of one child and the next."""
+    told = """
+import os, subprocess
+start = subprocess.Popen
+def told(*arguments, **options):
+    process = start(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return process
+container.subprocess.Popen = told
+"""
+    code = INIT.replace("children =", f"{told}children =")
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "nginx" not in ended.stdout

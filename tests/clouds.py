@@ -96,7 +96,7 @@ def _server(command: list, log: Path) -> Iterator[int]:
     port = free_port()
     with log.open("wb") as output, subprocess.Popen([*command, str(port)], stdout=output, stderr=output) as process:
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 180
             while not _is_open(port):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{command[0]} did not start:\n{log.read_text()}")
@@ -169,7 +169,7 @@ class Proxy:
     def __init__(self, target: int):
         self.sent = 0
         self.break_after: int | None = None
-        self._target = target
+        self._target, self._counting = target, threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -204,7 +204,8 @@ class Proxy:
                 server.shutdown(socket.SHUT_RDWR)
 
     def _pass_on(self, data: bytes, server: socket.socket) -> None:
-        self.sent += len(data)
+        with self._counting:
+            self.sent += len(data)
         if not self.broken:
             server.sendall(data)
 

@@ -1,7 +1,8 @@
 """s3://BUCKET/PATH: Amazon S3, and servers that speak its protocol."""
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ RIGHTS = (
     "s3:PutObject, s3:GetObject and s3:ListMultipartUploadParts on its objects, s3:ListBucket and "
     "s3:ListBucketMultipartUploads on the bucket; for make releases DELETE=… s3:DeleteObject too"
 )
+
+
+COMPLETING = {"Delay": 1, "MaxAttempts": 60}  # how often to look for the object that S3 makes of another's parts
 
 
 class S3Store:
@@ -87,12 +91,13 @@ class _S3Upload:
     """
 
     def __init__(self, client: Any, location: dict[str, str], path: Path, parts: Sequence[Part]):
-        self._client, self._path, self._parts = client, path, parts
+        self._client, self._object, self._path, self._parts = client, location, path, parts
         upload = self._unfinished(location)
         if upload is None:
             upload = client.create_multipart_upload(**location, ChecksumAlgorithm="SHA256")["UploadId"]
         self._location = {**location, "UploadId": upload}
-        self._uploaded = self._find_uploaded()
+        with self._awaiting_another():
+            self._uploaded = self._find_uploaded()
         self.done = set(self._uploaded)
 
     def _unfinished(self, location: dict[str, str]) -> str | None:
@@ -116,9 +121,10 @@ class _S3Upload:
         return _etag(there) == _md5(self._path, [part])
 
     def put(self, part: Part, data: bytes) -> None:
-        self._uploaded[part.number] = self._client.upload_part(
-            **self._location, PartNumber=part.number, Body=data, ChecksumSHA256=part.digest
-        )
+        with self._awaiting_another():
+            self._uploaded[part.number] = self._client.upload_part(
+                **self._location, PartNumber=part.number, Body=data, ChecksumSHA256=part.digest
+            )
 
     def finish(self) -> None:
         completed = [
@@ -129,7 +135,20 @@ class _S3Upload:
             }
             for part in self._parts
         ]
-        self._client.complete_multipart_upload(**self._location, MultipartUpload={"Parts": completed}, IfNoneMatch="*")
+        with self._awaiting_another():
+            self._client.complete_multipart_upload(
+                **self._location, MultipartUpload={"Parts": completed}, IfNoneMatch="*"
+            )
+
+    @contextlib.contextmanager
+    def _awaiting_another(self) -> Iterator[None]:
+        """An upload that is gone was ended by another one of the same archive, whose object may not be there yet. It is
+        when the error is seen."""
+        try:
+            yield
+        except self._client.exceptions.NoSuchUpload:
+            self._client.get_waiter("object_exists").wait(**self._object, WaiterConfig=COMPLETING)
+            raise
 
 
 def _etag(entry: dict[str, Any]) -> str:

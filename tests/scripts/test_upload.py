@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +17,7 @@ from scripts.archive import archive
 from scripts.console import UserError
 from scripts.stores import base, check_kserve, open_store
 from scripts.stores.folder import FolderStore, _FolderUpload
+from scripts.stores.s3 import _S3Upload
 from scripts.upload import find_archive
 from server.config_properties import METRICS
 from tests.clouds import files, objects
@@ -191,6 +193,26 @@ def test_parts_that_another_upload_used_up_are_not_counted_on(cloud, mar, monkey
 
     monkeypatch.setattr(upload, "_send_parts", overtaken)
     release = upload.upload(mar, cloud.uri).release
+    assert of_release(cloud, release)["model-store/bloom.mar"] == mar.read_bytes()
+    assert len(objects(cloud)) == 3
+
+
+@pytest.mark.parametrize("cloud_server", ["s3"], indirect=True)
+def test_what_another_makes_of_the_parts_is_waited_for(cloud, mar, monkeypatch):
+    """S3 forgets an upload before the object that it makes of it is there."""
+    unfinished = _S3Upload._unfinished
+
+    def used_up(self, location):
+        monkeypatch.setattr(_S3Upload, "_unfinished", unfinished)
+        gone = self._client.create_multipart_upload(**location)["UploadId"]
+        self._client.abort_multipart_upload(**location, UploadId=gone)
+        other.start()
+        return gone
+
+    other = threading.Timer(0.5, upload.upload, (mar, cloud.uri))
+    monkeypatch.setattr(_S3Upload, "_unfinished", used_up)
+    release = upload.upload(mar, cloud.uri).release
+    other.join()
     assert of_release(cloud, release)["model-store/bloom.mar"] == mar.read_bytes()
     assert len(objects(cloud)) == 3
 

@@ -161,13 +161,14 @@ def fastest_reader(ranges: Sequence[Range], seconds: float = _CALIBRATION) -> tu
 
 
 def _rate(method: ReadMethod, pieces: Sequence[tuple[Range, int]], seconds: float) -> float:
-    """Bytes a second that the threads of a method read of the pieces, until time or pieces are over."""
+    """Bytes a second that the threads of a method read of the pieces, until time or pieces are over; of the first at
+    least, however late the threads come to it."""
     reader, turns = Reader(method), count()
     start = time.perf_counter()
 
     def work() -> None:
         buffer = memoryview(mmap.mmap(-1, _PIECE))
-        while time.perf_counter() < start + seconds and (turn := next(turns)) < len(pieces):
+        while (turn := next(turns)) < len(pieces) and (not turn or time.perf_counter() < start + seconds):
             source, at = pieces[turn]
             size = min(_PIECE, source.aligned_size - at)
             needed = min(size, source.start + source.size - source.aligned_start - at)

@@ -17,7 +17,8 @@ import sys
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 _MEMORY = 2**30  # bytes
-_TIMEOUT = 20.0  # seconds by the clock
+# Seconds by the clock. With its low priority it gets a twentieth of the time of cores that are busy.
+_TIMEOUT = 60.0
 
 
 class Bytes:

@@ -5,8 +5,8 @@ Packed, a matrix has as many bytes as before (rows are filled up to a block of a
 module: a tensor of its shape and dtype whose numbers only oneDNN's products can read.
 
 A tied embedding looks its rows up in the packed head. A block of `height` rows lies there column by column, `depth`
-columns together: [out / height, in / depth, height, depth]. oneDNN does not say so; it is tried, and every number
-compared, before the rows are thrown away.
+columns together: [out / height, in / depth, height, depth]; with AVX512 that has no bfloat16 all rows are one block of
+these. oneDNN does not say so; it is tried, and every number compared, before the rows are thrown away.
 """
 
 import ctypes
@@ -134,7 +134,7 @@ def _blocks(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
     size = torch.ops.mkldnn._nbytes(packed)
     memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed))
     numbers = torch.frombuffer(memory, dtype=packed.dtype)
-    for height, depth in itertools.product(_HEIGHTS, _DEPTHS):
+    for height, depth in itertools.product((*_HEIGHTS, len(rows)), _DEPTHS):
         count = -(-len(rows) // height)
         if rows.shape[1] % depth == 0 and count * height * rows.shape[1] == len(numbers):
             blocks = numbers.view(count, rows.shape[1] // depth, height, depth)

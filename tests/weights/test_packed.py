@@ -106,6 +106,14 @@ def test_rows_that_differ_in_one_number_are_not_found():
     assert packed._blocks(order, rows) is None
 
 
+def test_all_rows_may_be_one_block():
+    """As bfloat16 is packed by a CPU with AVX512 that has no bfloat16."""
+    rows = torch.randn(1000, 32)
+    order = rows.t().contiguous().to_mkldnn()
+    blocks = packed._blocks(order, rows)
+    assert blocks is not None and torch.equal(blocks[0, :, 7].flatten(), rows[7])
+
+
 def test_what_this_cpu_cannot_multiply_and_embeddings_alone_are_left():
     llama = copy.deepcopy(make_model("llama"))
     packed.pack_weights(llama)

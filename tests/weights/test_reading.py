@@ -28,7 +28,6 @@ def read(reader, wanted):
     return bytes(buffer[skipped : skipped + wanted.size])
 
 
-@pytest.mark.parametrize("method", READ_METHODS, ids=str)
 def test_every_method_reads_any_range(file, method):
     reader = Reader(method)
     for start, size in RANGES:
@@ -36,14 +35,14 @@ def test_every_method_reads_any_range(file, method):
     assert reader.bytes_read >= sum(size for _, size in RANGES)
 
 
-@pytest.mark.parametrize("method", READ_METHODS[:4:3], ids=str)
+@pytest.mark.parametrize("method", READ_METHODS[:4:3], ids=str, indirect=True)
 def test_short_reads_go_on_where_they_ended(file, monkeypatch, method):
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][: 3 * ALIGNMENT]], at))
     assert read(Reader(method), Range(file, 100, SIZE - 200)) == file.read_bytes()[100:-100]
 
 
-@pytest.mark.parametrize("method", READ_METHODS[:4:3], ids=str)
+@pytest.mark.parametrize("method", READ_METHODS[:4:3], ids=str, indirect=True)
 def test_a_file_that_was_cut_is_an_error_and_can_be_read_again(file, method):
     data, reader = file.read_bytes(), Reader(method)
     wanted = Range(file, 0, SIZE)

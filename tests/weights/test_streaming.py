@@ -12,7 +12,7 @@ from handler.engine import Engine, EngineConfig, ModelError, Request
 from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import streaming
-from handler.weights.reading import READ_METHODS, Reader
+from handler.weights.reading import Reader
 from tests.engine.architectures import RUNS
 from tests.engine.conftest import make_tokenizer
 from tests.models import save_tiny_bloom
@@ -26,8 +26,8 @@ def _nothing_is_small(monkeypatch):
 
 
 @pytest.fixture
-def load(bloom, tmp_path, monkeypatch):
-    def load(method=READ_METHODS[0], budget=None, folder=bloom, **settings):
+def load(bloom, tmp_path, methods, monkeypatch):
+    def load(method=methods[0], budget=None, folder=bloom, **settings):
         monkeypatch.setattr(streaming, "fastest_reader", lambda ranges: (Reader(method), 1e9))
         loaded = load_model(folder, Settings(**{"max_memory": {"cpu": 0}, **settings}), tmp_path)
         if budget is not None:
@@ -50,7 +50,6 @@ def stored(folder):
     return tensors
 
 
-@pytest.mark.parametrize("method", READ_METHODS, ids=str)
 def test_every_method_gives_the_same_logits_step_after_step(bloom, load, method):
     expected = logits(AutoModelForCausalLM.from_pretrained(bloom))
     model = load(method).model

@@ -1,0 +1,26 @@
+"""Ways to read that there are where the tests write."""
+
+import os
+
+import pytest
+
+from handler.weights.reading import READ_METHODS
+
+
+@pytest.fixture(scope="session")
+def methods(tmp_path_factory):
+    """Those of READ_METHODS that the file system takes: a tmpfs of an older kernel has no direct reads."""
+    path = tmp_path_factory.mktemp("methods") / "file"
+    path.touch()
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return [method for method in READ_METHODS if not method.direct]
+    return list(READ_METHODS)
+
+
+@pytest.fixture(params=READ_METHODS, ids=str)
+def method(request, methods):
+    if request.param not in methods:
+        pytest.skip("no direct reads here")
+    return request.param

@@ -417,7 +417,7 @@ def test_a_request_can_go_while_its_grammar_is_compiled(held):
 
 
 def test_so_many_grammars_wait_to_be_compiled_and_no_more(held):
-    engine = make_engine()
+    engine = Engine(make_model("llama"), make_tokenizer())  # without grammars of another test
     jobs = [submit(engine, DIGITS) for _ in range(64)]
     with pytest.raises(QueueFull):
         submit(engine, DIGITS)

@@ -115,8 +115,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         rest = data[start : self.server.cut_at] if is_lfs(name) else data[start:]
+        self.log(name, 206 if start else 200, len(rest))  # before the client can be through
         self.wfile.write(bytes(len(rest)) if self.server.damage else rest)
-        self.log(name, 206 if start else 200, len(rest))
         if start + len(rest) < len(data):
             self.server.down = True
             self.close_connection = True
@@ -166,7 +166,7 @@ def run(hub: Hub, output: Path, *args: str, **env: str) -> subprocess.CompletedP
         },
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

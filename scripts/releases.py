@@ -77,7 +77,8 @@ def delete(storage_uri: str, release: str) -> None:
     store = open_store(storage_uri)
     with explained(store):
         keys = [*store.objects(release), *store.objects(f"{UNFINISHED}/{release}")]
-        if not keys:
+        abandoned = store.abandon(release)
+        if not keys and not abandoned:
             raise UserError(f"{storage_uri} has no release {release}: make releases lists them")
         # The configuration first: what has lost it is not whole.
         for key in sorted(keys, key=lambda key: key != f"{release}/{CONFIG}"):

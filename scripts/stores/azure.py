@@ -72,6 +72,9 @@ class AzureStore:
     def delete(self, key: str) -> None:
         self._blob(key).delete_blob()
 
+    def abandon(self, folder: str) -> int:
+        return 0  # Azure lists no blob that has uncommitted blocks alone, and drops them after a week
+
     def put(self, key: str, data: bytes, part: Part) -> None:
         self._blob(key).upload_blob(
             data, overwrite=False, metadata={METADATA_KEY: fingerprint([part])}, validate_content=True

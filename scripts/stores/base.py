@@ -100,6 +100,9 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None: ...
 
+    def abandon(self, folder: str) -> int:
+        """End the unfinished uploads of a folder's objects that are no objects themselves; how many there were."""
+
     def put(self, key: str, data: bytes, part: Part) -> None:
         """Write an object of one part."""
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,31 +53,52 @@ class FolderStore:
 
     def put(self, key: str, data: bytes, part: Part) -> None:
         target = self._folder / key
-        partial = _partial(target)
-        partial.write_bytes(data)
-        _finish(partial, target)
+        _make_folder(target.parent)
+        # Of its own: another upload at the same time would empty what this one is about to rename.
+        with tempfile.NamedTemporaryFile(
+            dir=target.parent, prefix=target.name, suffix=UNFINISHED, delete=False
+        ) as file:
+            try:
+                file.write(data)
+                file.flush()
+                _finish(Path(file.name), target)
+            except OSError:
+                Path(file.name).unlink(missing_ok=True)
+                raise
 
     def begin(self, key: str, path: Path, parts: Sequence[Part]) -> Upload:
         return _FolderUpload(self._folder / key, parts)
 
+    def abandon(self, folder: str) -> int:
+        return 0  # what is unfinished is a file of the folder
 
-def _partial(target: Path) -> Path:
-    """The file to write until it is whole; its folder is made."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target.with_name(f"{target.name}{UNFINISHED}")
+
+def _make_folder(folder: Path) -> None:
+    """With the folders above it. Pods read as another user, whatever the umask here is."""
+    for missing in [path for path in reversed([folder, *folder.parents]) if not path.exists()]:
+        missing.mkdir(exist_ok=True)
+        _allow(missing, 0o755)
+
+
+def _allow(path: Path, mode: int) -> None:
+    with contextlib.suppress(PermissionError):  # of a file system that has modes of its own
+        path.chmod(mode)
 
 
 def _finish(partial: Path, target: Path) -> None:
     """Raises FileExistsError when there is such a file."""
     if target.exists():
+        partial.unlink(missing_ok=True)
         raise FileExistsError(str(target))
+    _allow(partial, 0o644)
     partial.rename(target)
 
 
 class _FolderUpload:
     def __init__(self, target: Path, parts: Sequence[Part]):
         self._target, self._parts = target, parts
-        self._partial = _partial(target)
+        _make_folder(target.parent)
+        self._partial = target.with_name(f"{target.name}{UNFINISHED}")
         self._partial.touch()
         self.done = {part.number for part in parts if part.is_in(self._partial)}
 

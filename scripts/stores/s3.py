@@ -14,7 +14,8 @@ from .base import CHANGED, RETRIES, WORKERS, Part, Stored, Upload, fingerprint, 
 
 RIGHTS = (
     "s3:PutObject, s3:GetObject and s3:ListMultipartUploadParts on its objects, s3:ListBucket and "
-    "s3:ListBucketMultipartUploads on the bucket; for make releases DELETE=… s3:DeleteObject too"
+    "s3:ListBucketMultipartUploads on the bucket; for make releases DELETE=… s3:DeleteObject and "
+    "s3:AbortMultipartUpload too"
 )
 
 
@@ -74,6 +75,13 @@ class S3Store:
     def delete(self, key: str) -> None:
         self._client.delete_object(**self._location(key))
 
+    def abandon(self, folder: str) -> int:
+        unfinished = _unfinished(self._client, self._bucket, f"{self._prefix}/{folder}/")
+        for entry in unfinished:
+            upload = {"Key": entry["Key"], "UploadId": entry["UploadId"]}
+            self._client.abort_multipart_upload(Bucket=self._bucket, **upload)
+        return len(unfinished)
+
     def put(self, key: str, data: bytes, part: Part) -> None:
         self._client.put_object(**self._location(key), Body=data, ChecksumSHA256=part.digest, IfNoneMatch="*")
 
@@ -102,10 +110,8 @@ class _S3Upload:
 
     def _unfinished(self, location: dict[str, str]) -> str | None:
         """The id of this key's newest unfinished upload."""
-        pages = self._client.get_paginator("list_multipart_uploads").paginate(
-            Bucket=location["Bucket"], Prefix=location["Key"]
-        )
-        found = [entry for page in pages for entry in page.get("Uploads", []) if entry["Key"] == location["Key"]]
+        entries = _unfinished(self._client, location["Bucket"], location["Key"])
+        found = [entry for entry in entries if entry["Key"] == location["Key"]]
         return max(found, key=lambda entry: entry["Initiated"])["UploadId"] if found else None
 
     def _find_uploaded(self) -> dict[int, Any]:
@@ -149,6 +155,12 @@ class _S3Upload:
         except self._client.exceptions.NoSuchUpload:
             self._client.get_waiter("object_exists").wait(**self._object, WaiterConfig=COMPLETING)
             raise
+
+
+def _unfinished(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
+    """The multipart uploads of objects whose keys begin so."""
+    pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
+    return [entry for page in pages for entry in page.get("Uploads", [])]
 
 
 def _etag(entry: dict[str, Any]) -> str:

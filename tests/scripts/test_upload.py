@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import requests
@@ -315,6 +316,25 @@ def test_a_broken_upload_says_so_and_the_next_goes_on_where_it_stopped(cloud, ma
     assert not upload.upload(mar, cloud.uri).sent
 
 
+def test_with_a_release_goes_what_an_upload_of_it_that_broke_off_has_left(cloud, mar, no_retries, monkeypatch):
+    monkeypatch.setattr(upload, "WORKERS", 1)
+    cloud.proxy.break_after = 3 * PART_BYTES
+    with pytest.raises(UserError):
+        upload.upload(mar, cloud.uri)
+    cloud.proxy.break_after = None
+    with ThreadPoolExecutor(1) as pool:
+        name = releases.release_name(
+            {key: base.parts_of(path, pool) for key, path in upload._files(mar, mar.parent).items()}
+        )
+    with contextlib.nullcontext() if cloud.name != "azure" else pytest.raises(UserError, match="has no release"):
+        releases.delete(cloud.uri, name)
+    assert objects(cloud) == {}
+    if cloud.name == "s3":
+        import boto3
+
+        assert not boto3.client("s3").list_multipart_uploads(Bucket=cloud.bucket).get("Uploads")
+
+
 def test_another_file_does_not_go_on_with_what_was_begun(cloud, mar, no_retries, tmp_path):
     """Not even under the same key, which its release's name rules out."""
 
@@ -438,6 +458,36 @@ def test_a_folder_goes_on_where_it_stopped_too(mar, tmp_path, monkeypatch):
     assert (there / "model-store/bloom.mar").read_bytes() == b"somebody's"
     releases.delete(uri, summary.release)
     assert not there.exists()
+
+
+def test_pods_can_read_a_volume_whatever_the_umask_is(mar, tmp_path):
+    before = os.umask(0o077)
+    try:
+        upload.upload(mar, f"file://{tmp_path}/volume/bloom")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "volume").rglob("*") if path.is_file()}
+    folders = {path.stat().st_mode & 0o777 for path in (tmp_path / "volume", *(tmp_path / "volume").glob("**/"))}
+    assert (modes, folders) == ({0o644}, {0o755})
+
+
+def test_two_uploads_to_a_folder_at_once_share_no_file_that_is_written(tmp_path, monkeypatch):
+    """Another one writes the same object before this one has renamed its own."""
+    store, rename, written = FolderStore(tmp_path / "there"), Path.rename, []
+
+    def overtaken(partial, target):
+        written.append(partial)
+        if len(written) == 1:
+            store.put("key", b"data", None)
+        assert partial.read_bytes() == b"data"
+        return rename(partial, target)
+
+    monkeypatch.setattr(Path, "rename", overtaken)
+    store.put("key", b"data", None)
+    assert len(set(written)) == 2 and files(tmp_path / "there") == {"key": b"data"}
+    with pytest.raises(FileExistsError):
+        store.put("key", b"data", None)
+    assert files(tmp_path / "there") == {"key": b"data"}
 
 
 def test_permission_is_explained():

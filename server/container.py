@@ -45,6 +45,7 @@ def serve(ts_config: Path, changes: dict[str, str], port: int, metrics_port: int
     Set here is what follows from the container: the folders that can be written to, the environment, and that
     TorchServe is spoken to through nginx alone, whatever was uploaded.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a container's first process would ignore it
     from server import proxy, torchserve
     from server.config_properties import CLUSTER_PORTS, METRICS, addresses
     from server.errors import LaunchError

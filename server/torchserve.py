@@ -250,9 +250,9 @@ def _is_free(port: int) -> bool:
 def _recorded_process(work: Path) -> psutil.Process | None:
     """The process that `start` recorded, unless it has ended and its id belongs to another one by now. Its command line
     tells; when it was started, by the clock, changes when the clock is set."""
-    if recorded := _read(work / "pid"):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(int(recorded))
+    if recorded := _read(work / "pid").split():  # version 0.1.0 wrote more than the id
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(int(recorded[0]))
             return process if str(_config(work.resolve())) in process.cmdline() else None
     return None
 

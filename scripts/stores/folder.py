@@ -55,16 +55,15 @@ class FolderStore:
         target = self._folder / key
         _make_folder(target.parent)
         # Of its own: another upload at the same time would empty what this one is about to rename.
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=target.name, suffix=UNFINISHED, delete=False
-        ) as file:
-            try:
-                file.write(data)
-                file.flush()
-                _finish(Path(file.name), target)
-            except OSError:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        descriptor, name = tempfile.mkstemp(UNFINISHED, target.name, target.parent)
+        os.close(descriptor)
+        partial = Path(name)
+        try:
+            partial.write_bytes(data)
+            _finish(partial, target)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
     def begin(self, key: str, path: Path, parts: Sequence[Part]) -> Upload:
         return _FolderUpload(self._folder / key, parts)

@@ -17,8 +17,6 @@ RIGHTS = (
     "s3:ListBucketMultipartUploads on the bucket; for make releases DELETE=… s3:DeleteObject and "
     "s3:AbortMultipartUpload too"
 )
-
-
 COMPLETING = {"Delay": 1, "MaxAttempts": 60}  # how often to look for the object that S3 makes of another's parts
 
 

@@ -72,3 +72,18 @@ container.subprocess.Popen = told
     ended = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "nginx" not in ended.stdout
+
+
+def test_who_is_told_to_end_before_anything_has_started_ends(tmp_path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from server import container, proxy
+container._work_folder = lambda: Path(sys.argv[1], "work")
+proxy.command = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+container.serve(Path(sys.argv[1], "config/config.properties"), {}, 1, 2)
+"""
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.properties").write_text('model_snapshot={"models": {"bloom": {"1.0": {}}}}')
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -28,7 +28,8 @@ READY_TIMEOUT = 180  # seconds
 REPOSITORY_SETTINGS = json.loads((ROOT / "setup_config.json").read_text())
 ENTRY = [sys.executable, "-m", "server.container"]
 OLD_KSERVE = ROOT / ".venv-kserve-old"
-SETTINGS = {"max_new_tokens": 8, "max_batch_size": 4, "max_queue": 8, "max_prompt_tokens": 200}
+LIMITS = {"max_batch_size": 4, "max_queue": 8, "max_prompt_tokens": 200, "max_sequence_length": 8192}
+SETTINGS = {"max_new_tokens": 8, **LIMITS}
 
 
 def pytest_collection_modifyitems(items):
@@ -98,7 +99,7 @@ def fetch(uri, mount, kserve=None):
     """What KServe's storage initializer does before the container starts; kserve: an old version of OLD_KSERVE."""
     script = Path(__file__).with_name("storage_initializer.py")
     command = [ROOT / ".venv-kserve/bin/python", script, uri, mount, *([OLD_KSERVE / kserve] if kserve else [])]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
 
 
@@ -170,7 +171,14 @@ class Pod:
         family = self.family() if self.process.poll() is None else []
         self.process.terminate()
         _, alive = psutil.wait_procs(family, timeout=30)
-        for process in alive:
-            process.kill()
+        kill(alive)
         self.process.wait()
         return alive
+
+
+def kill(processes):
+    """At once, and all of them, also if one goes because of another; they are gone then."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=60)

@@ -18,8 +18,8 @@ from scripts.releases import release_uri
 from scripts.upload import upload
 from server.container import PROBE_SECONDS, SETTLE_SECONDS
 from server.properties import parse_properties
-from tests.e2e.asking import PROMPT, complete, describe, infer, predict
-from tests.e2e.conftest import ENTRY, REPOSITORY_SETTINGS, fetch
+from tests.e2e.asking import PROMPT, complete, describe, events, infer, predict
+from tests.e2e.conftest import ENTRY, READY_TIMEOUT, REPOSITORY_SETTINGS, fetch, kill
 from tests.nginx import needs_nginx, with_nginx
 
 
@@ -50,23 +50,22 @@ def test_probes_drain_and_end(container, mount):
             began = time.monotonic()
             assert pod.run("drain", "--seconds", "100").returncode == 0
             assert time.monotonic() - began < 60
-        answers = []
-        asked = {"max_tokens": 1900, "ignore_eos": True}
-        long = threading.Thread(target=lambda: answers.append(complete(pod.url, **asked).json()))
-        long.start()
-        time.sleep(1)
-        assert pod.run("drain", "--seconds", "0").returncode == 0
-        assert long.is_alive() and not answers, "the request is too short for this test"
         # A worker in a long step answers nothing. It is busy nevertheless.
         (worker,) = [process for process in pod.family() if "model_service_worker" in " ".join(process.cmdline())]
+        answer = complete(pod.url, max_tokens=1900, ignore_eos=True, stream=True)
         worker.suspend()
+        answers = []
+        long = threading.Thread(target=lambda: answers.extend(events(answer)))
+        long.start()
+        assert pod.run("drain", "--seconds", "0").returncode == 0
+        assert long.is_alive(), "the request is too short for this test"
         drain = subprocess.Popen(pod.command("drain", "--seconds", "100"), env=pod.environment, cwd=pod.cwd)
         with pytest.raises(subprocess.TimeoutExpired):
             drain.wait(timeout=PROBE_SECONDS + SETTLE_SECONDS + 2)
         worker.resume()
         assert drain.wait(timeout=100) == 0
-        long.join(timeout=5)
-        assert [answer["usage"]["completion_tokens"] for answer in answers] == [1900]
+        long.join(timeout=60)
+        assert answers[-1]["choices"][0]["finish_reason"] == "length"
         assert len(pod.family()) >= 4  # this entry, Java, the worker, nginx
         assert pod.end() == []
         assert pod.process.returncode == 0
@@ -133,8 +132,10 @@ def test_through_nginx_as_to_torchserve_itself(container, mount, generated):
         }
         # Without nginx nobody is served.
         (nginx,) = [child for child in psutil.Process(pod.process.pid).children() if child.name() == "nginx"]
+        family = pod.family()
         nginx.kill()
         assert pod.process.wait(timeout=60) != 0
+        kill(family)  # as the kernel does when a container's first process has ended: nginx's worker stays otherwise
         assert "error: nginx ended by itself with status -9" in (pod.folder / "log").read_text()
 
 
@@ -153,8 +154,7 @@ def test_kserves_own_arguments_and_a_restart_on_the_same_volume(container, bloom
     arguments = ["torchserve", "--start", f"--model-store={mount}/model-store"]
     with container(mount, *arguments) as pod:
         assert predict(pod.url, PROMPT).json() == expected
-        for process in pod.family():  # the container dies, the volume stays
-            process.kill()
+        kill(pod.family())  # the container dies, the volume stays
         pod.process.wait()
         # With a process id that is another's by now.
         (pod.folder / "torchserve/.model_server.pid").write_text(str(os.getpid()))
@@ -170,7 +170,7 @@ def test_a_model_that_cannot_load_is_never_ready(container, mount, tmp_path):
     subprocess.run(["cp", "-rL", mount, tmp_path / "models"], check=True)
     (tmp_path / "models/model-store/bloom/setup_config.json").write_text('{"max_memory": "all"}')
     with container(tmp_path / "models", wait=False) as pod:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + READY_TIMEOUT
         while b"SettingsError" not in (pod.folder / "log").read_bytes():
             assert time.monotonic() < deadline, (pod.folder / "log").read_text()
             time.sleep(0.2)

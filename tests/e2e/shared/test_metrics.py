@@ -9,8 +9,7 @@ import requests
 import yaml
 
 from scripts.archive import ROOT
-from tests.e2e.asking import PROMPT, complete, predict
-from tests.e2e.shared.test_torchserve import start_endless
+from tests.e2e.asking import PROMPT, complete, predict, start_endless
 
 NAMES = re.compile(r"(\w+)(?=[{\[])")  # of the metrics in an expression
 
@@ -34,8 +33,19 @@ def wait_for(server, name, expected, labels=""):
         time.sleep(0.2)
 
 
+def logged(server, request_ids):
+    """The statuses with which the log says that these requests have ended, once it does."""
+    deadline, found = time.monotonic() + 60, {}
+    while not found.keys() >= set(request_ids):
+        assert time.monotonic() < deadline, found
+        text = (server.logs / "model_log.log").read_text()
+        lines = [json.loads(line) for line in re.findall(r'MODEL_LOG - ({"event": "request".*})$', text, re.M)]
+        found = {line["id"]: line["status"] for line in lines}
+    return [found[request_id] for request_id in request_ids]
+
+
 def test_what_runs_and_what_waits(continuous):
-    open_ones = [start_endless(continuous, stream=True) for _ in range(4)]
+    open_ones = [start_endless(continuous, stream=True)[0] for _ in range(4)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(predict, continuous.url, PROMPT, max_new_tokens=4) for _ in range(2)]
         wait_for(continuous, "llm_waiting_sequences", 2)
@@ -84,13 +94,7 @@ def test_the_log_has_a_request_by_the_id_that_its_client_got(continuous):
     answers = [complete(continuous.url, prompt=secret, max_tokens=3, stream=stream) for stream in (False, True)]
     answers.append(predict(continuous.url, secret, no_such=1))
     assert [answer.status_code for answer in answers] == [200, 200, 400] and all(answer.content for answer in answers)
-    deadline, found = time.monotonic() + 60, {}
-    while not all(answer.headers["x-request-id"] in found for answer in answers):
-        assert time.monotonic() < deadline
-        logged = (continuous.logs / "model_log.log").read_text()
-        lines = [json.loads(line) for line in re.findall(r'MODEL_LOG - ({"event": "request".*})$', logged, re.M)]
-        found = {line["id"]: line["status"] for line in lines}
-    assert [found[answer.headers["x-request-id"]] for answer in answers] == [200, 200, 400]
+    assert logged(continuous, [answer.headers["x-request-id"] for answer in answers]) == [200, 200, 400]
     everything = "".join(path.read_text() for path in (*continuous.logs.iterdir(), continuous.work / "console.log"))
     assert secret not in everything
     # TorchServe's own line for each metric and for each call would hide these.

@@ -1,30 +1,31 @@
 """What the real TorchServe does with our handler, in both of its batching modes."""
 
-import json
-import socket
 import time
 
-import psutil
 import pytest
 import requests
 
-from tests.e2e.asking import PROMPT, at_once, complete, describe, events, joined, predict, worker
-from tests.e2e.conftest import SETTINGS
+from tests.e2e.asking import (
+    ENDLESS,
+    PROMPT,
+    at_once,
+    complete,
+    describe,
+    events,
+    joined,
+    overfill,
+    predict,
+    start_endless,
+    worker,
+    workers,
+)
+from tests.e2e.conftest import READY_TIMEOUT, SETTINGS
+from tests.e2e.shared.test_metrics import logged
 
 
 @pytest.fixture(params=["continuous", "plain"])
 def server(request):
     return request.getfixturevalue(request.param)
-
-
-def start_endless(server, stream):
-    """A connection on which a long answer has begun."""
-    body = json.dumps({"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": stream}).encode()
-    head = "POST /predictions/bloom HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
-    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    assert connection.recv(1)
-    return connection
 
 
 def read_to_the_end(connection):
@@ -86,7 +87,7 @@ def test_a_bad_request_gets_its_own_status_and_harms_nobody(server):
 
 def test_nobody_waits_for_a_neighbour(continuous):
     """A short request that comes after a long one is answered while the long one still runs."""
-    long = complete(continuous.url, max_tokens=1500, ignore_eos=True, stream=True)
+    long = complete(continuous.url, **ENDLESS, stream=True)
     received = long.iter_content(1)  # the connection lasts as long as this does
     assert next(received) and predict(continuous.url, PROMPT).ok
     assert describe(continuous.url)["engine"]["running"] == 1
@@ -147,21 +148,21 @@ def test_a_prompt_that_is_too_long(server):
 
 
 def test_a_deadline(server):
-    answer = predict(server.url, PROMPT, max_new_tokens=1900, max_time=0.3)
+    answer = predict(server.url, PROMPT, max_new_tokens=8000, max_time=0.3)
     assert answer.status_code == 408
     assert "0.3 s" in answer.json()["error"]["message"]
 
 
 def test_a_full_queue(continuous):
-    answers = at_once(24, lambda _: predict(continuous.url, PROMPT, max_new_tokens=150))
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert refused and {answer.status_code for answer in answers} == {200, 429}
+    refused, answered = overfill(continuous, lambda: predict(continuous.url, PROMPT))
+    assert [answer.status_code for answer in refused] == [429] * 16
     assert all(answer.headers["Retry-After"] == "1" for answer in refused)
+    assert [answer.status_code for answer in answered] == [200] * 8
 
 
 def test_a_request_that_waits_too_long(serving, bloom):
     with serving(bloom, SETTINGS | {"max_batch_size": 1, "max_wait": 0.2}, "no-archive") as server:
-        connection = start_endless(server, stream=True)
+        connection, _ = start_endless(server, stream=True)
         for stream in (False, True):
             answer = complete(server.url, stream=stream)
             assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
@@ -173,25 +174,26 @@ def test_a_request_that_waits_too_long(serving, bloom):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_slot(continuous, stream):
     """All four slots are taken by clients that hang up; then a new one is served."""
-    connections = [start_endless(continuous, stream) for _ in range(4)]
-    for connection in connections:
+    started = [start_endless(continuous, stream) for _ in range(4)]
+    for connection, _ in started:
         connection.close()
     assert predict(continuous.url, PROMPT, max_time=60).ok
+    assert logged(continuous, [request_id for _, request_id in started]) == [499] * 4
     assert describe(continuous.url)["engine"] == {"running": 0, "waiting": 0}
 
 
 def test_kill_9_tells_the_clients_and_the_worker_comes_back_without_unpacking_again(continuous, generated):
     (shard, *_) = (continuous.work / "tmp/models").rglob("model-00001-*")
     inode = shard.stat().st_ino
-    connections = [start_endless(continuous, stream) for stream in (True, False)]
     process = worker(continuous)
+    connections = [start_endless(continuous, stream)[0] for stream in (True, False)]
     process.kill()
     for connection in connections:
         assert not read_to_the_end(connection).endswith(b"0\r\n\r\n")  # which would say that it is whole
-    psutil.wait_procs([process], 10)
-    while continuous.ready():  # until TorchServe has noticed
+    deadline = time.monotonic() + READY_TIMEOUT
+    while (now := workers(continuous)[0])["status"] != "READY" or now["pid"] == process.pid:
+        assert time.monotonic() < deadline, now
         time.sleep(0.1)
-    continuous.wait_ready(120)
     assert predict(continuous.url, PROMPT).json() == {"predictions": [generated()]}
     assert shard.stat().st_ino == inode
 

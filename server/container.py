@@ -168,11 +168,13 @@ def _run_as_init(commands: dict[str, list[str]], environment: dict[str, str], si
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
+    starting: dict[int, str] = {}  # to `end` the last is known with all before it, or none is
     for name, command in commands.items():
         if not told.is_set():
             started = subprocess.Popen(command, env=environment, cwd=_work_folder(), start_new_session=True)
-            children[started.pid] = name
-    if told.is_set():  # while they were started, one of which `end` did not know
+            starting[started.pid] = name
+    children.update(starting)
+    if told.is_set():  # meanwhile
         end()
     result = 0
     while children:

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 _WORTH_ROWS = 12  # below, PyTorch's own product is as fast (python -m benchmarks.cpu_linear)
+_EXACT_ROWS = 32  # those of decoding steps
 _BLOCK_ELEMENTS = 1 << 20  # 4 MB in float32: stays in the cache between being widened and being used
 
 
@@ -33,6 +34,13 @@ def cpu_lacks(dtype: torch.dtype) -> bool:
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
     return dtype in supported and not supported[dtype]()
+
+
+def padded_rows(rows: int) -> int:
+    """Rows to multiply for so many, at most an eighth more: oneDNN makes a kernel for each number that it meets, and
+    some of its memory is never returned."""
+    step = 1 << max(0, rows.bit_length() - 4) if rows > _EXACT_ROWS else 1
+    return -(-rows // step) * step
 
 
 def wide_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

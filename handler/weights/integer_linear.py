@@ -7,19 +7,23 @@ int4: `weight` [out, in / 2] uint8. A byte holds column j in its low half and co
 packed int4: the same bytes in the order of PyTorch's kernel for this CPU. In each block of 64 rows (AVX512) or 32
     (AVX2) a byte holds one column of row r and of the row half a block further on: [out / block, in, block / 2].
 
+
 Few rows go through PyTorch's kernels, which read the integers once. Those are right in bfloat16 only, and fast there.
-For many rows, and in other dtypes, a block of the matrix is widened at a time, in a buffer that stays in the cache, and
-float32's product does the rest: from about 32 rows on it is faster than the kernels and than a product in bfloat16
-(python -m benchmarks.integer_linear).
+Many rows of int8 are multiplied as bytes where the CPU can do that (byte_linear.py), and those of packed int4 by the
+kernel too where it is AVX512's. Otherwise a block of the matrix is widened at a time, in a buffer that stays in the
+cache, and float32's product does the rest (python -m benchmarks.integer_linear).
 """
 
 from collections.abc import Iterator
 
 import torch
 
+from .byte_linear import byte_product, multiplies_bytes
+
 # Rows in a block of PyTorch's packed int4 layout on this CPU; 0 where it has no fast kernel.
 _PACKED_BLOCK = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
-_FEW_ROWS = 32
+_FASTEST_BLOCK = 64  # with it PyTorch's int4 kernel is the best for any number of rows
+_FEW_ROWS, _FEW_BESIDE_BYTES = 32, 16
 _WIDENED = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements at a time: 1 MB in float32; a GPU wants more at once
 
 
@@ -30,13 +34,16 @@ def integer_linear(
     """inputs [..., in] times the matrix transposed, plus bias [out]; [..., out] in the dtype of `inputs`."""
     rows = inputs.reshape(-1, inputs.shape[-1])
     out = len(weight)
-    if not (rows.device.type == "cpu" and rows.dtype == scale.dtype == torch.bfloat16 and 0 < len(rows) <= _FEW_ROWS):
-        output = _widened_product(rows, weight, scale, packed)
-    elif packed:
+    in_bfloat16 = rows.device.type == "cpu" and rows.dtype == scale.dtype == torch.bfloat16 and len(rows) > 0
+    as_bytes = in_bfloat16 and weight.dtype == torch.int8 and multiplies_bytes()
+    few = len(rows) <= (_FEW_BESIDE_BYTES if as_bytes else _FEW_ROWS)
+    if in_bfloat16 and packed and (few or _PACKED_BLOCK == _FASTEST_BLOCK):
         group = rows.shape[1] // len(scale)
         output = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), weight, group, scale)
-    elif weight.dtype == torch.int8 and _are_aligned(rows := rows.contiguous(), weight):
+    elif in_bfloat16 and few and weight.dtype == torch.int8 and _are_aligned(rows := rows.contiguous(), weight):
         output = torch._weight_int8pack_mm(rows, weight, scale)
+    elif as_bytes:
+        output = byte_product(rows, weight, scale)
     else:
         output = _widened_product(rows, weight, scale, packed)
     if bias is not None:

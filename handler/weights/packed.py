@@ -20,13 +20,15 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from handler.weights.cpu_linear import cpu_lacks
+from handler.weights.byte_linear import multiplies_bytes, pack_bytes, packed_byte_product
+from handler.weights.cpu_linear import cpu_lacks, padded_rows
 from handler.weights.placement import align_hooks
-from handler.weights.quantized import matrices, scaled
+from handler.weights.quantized import QuantizedConv1D, QuantizedEmbedding, QuantizedLinear, matrices, scaled
 
 _ROWS = 256  # in a product, that the order is chosen for: also the fastest for one (python -m benchmarks.packed)
+_LEAST_INT8 = 1 << 21  # bytes; in smaller matrices splitting the inputs costs more than the product
 _HEIGHTS, _DEPTHS = (64, 48, 32, 24, 16, 8), (1, 2, 4)
-_EXACT_ROWS = 32  # those of decoding steps
+_INT8_WIDTH = 64  # columns of int8 matrices come in so many
 _COMPARED_ROWS = 4096  # at a time
 
 
@@ -34,14 +36,16 @@ _COMPARED_ROWS = 4096  # at a time
 def pack_weights(model: PreTrainedModel) -> int:
     """Pack the linear layers that are in this CPU's memory and compute there, one at a time; bytes of what is packed.
 
-    Left as they are: what streams from disk or to a GPU, integers, dtypes that this CPU has no instructions for,
-    matrices that another module's code multiplies by itself, and a tied embedding whose packed rows are not found.
+    Left as they are: what streams from disk or to a GPU, int4 and small int8 matrices, for which PyTorch's own kernels
+    are better, dtypes that this CPU has no instructions for, matrices that another module's code multiplies by itself,
+    and a tied embedding whose packed rows are not found.
     """
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX") or getattr(model.config, "slow_but_exact", False):
         return 0
+    modules = [model.get_submodule(name) for name in matrices(model, None)]
+    modules += [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedConv1D | QuantizedEmbedding)]
     users: dict[nn.Parameter, list[nn.Module]] = {}
-    for name in matrices(model, None):
-        module = model.get_submodule(name)
+    for module in modules:
         users.setdefault(cast(nn.Parameter, module.weight), []).append(module)
     return sum(_pack(weight, modules) for weight, modules in users.items())
 
@@ -77,24 +81,50 @@ def products_of(model: PreTrainedModel, main_device: str, packed: int) -> str:
 def _pack(weight: nn.Parameter, users: list[nn.Module]) -> int:
     """Pack a matrix for all modules that use it, or none; its bytes, or 0."""
     linear = [module for module in users if not isinstance(module, nn.Embedding)]
-    can = (
-        weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and not cpu_lacks(weight.dtype)
-    )
-    if not can or not linear:
+    if not linear or not _can_pack(weight, linear[0]):
         return 0
-    rows = weight.t() if isinstance(linear[0], Conv1D) else weight
-    packed = torch.ops.mkldnn._reorder_linear_weight(rows.contiguous(), _ROWS)
+    rows = weight.t() if isinstance(linear[0], Conv1D) and not isinstance(linear[0], QuantizedConv1D) else weight
+    if rows.dtype == torch.int8:
+        packed = pack_bytes(rows)
+        sums = torch._int_mm(rows.new_ones(1, rows.shape[1]), rows.t())[0]
+    else:
+        packed = torch.ops.mkldnn._reorder_linear_weight(rows.contiguous(), _ROWS)
     blocks = None
     if len(linear) < len(users) and (blocks := _blocks(packed, rows)) is None:
         return 0
     parameter = nn.Parameter(packed, requires_grad=False)
     for module in users:
         module.weight = parameter
-        if blocks is None or module in linear:
-            _replace_forward(module, _product(packed, cast(torch.Tensor | None, module.bias)))
-        else:
+        if blocks is not None and module not in linear:
             _replace_forward(module, _lookup(packed, blocks, cast(nn.Embedding, module)))
+        elif rows.dtype == torch.int8:
+            _replace_forward(module, _integer_product(packed, sums, cast(QuantizedLinear, module)))
+        else:
+            _replace_forward(module, _product(packed, cast(torch.Tensor | None, module.bias)))
     return torch.ops.mkldnn._nbytes(packed)
+
+
+def _can_pack(weight: nn.Parameter, module: nn.Module) -> bool:
+    if weight.device.type != "cpu":
+        return False
+    if weight.dtype == torch.int8:
+        scale = cast(torch.Tensor, module.weight_scale)
+        return scale.dtype == torch.bfloat16 and weight.numel() >= _LEAST_INT8 and multiplies_bytes()
+    return weight.dtype in (torch.float32, torch.bfloat16) and not cpu_lacks(weight.dtype)
+
+
+def _integer_product(
+    packed: torch.Tensor, sums: torch.Tensor, module: QuantizedLinear
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    multiply, bias = packed_byte_product(packed, module.weight_scale, sums), module.bias
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        output = multiply(input.reshape(-1, input.shape[-1]))
+        if bias is not None:
+            output += bias
+        return output.view(*input.shape[:-1], -1)
+
+    return forward
 
 
 def _product(packed: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -110,18 +140,14 @@ def _product(packed: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch
     return forward
 
 
-def padded_rows(rows: int) -> int:
-    """Rows to multiply for so many, at most an eighth more: oneDNN makes a kernel for each number that it meets, and
-    some of its memory is never returned."""
-    step = 1 << max(0, rows.bit_length() - 4) if rows > _EXACT_ROWS else 1
-    return -(-rows // step) * step
-
-
 def _lookup(packed: torch.Tensor, blocks: torch.Tensor, module: nn.Embedding) -> Callable[[torch.Tensor], torch.Tensor]:
     height = blocks.shape[2]
 
     def forward(input: torch.Tensor, keep: torch.Tensor = packed) -> torch.Tensor:  # `blocks` is its memory
-        return scaled(module, blocks[input // height, :, input % height].flatten(-2))
+        rows = blocks[input // height, :, input % height].flatten(-2)[..., : module.embedding_dim]
+        if isinstance(module, QuantizedEmbedding):
+            rows = rows * module.weight_scale[input].unsqueeze(-1)
+        return scaled(module, rows)
 
     return forward
 
@@ -129,15 +155,17 @@ def _lookup(packed: torch.Tensor, blocks: torch.Tensor, module: nn.Embedding) ->
 def _blocks(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
     """The packed matrix's memory as [out / height, in / depth, height, depth], or None if it is not in such an order.
 
-    rows: [out, in], the matrix.
+    rows: [out, in], the matrix. Of int8, rows are filled up with zeros too, and what oneDNN has summed up lies behind.
     """
     size = torch.ops.mkldnn._nbytes(packed)
     memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed))
     numbers = torch.frombuffer(memory, dtype=packed.dtype)
     for height, depth in itertools.product((*_HEIGHTS, len(rows)), _DEPTHS):
         count = -(-len(rows) // height)
-        if rows.shape[1] % depth == 0 and count * height * rows.shape[1] == len(numbers):
-            blocks = numbers.view(count, rows.shape[1] // depth, height, depth)
+        width = rows.shape[1] if rows.dtype != torch.int8 else -(-rows.shape[1] // _INT8_WIDTH) * _INT8_WIDTH
+        filled = count * height * width
+        if width % depth == 0 and filled <= len(numbers):
+            blocks = numbers[:filled].view(count, width // depth, height, depth)
             if all(torch.equal(ours, theirs) for ours, theirs in _compared(blocks, rows)):
                 return blocks
     return None
@@ -147,7 +175,7 @@ def _compared(blocks: torch.Tensor, rows: torch.Tensor) -> Iterator[tuple[torch.
     """A part of the rows after the other, out of the blocks and as they are."""
     step = max(1, _COMPARED_ROWS // blocks.shape[2])
     for start in range(0, len(blocks), step):
-        part = blocks[start : start + step].transpose(1, 2).flatten(0, 1).flatten(1)
+        part = blocks[start : start + step].transpose(1, 2).flatten(0, 1).flatten(1)[:, : rows.shape[1]]
         theirs = rows[start * blocks.shape[2] :][: len(part)]
         yield part[: len(theirs)], theirs
 

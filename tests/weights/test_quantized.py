@@ -15,6 +15,8 @@ from handler.errors import LoadError
 from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import integer_linear as products
+from handler.weights import packed
+from handler.weights.byte_linear import multiplies_bytes
 from handler.weights.quantized import QuantizedEmbedding, QuantizedLinear
 from scripts.plan import make_plan
 from scripts.quantize import _to_int4, _to_int8
@@ -81,8 +83,10 @@ def test_few_rows_in_bfloat16_take_pytorchs_kernels_and_others_do_not(kernels):
     for dtype, rows in ((torch.bfloat16, 33), (torch.float32, 1), (torch.float16, 1)):
         products.integer_linear(torch.randn(rows, 96).to(dtype), weight, scale.to(dtype), None)
     assert kernels == []
-    products.integer_linear(torch.randn(32, 96).bfloat16(), weight, scale, None)
+    products.integer_linear(torch.randn(16, 96).bfloat16(), weight, scale, None)
     assert kernels == ["_weight_int8pack_mm"]
+    products.integer_linear(torch.randn(17, 96).bfloat16(), weight, scale, None)
+    assert len(kernels) == (1 if multiplies_bytes() else 2)
 
 
 @pytest.mark.skipif(not products._PACKED_BLOCK, reason="PyTorch has no int4 kernel for this CPU")
@@ -94,7 +98,7 @@ def test_packed_int4_is_in_the_order_of_pytorchs_own_packing(kernels):
     assert kernels == ["_weight_int4pack_mm_for_cpu"]
     products.integer_linear(torch.randn(33, 64).bfloat16(), products.pack(weight), scale, None, packed=True)
     products.integer_linear(torch.randn(1, 64).bfloat16(), weight, scale, None)
-    assert len(kernels) == 1
+    assert len(kernels) == (2 if products._PACKED_BLOCK == products._FASTEST_BLOCK else 1)
 
 
 @pytest.mark.parametrize("of_weight, of_inputs", [(1, 0), (8, 0), (0, 1)])
@@ -231,6 +235,26 @@ def test_bfloat16_is_off_by_rounding(checkpoints, tmp_path, kind):
         with torch.inference_mode():
             given, expected = loaded.model(ids).logits, dense(ids).logits
         assert (given - expected).std() < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize("kind", ["bloom", "llama", "gpt2"])
+def test_packed_int8_gives_what_it_gave_to_rounding(checkpoints, tmp_path, monkeypatch, kind):
+    """Tied embeddings look up what they did, to the bit."""
+    monkeypatch.setattr(packed, "_LEAST_INT8", 0)
+    settings = Settings(dtype="bfloat16")
+    plain = load_model(checkpoints(kind), settings.model_copy(update={"pack_weights": False}), tmp_path).model
+    model = load_model(checkpoints(kind), settings, tmp_path).model
+    in_bytes = [name for name, p in model.named_parameters() if p.layout == torch._mkldnn and p.dtype == torch.int8]
+    assert bool(in_bytes) == multiplies_bytes()
+    words = model.get_input_embeddings(), plain.get_input_embeddings()
+    assert not in_bytes or any(model.get_parameter(name) is model.get_output_embeddings().weight for name in in_bytes)
+    assert (model.get_output_embeddings().weight is words[0].weight) == (kind != "llama")
+    for length in (3, 40):
+        ids = torch.tensor([prompt_ids(0, length)])
+        with torch.inference_mode():
+            assert torch.equal(*(embedding(ids) for embedding in words))
+            given, expected = model(ids).logits, plain(ids).logits
+        assert (given - expected).std() < 0.05 * expected.std()
 
 
 def test_an_unknown_format_is_refused(checkpoints, tmp_path):

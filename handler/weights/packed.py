@@ -4,6 +4,9 @@
 Packed, a matrix has as many bytes as before (rows are filled up to a block of at most 64), and stays `weight` of its
 module: a tensor of its shape and dtype whose numbers only oneDNN's products can read.
 
+Matrices that are multiplied by the same tensor one after the other are packed as one: each product costs some ten
+microseconds besides its reading, and small ones leave threads waiting.
+
 A tied embedding looks its rows up in the packed head. A block of `height` rows lies there column by column, `depth`
 columns together: [out / height, in / depth, height, depth]; with AVX512 that has no bfloat16 all rows are one block of
 these. oneDNN does not say so; it is tried, and every number compared, before the rows are thrown away.
@@ -12,6 +15,7 @@ these. oneDNN does not say so; it is tried, and every number compared, before th
 import ctypes
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,6 +28,9 @@ from handler.weights.byte_linear import multiplies_bytes, pack_bytes, packed_byt
 from handler.weights.cpu_linear import cpu_lacks, padded_rows
 from handler.weights.placement import align_hooks
 from handler.weights.quantized import QuantizedConv1D, QuantizedEmbedding, QuantizedLinear, matrices, scaled
+from handler.weights.shared_inputs import shared_inputs
+
+_Forward = Callable[[torch.Tensor], torch.Tensor]
 
 _ROWS = 256  # in a product, that the order is chosen for: also the fastest for one (python -m benchmarks.packed)
 _LEAST_INT8 = 1 << 21  # bytes; in smaller matrices splitting the inputs costs more than the product
@@ -47,7 +54,19 @@ def pack_weights(model: PreTrainedModel) -> int:
     users: dict[nn.Parameter, list[nn.Module]] = {}
     for module in modules:
         users.setdefault(cast(nn.Parameter, module.weight), []).append(module)
-    return sum(_pack(weight, modules) for weight, modules in users.items())
+    alone = {
+        modules[0]: weight
+        for weight, modules in users.items()
+        if len(modules) == 1 and weight.dtype != torch.int8 and _can_pack(weight, modules[0])
+    }
+    packed = 0
+    for names in shared_inputs(model) if alone else ():
+        group = [module for name in names if (module := model.get_submodule(name)) in alone]
+        if len(group) > 1 and len({alone[module].dtype for module in group}) == 1:
+            packed += _pack_joined(group)
+            for module in group:
+                del users[alone[module]]
+    return packed + sum(_pack(weight, modules) for weight, modules in users.items())
 
 
 def own_resident_weights(model: PreTrainedModel) -> None:
@@ -83,7 +102,7 @@ def _pack(weight: nn.Parameter, users: list[nn.Module]) -> int:
     linear = [module for module in users if not isinstance(module, nn.Embedding)]
     if not linear or not _can_pack(weight, linear[0]):
         return 0
-    rows = weight.t() if isinstance(linear[0], Conv1D) and not isinstance(linear[0], QuantizedConv1D) else weight
+    rows = _rows(linear[0])
     if rows.dtype == torch.int8:
         packed = pack_bytes(rows)
         sums = torch._int_mm(rows.new_ones(1, rows.shape[1]), rows.t())[0]
@@ -104,6 +123,44 @@ def _pack(weight: nn.Parameter, users: list[nn.Module]) -> int:
     return torch.ops.mkldnn._nbytes(packed)
 
 
+def _pack_joined(modules: list[nn.Module]) -> int:
+    """Pack the matrices of modules that run one after the other on the same tensor as one; its bytes. What is `weight`
+    of each has its shape and no memory."""
+    rows = [_rows(module) for module in modules]
+    packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(rows), _ROWS)
+    biases = [cast(torch.Tensor | None, module.bias) for module in modules]
+    bias = None
+    if any(own is not None for own in biases):
+        bias = torch.cat([r.new_zeros(len(r)) if own is None else own for own, r in zip(biases, rows, strict=True)])
+    product = _JointProduct(_product(packed, bias), [len(r) for r in rows])
+    for index, module in enumerate(modules):
+        module.weight = nn.Parameter(torch.empty_like(cast(nn.Parameter, module.weight), device="meta"), False)
+        _replace_forward(module, partial(product.part, index))
+    return torch.ops.mkldnn._nbytes(packed)
+
+
+class _JointProduct:
+    """A product that the first of several modules makes, and of which the others take their part if they get the very
+    same tensor after it. Whoever gets another makes the product for itself."""
+
+    def __init__(self, product: _Forward, sizes: list[int]):
+        self._product, self._sizes = product, sizes
+        self._input: torch.Tensor | None = None
+        self._parts: dict[int, torch.Tensor] = {}  # that are not taken yet
+
+    def part(self, index: int, input: torch.Tensor) -> torch.Tensor:
+        """Columns of the index-th module, [..., size]."""
+        if index and input is self._input and index in self._parts:
+            part = self._parts.pop(index)
+            if not self._parts:
+                self._input = None
+            return part
+        parts = self._product(input).split(self._sizes, dim=-1)
+        if index == 0:
+            self._input, self._parts = input, dict(enumerate(parts[1:], start=1))
+        return parts[index]
+
+
 def _can_pack(weight: nn.Parameter, module: nn.Module) -> bool:
     if weight.device.type != "cpu":
         return False
@@ -113,9 +170,13 @@ def _can_pack(weight: nn.Parameter, module: nn.Module) -> bool:
     return weight.dtype in (torch.float32, torch.bfloat16) and not cpu_lacks(weight.dtype)
 
 
-def _integer_product(
-    packed: torch.Tensor, sums: torch.Tensor, module: QuantizedLinear
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _rows(module: nn.Module) -> torch.Tensor:
+    """Its matrix, [out, in]."""
+    weight = cast(nn.Parameter, module.weight)
+    return weight.t() if isinstance(module, Conv1D) and not isinstance(module, QuantizedConv1D) else weight
+
+
+def _integer_product(packed: torch.Tensor, sums: torch.Tensor, module: QuantizedLinear) -> _Forward:
     multiply, bias = packed_byte_product(packed, module.weight_scale, sums), module.bias
 
     def forward(input: torch.Tensor) -> torch.Tensor:
@@ -127,7 +188,7 @@ def _integer_product(
     return forward
 
 
-def _product(packed: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+def _product(packed: torch.Tensor, bias: torch.Tensor | None) -> _Forward:
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(input: torch.Tensor) -> torch.Tensor:
@@ -140,7 +201,7 @@ def _product(packed: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch
     return forward
 
 
-def _lookup(packed: torch.Tensor, blocks: torch.Tensor, module: nn.Embedding) -> Callable[[torch.Tensor], torch.Tensor]:
+def _lookup(packed: torch.Tensor, blocks: torch.Tensor, module: nn.Embedding) -> _Forward:
     height = blocks.shape[2]
 
     def forward(input: torch.Tensor, keep: torch.Tensor = packed) -> torch.Tensor:  # `blocks` is its memory
@@ -180,6 +241,6 @@ def _compared(blocks: torch.Tensor, rows: torch.Tensor) -> Iterator[tuple[torch.
         yield part[: len(theirs)], theirs
 
 
-def _replace_forward(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def _replace_forward(module: nn.Module, forward: _Forward) -> None:
     """Below Accelerate's hook, where there is one."""
     setattr(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward", forward)

@@ -1,0 +1,117 @@
+"""A step of the engine in this process, without a server: milliseconds at 1, 8 and 32 rows and for a prompt of 1,000
+tokens, with products that share an input made as one and apart, in turns; and where they go.
+
+    python -m benchmarks.step                       # SmolLM2-135M and BLOOM-560m's shape in bfloat16
+    python -m benchmarks.step --cpu-time            # of one thread, on a machine that has other things to do
+    python -m benchmarks.step --only SmolLM2-135M --profile
+
+Beside a prompt's time stands that of its linear layers alone, on as many rows.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from unittest import mock
+
+from server.torchserve import MEMORY
+
+os.environ |= {"GOMP_SPINCOUNT": "20000", **MEMORY}  # before PyTorch is there, as for a worker
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.checkpoints import WORK
+from benchmarks.peers import MODELS, checkpoint, processor
+from handler.engine import Engine, Request
+from handler.loading import load_model
+from handler.settings import Settings
+from handler.weights import packed
+
+PROMPT_TOKENS, NEW_TOKENS, ROWS, LONG_PROMPT, ROUNDS = 32, 64, (1, 8, 32), 1000, 3
+
+
+def start(engine: Engine, rows: int, tokens: int, new: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    for _ in range(rows):
+        ids = torch.randint(10, 300, (tokens,), generator=generator).tolist()
+        engine.submit(Request(ids, {"max_new_tokens": new}, ignore_eos=True))
+
+
+def decode(engine: Engine, rows: int, clock: Callable[[], float]) -> float:
+    """Seconds of a step in which all rows decode."""
+    start(engine, rows, PROMPT_TOKENS, NEW_TOKENS)
+    while engine.stats.generated_tokens % (rows * NEW_TOKENS) < rows:
+        engine.step()
+    seconds = []
+    while engine.has_work:
+        began = clock()
+        engine.step()
+        seconds.append(clock() - began)
+    engine.stats.generated_tokens = 0
+    return statistics.median(seconds)
+
+
+def prefill(engine: Engine, clock: Callable[[], float]) -> float:
+    """Seconds of a prompt that nothing is known of."""
+    start(engine, 1, LONG_PROMPT, 1)
+    engine._scheduler._cache.prefixes.shrink(0)
+    began = clock()
+    while engine.has_work:
+        engine.step()
+    engine.stats.generated_tokens = 0
+    return clock() - began
+
+
+@torch.inference_mode()
+def products(engine: Engine, clock: Callable[[], float]) -> float:
+    """Seconds of the linear layers that a prompt goes through, on zeros; not the head, which sees one position."""
+    model = engine._runner._model
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
+    inputs = {layer.in_features: torch.zeros(1, LONG_PROMPT, layer.in_features, dtype=model.dtype) for layer in layers}
+    began = clock()
+    for layer in layers:
+        layer(inputs[layer.in_features])
+    return clock() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", choices=MODELS)
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    clock = time.thread_time if args.cpu_time else time.perf_counter
+    if args.cpu_time:
+        torch.set_num_threads(1)
+    print(json.dumps({"processor": processor(), "threads": torch.get_num_threads()}))
+    for model in [args.only] if args.only else MODELS:
+        engines = {}
+        for kind in ("joint", "apart"):
+            with mock.patch.object(packed, "shared_inputs", packed.shared_inputs if kind == "joint" else lambda _: []):
+                loaded = load_model(checkpoint(model), Settings(), WORK)
+            engines[kind] = Engine(loaded.model, loaded.tokenizer, Settings(max_batch_size=max(ROWS)))
+        measures = {f"{rows} rows": lambda engine, rows=rows: decode(engine, rows, clock) for rows in ROWS}
+        measures[f"{LONG_PROMPT} tokens"] = lambda engine: prefill(engine, clock)
+        measures["its products"] = lambda engine: products(engine, clock)
+        for name, measure in measures.items():
+            seconds: dict[str, list[float]] = {kind: [] for kind in engines}
+            for round in range(1 + ROUNDS):  # the first one warms up
+                for kind in list(engines)[:: 1 if round % 2 else -1]:
+                    seconds[kind].append(measure(engines[kind]))
+            report = {kind: round_ms(statistics.median(values[1:])) for kind, values in seconds.items()}
+            print(json.dumps({"model": model, "of": name, "milliseconds": report}), flush=True)
+            if args.profile:
+                with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                    measure(engines["joint"])
+                print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+
+
+def round_ms(seconds: float) -> float:
+    return round(seconds * 1000, 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Products that share an input are made as one: which are found, and that the parts are right whoever asks."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from handler.loading import load_model
+from handler.settings import Settings
+from handler.weights import packed
+from handler.weights.shared_inputs import _in_succession, shared_inputs
+from tests.engine.architectures import RUNS
+from tests.engine.conftest import make_model
+from tests.models import train_tokenizer
+
+
+def found(model_type: str) -> list[list[str]]:
+    model = next(case for case in RUNS if case.model_type == model_type).make_model()
+    return [[name.rpartition(".")[2] for name in group] for group in shared_inputs(model)]
+
+
+def test_they_are_found_by_what_runs_and_not_by_names():
+    assert found("llama") == [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]] * 4
+    assert found("ctrl") == [["Wq", "Wk", "Wv"]] * 4
+    assert found("qwen3_moe")  # experts and all
+    assert found("gpt2") == found("bloom") == []
+
+
+def test_code_that_cannot_run_so_shares_nothing():
+    class Flat(LlamaForCausalLM):
+        def forward(self, input_ids=None, **kwargs):
+            mlp, input = self.model.layers[0].mlp, torch.ones(2, 32, device="meta", dtype=torch.bfloat16)
+            return mlp.gate_proj(input).view(-1) + mlp.up_proj(input).view(-1)
+
+    assert shared_inputs(Flat(make_model("llama").config)) == []
+
+
+def test_only_the_same_unchanged_tensor_in_succession_is_shared():
+    x, y = torch.zeros(1), torch.zeros(1)
+    assert _in_succession([("a", x, 0), ("b", x, 0), ("c", y, 0), ("d", x, 0)]) == [["a", "b"], ["c"], ["d"]]
+    assert _in_succession([("a", x, 0), ("b", x, 1)]) == [["a"], ["b"]]
+    assert _in_succession([("a", x, 0), ("b", x, 0), ("a", y, 0), ("c", y, 0)]) == [["b"], ["c"]]
+
+
+@pytest.fixture
+def joined():
+    """Three layers, one of them with a bias, as they were and packed as one; and the products that were made."""
+    torch.manual_seed(0)
+    plain = [nn.Linear(24, 8, bias=False), nn.Linear(24, 40), nn.Linear(24, 3, bias=False)]
+    layers = copy.deepcopy(plain)
+    with torch.inference_mode():
+        packed._pack_joined(layers)
+    product = layers[0].forward.func.__self__
+    made = []
+    multiply = product._product
+    product._product = lambda input: made.append(input) or multiply(input)
+    return plain, layers, product, made
+
+
+@torch.inference_mode()
+def test_one_product_serves_all_and_nothing_is_kept(joined):
+    plain, layers, product, made = joined
+    for rows in ((1, 1), (3, 5), (70,), (0,)):
+        input = torch.randn(*rows, 24)
+        for theirs, ours in zip(plain, layers, strict=True):
+            torch.testing.assert_close(ours(input), theirs(input))
+        assert len(made) == 1 and product._input is None and not product._parts
+        made.clear()
+
+
+@torch.inference_mode()
+def test_whoever_is_skipped_called_again_or_called_on_something_else_is_right(joined):
+    plain, layers, product, _ = joined
+    one, other = torch.randn(2, 24), torch.randn(2, 24)
+    for index, input in [(0, one), (2, other), (2, one), (2, one), (0, other), (1, one), (1, other), (1, other)]:
+        torch.testing.assert_close(layers[index](input), plain[index](input))
+    one.mul_(2)  # the same tensor with other numbers, after a forward that ended before all were served
+    for index in (0, 1, 2):
+        torch.testing.assert_close(layers[index](one), plain[index](one))
+    assert product._input is None
+
+
+def test_in_a_model_its_hooks_and_its_bytes(tmp_path_factory):
+    """Some layers on disk, so that each module has Accelerate's hook."""
+    folder = tmp_path_factory.mktemp("llama")
+    model = make_model("llama")
+    model.save_pretrained(folder)
+    train_tokenizer().save_pretrained(folder)
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(model.config.num_hidden_layers)}
+    settings = Settings(device_map=places)
+    plain = load_model(folder, Settings(pack_weights=False, device_map=places), folder).model
+    loaded = load_model(folder, settings, folder).model
+    layer = loaded.model.layers[0]
+    product = layer.mlp.gate_proj._old_forward.func.__self__
+    assert layer.mlp.up_proj._old_forward.func.__self__ is product
+    assert not hasattr(loaded.model.layers[1].mlp.up_proj._old_forward, "func")  # it streams
+    assert loaded.get_memory_footprint() == plain.get_memory_footprint()
+    assert set(loaded.state_dict()) == set(plain.state_dict())
+    calls = []
+    multiply = product._product
+    product._product = lambda input: calls.append(1) or multiply(input)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(ids).logits, plain(ids).logits)
+    assert len(calls) == 1 and product._input is None

@@ -1,5 +1,5 @@
 """A step of the engine in this process, without a server: milliseconds at 1, 8 and 32 rows and for a prompt of 1,000
-tokens, with products that share an input made as one and apart, in turns; and where they go.
+tokens, as it is, with products that share an input made apart, and with SDPA, in turns; and where they go.
 
     python -m benchmarks.step                       # SmolLM2-135M and BLOOM-560m's shape in bfloat16
     python -m benchmarks.step --cpu-time            # of one thread, on a machine that has other things to do
@@ -18,14 +18,17 @@ from unittest import mock
 
 from server.torchserve import MEMORY
 
-os.environ |= {"GOMP_SPINCOUNT": "20000", **MEMORY}  # before PyTorch is there, as for a worker
+os.environ |= {"GOMP_SPINCOUNT": "20000", **MEMORY, **os.environ}  # before PyTorch is there, as for a worker
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.checkpoints import WORK
 from benchmarks.peers import MODELS, checkpoint, processor
 from handler.engine import Engine, Request
+from handler.engine.cpu_attention import attention
 from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import packed
@@ -89,10 +92,11 @@ def main() -> None:
     print(json.dumps({"processor": processor(), "threads": torch.get_num_threads()}))
     for model in [args.only] if args.only else MODELS:
         engines = {}
-        for kind in ("joint", "apart"):
-            with mock.patch.object(packed, "shared_inputs", packed.shared_inputs if kind == "joint" else lambda _: []):
+        for kind, find in (("as it is", packed.shared_inputs), ("apart", lambda _: [])):
+            with mock.patch.object(packed, "shared_inputs", find):
                 loaded = load_model(checkpoint(model), Settings(), WORK)
             engines[kind] = Engine(loaded.model, loaded.tokenizer, Settings(max_batch_size=max(ROWS)))
+        engines["sdpa"] = engines["as it is"]
         measures = {f"{rows} rows": lambda engine, rows=rows: decode(engine, rows, clock) for rows in ROWS}
         measures[f"{LONG_PROMPT} tokens"] = lambda engine: prefill(engine, clock)
         measures["its products"] = lambda engine: products(engine, clock)
@@ -100,12 +104,13 @@ def main() -> None:
             seconds: dict[str, list[float]] = {kind: [] for kind in engines}
             for round in range(1 + ROUNDS):  # the first one warms up
                 for kind in list(engines)[:: 1 if round % 2 else -1]:
+                    AttentionInterface.register("sdpa", sdpa_attention_forward if kind == "sdpa" else attention)
                     seconds[kind].append(measure(engines[kind]))
             report = {kind: round_ms(statistics.median(values[1:])) for kind, values in seconds.items()}
             print(json.dumps({"model": model, "of": name, "milliseconds": report}), flush=True)
             if args.profile:
                 with profile(activities=[ProfilerActivity.CPU]) as profiler:
-                    measure(engines["joint"])
+                    measure(engines["as it is"])
                 print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
 

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from handler.engine.cpu_attention import use_cpu_attention
 from handler.engine.draft_model import DraftModel
 from handler.errors import LoadError, first_line
 from handler.memory import device_limits, free_memory, limits_beside_draft
@@ -113,6 +114,7 @@ def _from_pretrained(folder: Path, settings: Settings, **places: Any) -> PreTrai
     )
     model.eval()
     fuse_gelu(model)
+    use_cpu_attention()
     return model
 
 

@@ -38,6 +38,7 @@ MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 20),
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # half a millisecond each to make again
+    "LRU_CACHE_CAPACITY": "64",  # PyTorch's own of the same: by default it holds on to 1024
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from handler.settings import EngineConfig
 
 from .architecture import Architecture
+from .cpu_attention import BLOCK_SCORES
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Capacity:
         if config.kv_cache_memory is not None:
             kv_cache_bytes = min(kv_cache_bytes, config.kv_cache_memory)
         padded = max(idle_chunk, config.max_batch_size)
-        columns = min(length, kv_cache_bytes // architecture.kv_bytes_per_token)
+        cached = kv_cache_bytes // architecture.kv_bytes_per_token
         return cls(
             max_sequence_length=length,
             max_prompt_tokens=config.max_prompt_tokens or length,
@@ -70,21 +71,23 @@ class Capacity:
             padded_tokens=padded,
             kv_cache_tokens=tokens,
             kv_cache_bytes=kv_cache_bytes,
-            activation_bytes=_activation_bytes(architecture, config.max_batch_size, padded, columns),
+            activation_bytes=_activation_bytes(architecture, config.max_batch_size, padded, cached, length),
             copied_layers=architecture.copied_layers,
             kv_copy_bytes=kv_cache_bytes * architecture.copied_layers // max(1, architecture.num_layers),
             max_logits=config.max_batch_size + _MOST_DRAFTS,
         )
 
 
-def _activation_bytes(architecture: Architecture, rows: int, padded: int, columns: int) -> int:
+def _activation_bytes(architecture: Architecture, rows: int, padded: int, cached: int, length: int) -> int:
     """The most bytes of tensors that live at the same time in a step, but for weights and all keys and values.
 
-    rows: that are sampled for. padded: rows x new columns of its forward. columns: of the longest row, old and new.
+    rows: that are sampled for. padded: rows x new columns of its forward. cached: rows x columns of keys and values.
+    length: most tokens of a row.
     Counted in the forwards of BLOOM, Llama and GPT-2 by which tensors live at the peak;
     python -m benchmarks.plan_memory measures it.
     """
     item, hidden, inner = architecture.itemsize, architecture.hidden_size, architecture.intermediate_size
+    columns = min(length, cached)
     # The residual and its norm, the product with the fused matrix and its parts; the mask as booleans and as numbers.
     attention = padded * (item * (3 * hidden + 2 * architecture.qkv_size) + columns * (1 + item))
     if architecture.keeps_scores:
@@ -92,6 +95,8 @@ def _activation_bytes(architecture: Architecture, rows: int, padded: int, column
         # which 16-bit scores are widened first.
         each = 3 * item + (4 if item == 4 else 8)
         attention += padded * columns * architecture.num_attention_heads * each
+    elif item == 2:  # scores of a block of queries, and their softmax, in cpu_attention.py
+        attention += 2 * item * max(BLOCK_SCORES, cached * architecture.num_attention_heads)
     # An activation function in steps has four of the inner size; 16-bit inputs are widened where the CPU lacks them.
     mlp = padded * (item * (5 * hidden + 4 * inner) + (4 * inner if item < 4 else 0))
     # Logits of prompts, some of their rows in float32 with their logarithms; those that are sampled from are sorted.

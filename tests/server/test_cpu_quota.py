@@ -65,7 +65,7 @@ def test_workers_keep_no_more_for_themselves_than_is_planned(monkeypatch, tmp_pa
     for name in torchserve.MEMORY:
         monkeypatch.delenv(name, raising=False)
     variables = environment(tmp_path, tmp_path)
-    assert variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(KERNELS)
+    assert variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == variables["LRU_CACHE_CAPACITY"] == str(KERNELS)
     assert variables["MALLOC_TRIM_THRESHOLD_"] == str(HEAP_BYTES)
     # Large blocks are returned when they are freed, with holes between them and all.
     code = """if True:

@@ -1,0 +1,75 @@
+"""Attention in bfloat16 on a CPU that has instructions for it: two products of matrices, a block of queries at a time.
+
+PyTorch's SDPA takes as long as in float32: twice what these take, for a prompt and for rows that decode. Scores are
+rounded to bfloat16 between the products, as in the library's "eager" attention; the softmax counts in float32
+(python -m benchmarks.step).
+"""
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from handler.weights.cpu_linear import cpu_lacks
+
+_FEW_KEYS = 1024  # of all rows and heads: SDPA is through with so few before two products have begun
+_BLOCK_QUERIES = 256
+_NOT_HERE = ("softcap", "cache", "position_bias", "is_causal")  # what only some models ask SDPA for
+BLOCK_SCORES = 1 << 21  # of a block of more than one query a row; 4 MB
+
+
+def use_cpu_attention() -> None:
+    """Let models that are to use SDPA use this where it can and is faster; all of the process's, as the library has one
+    table."""
+    if not cpu_lacks(torch.bfloat16):
+        AttentionInterface.register("sdpa", attention)
+
+
+def attention(module, query, key, value, attention_mask, **kwargs):
+    """The library's attention function. query [rows, heads, new, size]; key, value [rows, kv heads, columns, size];
+    attention_mask [rows or 1, heads or 1, new, columns], booleans or what is to be added; None: causality by column.
+    Returns [rows, new, heads, size], and None for weights."""
+    if not _is_for_products(module, query, key, attention_mask, kwargs):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    rows, heads, new, size = query.shape
+    kv_heads, columns = key.shape[1:3]
+    scaling = kwargs.get("scaling")
+    scaling = size**-0.5 if scaling is None else scaling
+    keys, values = key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
+    output = query.new_empty(rows, new, heads, value.shape[-1])
+    block = max(1, min(_BLOCK_QUERIES, BLOCK_SCORES // (rows * heads * columns)))
+    for start in range(0, new, block):
+        end = min(start + block, new)
+        seen = columns if attention_mask is not None else columns - new + end
+        queries = query[:, :, start:end].reshape(rows * kv_heads, -1, size)  # those that share a key head
+        scores = torch.baddbmm(queries.new_empty(1), queries, keys[:, :, :seen], beta=0, alpha=scaling)
+        _mask(scores.view(rows, heads, end - start, seen), attention_mask, start)
+        part = torch.bmm(scores.softmax(-1), values[:, :seen])
+        output[:, start:end] = part.view(rows, heads, end - start, -1).transpose(1, 2)
+    return output, None
+
+
+def _is_for_products(module, query, key, mask, kwargs) -> bool:
+    rows, _, new, _ = query.shape
+    kv_heads, columns = key.shape[1:3]
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or 0 in query.shape:
+        return False
+    if kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _NOT_HERE):
+        return False
+    if new == 1:
+        return rows * kv_heads * columns > _FEW_KEYS
+    # Without a mask the library means other columns where there are more of them than queries.
+    return mask is not None or (new == columns and getattr(module, "is_causal", True))
+
+
+def _mask(scores: torch.Tensor, mask: torch.Tensor | None, start: int) -> None:
+    """Hide scores [rows, heads, queries, columns] of the queries from `start` on. Not infinitely: whoever sees nothing
+    sees everything alike."""
+    queries, columns = scores.shape[2:]
+    least = torch.finfo(scores.dtype).min
+    if mask is None:
+        if queries > 1:
+            scores.masked_fill_(torch.ones(queries, columns, dtype=torch.bool).triu(columns - queries + 1), least)
+    elif mask.dtype == torch.bool:
+        scores.masked_fill_(~mask[:, :, start : start + queries], least)
+    else:
+        scores.add_(mask[:, :, start : start + queries])

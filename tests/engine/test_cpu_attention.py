@@ -1,0 +1,119 @@
+"""Attention as two products is SDPA's within bfloat16, whatever the mask, the blocks and who shares a key head."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from handler.engine import Engine, EngineConfig, Request, cpu_attention
+from handler.engine.cpu_attention import attention
+
+from .conftest import make_model, make_tokenizer, prompt_ids
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often SDPA is asked instead."""
+    calls = []
+    monkeypatch.setattr(
+        cpu_attention, "sdpa_attention_forward", lambda *a, **k: calls.append(1) or sdpa_attention_forward(*a, **k)
+    )
+    monkeypatch.setattr(cpu_attention, "_FEW_KEYS", 0)
+    return calls
+
+
+def inputs(rows, heads, kv_heads, new, columns, kind):
+    """Keys and values as the cache gives them, with spare columns behind; the last row sees two columns less."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(rows, new, heads, 16, generator=generator).transpose(1, 2)
+    key, value = torch.randn(2, rows, kv_heads, columns + 5, 16, generator=generator)[:, :, :, :columns]
+    mask = torch.ones(new, columns, dtype=torch.bool).tril(columns - new).repeat(rows, 1, 1, 1)
+    mask[-1, :, :, :2] = columns == new
+    if kind == "added":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
+    module = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True)
+    return module, query, key, value, None if kind == "none" else mask
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("new, columns, kind", [(1, 9, "bool"), (1, 9, "added"), (1, 9, "none"), (7, 7, "none")])
+@pytest.mark.parametrize("block", [256, 3])
+def test_one_query_or_a_prompt(counted, monkeypatch, heads, kv_heads, new, columns, kind, block):
+    compare(counted, monkeypatch, heads, kv_heads, new, columns, kind, block)
+
+
+@pytest.mark.parametrize("kind", ["bool", "added"])
+@pytest.mark.parametrize("block", [256, 3])
+def test_a_chunk_behind_others(counted, monkeypatch, kind, block):
+    compare(counted, monkeypatch, 6, 2, 7, 12, kind, block)
+
+
+def compare(counted, monkeypatch, heads, kv_heads, new, columns, kind, block):
+    monkeypatch.setattr(cpu_attention, "_BLOCK_QUERIES", block)
+    module, *tensors, mask = inputs(3, heads, kv_heads, new, columns, kind)
+    query, key, value = (tensor.bfloat16() for tensor in tensors)
+    exact, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, scaling=0.3)
+    ours, _ = attention(module, query, key, value, mask if kind != "added" else mask.bfloat16(), scaling=0.3)
+    assert not counted and ours.dtype == torch.bfloat16 and ours.shape == exact.shape
+    torch.testing.assert_close(ours.float(), exact, rtol=0.02, atol=0.02)
+
+
+def test_scores_of_a_block_are_bounded(counted, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "BLOCK_SCORES", 3 * 4 * 9 * 2)
+    made = []
+    mask_scores = cpu_attention._mask
+    monkeypatch.setattr(
+        cpu_attention, "_mask", lambda scores, *rest: made.append(scores.numel()) or mask_scores(scores, *rest)
+    )
+    compare(counted, monkeypatch, 4, 2, 9, 9, "bool", 256)
+    assert len(made) == 5 and max(made) <= 3 * 4 * 9 * 2
+
+
+@pytest.mark.parametrize(
+    "dtype, columns, more",
+    [
+        (torch.float32, 7, {}),
+        (torch.bfloat16, 9, {}),  # without a mask and with other columns
+        (torch.bfloat16, 7, {"is_causal": False}),
+        (torch.bfloat16, 7, {"position_bias": torch.zeros(3, 4, 7, 7)}),
+    ],
+)
+def test_what_is_left_to_sdpa(counted, dtype, columns, more):
+    module, query, key, value, _ = inputs(3, 4, 4, 7, columns, "none")
+    tensors = [tensor.to(dtype) for tensor in (query, key, value)]
+    ours, _ = attention(module, *tensors, None, scaling=0.3, **more)
+    theirs, _ = sdpa_attention_forward(module, *tensors, None, scaling=0.3, **more)
+    assert counted and torch.equal(ours, theirs)
+
+
+def test_few_keys_are_left_to_sdpa(counted, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "_FEW_KEYS", 1024)
+    module, query, key, value, mask = inputs(1, 4, 4, 1, 100, "bool")
+    attention(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), mask)
+    assert counted
+
+
+@pytest.mark.skipif(cpu_attention.cpu_lacks(torch.bfloat16), reason="no bfloat16 here")
+def test_an_engine_in_bfloat16_is_as_near_to_float32_as_with_sdpa(counted, monkeypatch):
+    """Rows of different length, prompts in chunks; off by the standard deviation of log-probabilities."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa_attention_forward)  # put back afterwards
+    exact = prompt_logprobs(torch.float32)
+    theirs = (prompt_logprobs(torch.bfloat16) - exact).std()
+    cpu_attention.use_cpu_attention()
+    assert torch.equal(prompt_logprobs(torch.float32), exact) and counted
+    counted.clear()
+    ours = (prompt_logprobs(torch.bfloat16) - exact).std()
+    assert not counted and 0 < ours < 2 * theirs
+
+
+def prompt_logprobs(dtype: torch.dtype) -> torch.Tensor:
+    model = copy.deepcopy(make_model("llama")).to(dtype)
+    engine = Engine(model, make_tokenizer(), EngineConfig(prefill_chunk=7, max_batch_size=4))
+    prompts = [prompt_ids(seed, length) for seed, length in enumerate((20, 3, 33))]
+    jobs = [engine.submit(Request(p, {"max_new_tokens": 4}, prompt_logprobs=True, logprobs=0)) for p in prompts]
+    while engine.has_work:
+        engine.step()
+    return torch.tensor([entry[1] for job in jobs for entry in job.prompt_logprobs[1:]])

@@ -67,8 +67,8 @@ def _mask(scores: torch.Tensor, mask: torch.Tensor | None, start: int) -> None:
     queries, columns = scores.shape[2:]
     least = torch.finfo(scores.dtype).min
     if mask is None:
-        if queries > 1:
-            scores.masked_fill_(torch.ones(queries, columns, dtype=torch.bool).triu(columns - queries + 1), least)
+        later = torch.ones(queries, queries, dtype=torch.bool).triu(1)
+        scores[..., columns - queries :].masked_fill_(later, least)
     elif mask.dtype == torch.bool:
         scores.masked_fill_(~mask[:, :, start : start + queries], least)
     else:

@@ -17,8 +17,6 @@ logger = logging.getLogger(__name__)
 def shared_inputs(model: PreTrainedModel) -> list[list[str]]:
     """Names of linear layers, in the order in which they run, for each tensor that several take in succession and
     unchanged. None of a model whose code cannot run without numbers, or with outputs that have gaps between rows."""
-    with torch.device("meta"):
-        twin = type(model)(copy.deepcopy(model.config)).bfloat16().eval()  # what experts want on this device
     calls: list[tuple[str, torch.Tensor, int]] = []
 
     def watched(name: str):
@@ -28,14 +26,15 @@ def shared_inputs(model: PreTrainedModel) -> list[list[str]]:
 
         return hook
 
-    for name in matrices(twin, None):
-        if not isinstance(module := twin.get_submodule(name), nn.Embedding):
-            module.register_forward_hook(watched(name))
-    ids = torch.zeros(2, 3, dtype=torch.long, device="meta")
-    mask = torch.zeros(
-        2, 1, 3, 3, dtype=twin.dtype, device="meta"
-    )  # as it is used: of others the library looks at numbers
     try:
+        with torch.device("meta"):
+            twin = type(model)(copy.deepcopy(model.config)).bfloat16().eval()  # what experts want on this device
+        for name in matrices(twin, None):
+            if not isinstance(module := twin.get_submodule(name), nn.Embedding):
+                module.register_forward_hook(watched(name))
+        ids = torch.zeros(2, 3, dtype=torch.long, device="meta")
+        # As attention uses it: at the numbers of any other the library would look.
+        mask = torch.zeros(2, 1, 3, 3, dtype=twin.dtype, device="meta")
         twin(input_ids=ids, attention_mask=mask, use_cache=False)
     except Exception as error:  # of the model's own code
         logger.debug("inputs that products share are not known: %s", error)

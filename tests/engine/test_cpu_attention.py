@@ -9,7 +9,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from handler.engine import Engine, EngineConfig, Request, cpu_attention
+from handler.engine.architecture import Architecture
+from handler.engine.capacity import Capacity
 from handler.engine.cpu_attention import attention
+from handler.loading import load_model
+from handler.settings import Settings
 
 from .conftest import make_model, make_tokenizer, prompt_ids
 
@@ -117,3 +121,18 @@ def prompt_logprobs(dtype: torch.dtype) -> torch.Tensor:
     while engine.has_work:
         engine.step()
     return torch.tensor([entry[1] for job in jobs for entry in job.prompt_logprobs[1:]])
+
+
+@pytest.mark.skipif(cpu_attention.cpu_lacks(torch.bfloat16), reason="no bfloat16 here")
+def test_whoever_loads_a_model_gets_it(bloom, tmp_path, monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa_attention_forward)  # put back afterwards
+    load_model(bloom, Settings(), tmp_path)
+    assert AttentionInterface._global_mapping["sdpa"] is attention
+
+
+def test_its_scores_are_planned_for():
+    shape = {"max_length": 4096, "sliding_window": None, "kv_bytes_per_token": 64, "takes_position_ids": True}
+    one, other = (Architecture(10, heads, **shape, keeps_scores=False, itemsize=2) for heads in (8, 16))
+    planned = [Capacity.of(architecture, EngineConfig(max_batch_size=256)) for architecture in (one, other)]
+    scores = [2 * 2 * heads * capacity.kv_cache_tokens for heads, capacity in zip((8, 16), planned, strict=True)]
+    assert planned[1].activation_bytes - planned[0].activation_bytes == scores[1] - scores[0]

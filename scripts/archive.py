@@ -49,7 +49,8 @@ def archive(
     read_settings(setup_config)
     model_store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=model_store, prefix=".archive-") as scratch:
-        target = _archive_code(name, weights, setup_config, model_config, archive_format, Path(scratch))
+        size = sum(path.stat().st_size for folder in (weights, draft_model) if folder for path in _weight_files(folder))
+        target = _archive_code(name, size, setup_config, model_config, archive_format, Path(scratch))
         if archive_format == "no-archive":
             link = target / ("model" if weights.is_dir() else "model.zip")
             link.symlink_to(weights.resolve())
@@ -61,14 +62,14 @@ def archive(
 
 
 def _archive_code(
-    name: str, weights: Path, setup_config: Path, model_config: Path, archive_format: str, scratch: Path
+    name: str, weight_bytes: int, setup_config: Path, model_config: Path, archive_format: str, scratch: Path
 ) -> Path:
     """Run torch-model-archiver on everything but the weights; the path of its archive, inside `scratch`."""
     stage = scratch / "stage"
     shutil.copytree(ROOT / "handler", stage / "handler", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(setup_config, stage / "setup_config.json")
     config = scratch / "model-config.yaml"
-    config.write_text(_with_startup_timeout(model_config.read_text(), weights))
+    config.write_text(_with_startup_timeout(model_config.read_text(), weight_bytes))
     export, temporary = scratch / "export", scratch / "tmp"
     export.mkdir()
     temporary.mkdir()
@@ -81,20 +82,20 @@ def _archive_code(
     return next(export.iterdir())
 
 
-def _with_startup_timeout(model_config: str, weights: Path) -> str:
-    """model-config.yaml with a startupTimeout that these weights can be unpacked and loaded in, unless it has its own.
+def _with_startup_timeout(model_config: str, weight_bytes: int) -> str:
+    """model-config.yaml with a startupTimeout that so many bytes of weights, a draft model's too, can be unpacked and
+    loaded in, unless it has its own.
 
     TorchServe's default of 120 s would kill a worker that is still unpacking a large checkpoint.
     """
     if "startupTimeout" in yaml.safe_load(model_config):
         return model_config
-    size = sum(path.stat().st_size for path in _weight_files(weights))
-    return f"{model_config.rstrip()}\nstartupTimeout: {startup_seconds(size)}\n"
+    return f"{model_config.rstrip()}\nstartupTimeout: {startup_seconds(weight_bytes)}\n"
 
 
-def startup_seconds(weights: int) -> int:
+def startup_seconds(weight_bytes: int) -> int:
     """Seconds that a worker gets to unpack and load so many bytes of weights."""
-    return STARTUP_SECONDS + weights // STARTUP_BYTES_PER_SECOND
+    return STARTUP_SECONDS + weight_bytes // STARTUP_BYTES_PER_SECOND
 
 
 def _weight_files(weights: Path) -> list[Path]:

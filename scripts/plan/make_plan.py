@@ -22,7 +22,7 @@ from handler.loading import meta_model, read_config
 from handler.memory import RESERVE, device_limits, limits_beside_draft
 from handler.settings import Settings
 from handler.weights.files import weight_files
-from handler.weights.placement import Placement, Tier, max_memory, settled_map
+from handler.weights.placement import Placement, Tier, max_memory, settled_map, weight_bytes
 from scripts.console import UserError
 
 from .plan import Bandwidth, Device, Plan
@@ -89,10 +89,12 @@ def _make_plan(
     files = _weight_files(model_dir)
     model = meta_model(read_config(model_dir, settings), settings, files)
     draft_files = _weight_files(draft_dir) if draft_dir else []
+    archived = _archived(model_dir, model)
     draft = None
-    if draft_dir and settings.num_speculative_tokens:
+    if draft_dir:
         draft = meta_model(read_config(draft_dir, settings), settings, draft_files)
-    placed, draft = _place(model, settings, gpus, cpu, draft)
+        archived += _archived(draft_dir, draft)
+    placed, draft = _place(model, settings, gpus, cpu, draft if settings.num_speculative_tokens else None)
     placement = Placement.of(model, placed)
     architecture, config = Architecture.of(model), model.config.get_text_config()
     capacity = _capacity(architecture, settings)
@@ -113,7 +115,7 @@ def _make_plan(
         max_sequence_length=capacity.max_sequence_length,
         kv_bytes_per_token=architecture.kv_bytes_per_token,
         largest_shard=max(shards, default=min(weights, SHARD_BYTES)),
-        checkpoint_bytes=(_archived(model_dir) or weights) + (_archived(draft_dir) if draft_dir else 0),
+        checkpoint_bytes=archived,
         offload_bytes=0 if in_place else on_disk,
         head_groups=math.gcd(config.num_attention_heads, getattr(config, "num_key_value_heads", None) or 0),
         quantization=(getattr(model.config, "quantization_config", None) or {}).get("quant_method"),
@@ -142,8 +144,10 @@ def _weight_files(model_dir: Path) -> list[Path]:
         return []
 
 
-def _archived(folder: Path) -> int:
-    return sum(path.stat().st_size for pattern in ARCHIVED for path in folder.glob(pattern))
+def _archived(folder: Path, model: PreTrainedModel) -> int:
+    """Bytes of weights in the folder of a model; those that it will have, where there are none yet."""
+    stored = sum(path.stat().st_size for pattern in ARCHIVED for path in folder.glob(pattern))
+    return stored or weight_bytes(model)
 
 
 def _place(

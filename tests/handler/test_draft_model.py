@@ -58,6 +58,19 @@ def test_it_is_not_loaded_where_it_is_of_no_use(bloom, draft_bloom, tmp_path, se
     assert plan.devices == make_plan(bloom, settings, gpus=[]).devices
 
 
+@pytest.mark.parametrize("drafts", [16, 0])
+def test_it_is_archived_and_started_with_all_the_same(bloom, draft_bloom, own_draft, tmp_path, drafts):
+    """Whether it is of use or not, and before its weights are there."""
+    settings = Settings(max_memory=LIMIT, num_speculative_tokens=drafts)
+    alone = make_plan(bloom, settings, gpus=[]).checkpoint_bytes
+    for file in own_draft.glob("*.safetensors"):
+        file.unlink()
+    weights = size_of(load_model(draft_bloom, Settings(), tmp_path).model)
+    stored = sum(path.stat().st_size for path in draft_bloom.glob("*.safetensors"))
+    for folder, size in ((draft_bloom, stored), (own_draft, weights)):
+        assert make_plan(bloom, settings, gpus=[], draft_dir=folder).checkpoint_bytes == alone + size
+
+
 def test_free_memory_is_shared_with_it():
     model, draft = bloom_560m(), bloom_560m()
     taken = size_of(draft) + DraftModel.cache_bytes(draft)

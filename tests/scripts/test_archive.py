@@ -2,6 +2,7 @@ import json
 import zipfile
 
 import pytest
+import yaml
 
 from handler.errors import SettingsError
 from scripts.archive import archive, main
@@ -51,6 +52,20 @@ def test_a_draft_model_travels_beside(bloom, draft_bloom, tmp_path, zipped, arch
     with zipfile.ZipFile(made) as packed:
         assert packed.read("draft_model/config.json") == (draft_bloom / "config.json").read_bytes()
         assert ("model.zip" in packed.namelist()) == zipped != ("model/config.json" in packed.namelist())
+
+
+@pytest.mark.parametrize("own, seconds", [("", 300 + 5), ("startupTimeout: 60\n", 60)])
+def test_the_start_may_take_as_long_as_all_weights_need(bloom, tmp_path, own, seconds):
+    draft, config = tmp_path / "draft", tmp_path / "model-config.yaml"
+    draft.mkdir()
+    (draft / "config.json").write_text("{}")
+    with (draft / "model.safetensors").open("wb") as file:
+        file.truncate(100_000_000)  # a hole
+    config.write_text(f"batchSize: 4\n{own}")
+    made = archive(
+        "bloom", bloom, tmp_path / "store", model_config=config, archive_format="no-archive", draft_model=draft
+    )
+    assert yaml.safe_load((made / "model-config.yaml").read_text()) == {"batchSize": 4, "startupTimeout": seconds}
 
 
 def test_a_draft_model_that_is_none(bloom, tmp_path):

@@ -92,7 +92,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     row: int = -1
     num_cached_tokens: int = 0
-    acceptance: float = 0.5
+    acceptance: float = 0.3  # what is right soon shows, and what is wrong costs
     draft_acceptance: float = 0.5
     times_passed: int = 0
     shares_prompt: bool = True

@@ -21,7 +21,7 @@ from .sequence import Sequence
 logger = logging.getLogger(__name__)
 
 _SHORTEST, _LONGEST = 2, 5  # tokens that have to be there once more for what followed them to be a draft
-_MEMORY = 8  # drafts over which the share that is accepted is a mean
+_MEMORY = 6  # drafts over which the share that is accepted is a mean
 
 
 class Speculator:

@@ -154,7 +154,7 @@ def test_what_a_forward_takes_is_known_before_it_is_asked():
 def test_what_it_has_not_seen_costs_too():
     engine = engine_with(make_model("llama"))
     model = engine.speculator.draft_model
-    model._cost.reading, model._cost.per_position = 0.1, 0.01
+    model._cost.reading, model._cost.per_position = 0.11, 0.01
     job = engine.submit(Request(prompt_ids(1, 41), ANY_TEXT | {"max_new_tokens": 20}))
     (sequence,) = job.sequences
     assert model.seconds([sequence], 3) == pytest.approx(3 * 0.11 + 41 * 0.01 / 20)

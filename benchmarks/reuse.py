@@ -1,72 +1,106 @@
 """What guessed tokens and kept prompts save, in a control group, so that the page cache cannot flatter anyone.
 
-    python -m benchmarks.reuse                          # three minutes, root
+    python -m benchmarks.reuse                          # a quarter of an hour, root
+    python -m benchmarks.reuse --only draft             # or speculation, or prefix
 
-Speculation: SmolLM2-135M-Instruct in bfloat16, a real model as random weights repeat nothing, with 80 MB of its weights
-in memory: tokens a second of one client with drafts over those without, greedily, by turns in one process. On texts to
-be repeated, and on others. Prefixes: BLOOM-560m's shape in bfloat16, in memory and with 600 MB on disk: seconds to the
-first token of a prompt of 520 tokens of which 512 were there before, over those of one that is new.
+Each time is taken beside the one that it is compared with, by turns and each of the two first as often, so that what
+else the machine does counts for both; the ratio is the median of these pairs.
+
+Speculation: SmolLM2-135M-Instruct, a real model as random weights repeat nothing, most of it on disk: tokens a second
+after the first one, with drafts over those without, greedily. On texts to be repeated; on others; and where every
+draft is wrong, as what follows two words must not follow them again.
+Draft model: the same model in int8 or int4 as its own draft, whose weights come out of the same `max_memory`. A smaller
+model of the family would be right less often, and faster.
+Prefix: BLOOM-560m's shape, in memory and with its layers on disk: seconds to the first token of a prompt of 520 tokens
+of which 512 were there before, over those of one that is new, each a second after the one before; the least of five.
 """
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.checkpoints import WORK, bloom_560m
-from benchmarks.offload import MEMORY_GROUPS, child, commit, print_run, processor
+from benchmarks.offload import MEMORY_GROUPS, child, commit, print_run, processor, quantized
 from scripts.demo_model import NAME, demo_model
 
 LOAD = """
-import json, sys, time
+import json, statistics, sys, time
 from pathlib import Path
 from handler.engine import Engine, Request
+from handler.engine.draft_model import DraftModel
 from handler.loading import load_model
 from handler.settings import Settings
 
 folder, cpu = Path(sys.argv[1]), int(sys.argv[2])
-loaded = load_model(folder, Settings(max_memory={"cpu": cpu}), folder.parent / "work")
+
+def load(draft=None):
+    return load_model(folder, Settings(max_memory={"cpu": cpu}), folder.parent / "work", draft)
+
+def on_disk(loaded):
+    return sum(part.bytes for part in loaded.placement.parts if part.device == "disk")
+
+loaded = load()
 """
 
 SPECULATION = (
     LOAD
     + """
-engines = [Engine(loaded.model, loaded.tokenizer, Settings(num_speculative_tokens=n, prefix_cache="off"))
-           for n in (0, 16)]
+clients, rounds, kinds, draft = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5].split(","), sys.argv[6:]
+plain = Engine(loaded.model, loaded.tokenizer, Settings(num_speculative_tokens=0, prefix_cache="off"))
+beside = load(Path(draft[0])) if draft else loaded
+guessing = Engine(beside.model, beside.tokenizer, Settings(prefix_cache="off"))
+if draft:
+    guessing.speculator.draft_model = DraftModel(beside.draft, beside.model.config.vocab_size)
+
 poem = ("Tyger Tyger, burning bright,\\nIn the forests of the night;\\nWhat immortal hand or eye,\\n"
         "Could frame thy fearful symmetry?\\n\\nIn what distant deeps or skies,\\nBurnt the fire of thine eyes?\\n")
 record = '{"id": 17, "name": "Ada", "city": "London", "languages": ["English", "French"], "active": true}\\n'
-asked = {
-    "repeats": [poem * 2 + "Tyger Tyger, burning", record * 3],
-    "elsewhere": ["Describe a walk through an old harbour town in winter.",
-                  "Why do leaves change their colour in autumn? Explain it to an engineer."],
-}
+repeating = [poem * 2 + "Tyger Tyger, burning", record * 3, poem + record * 2, record * 2 + poem * 2]
+questions = ["Describe a walk through an old harbour town in winter.",
+             "Why do leaves change their colour in autumn? Explain it to an engineer.",
+             "Write a letter to a friend who has moved to another country.",
+             "What is the difference between a violin and a viola?"]
+chats = [loaded.tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
+                                              add_generation_prompt=True) for question in questions]
+texts = {"repeats": (repeating, {}), "elsewhere": (chats, {}), "always_wrong": (repeating, {"no_repeat_ngram_size": 3})}
+NEW = 32
 
-def seconds(engine, prompt, chat, new=48):
-    if chat:
-        prompt = loaded.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                                      add_generation_prompt=True)
-    job = engine.submit(Request(prompt, {"max_new_tokens": new, "min_new_tokens": new}, add_special_tokens=False))
-    while not job.sequences[0].token_ids:
+def run(engine, prompts, parameters):
+    parameters = {"max_new_tokens": NEW, "min_new_tokens": NEW} | parameters
+    jobs = [engine.submit(Request(prompt, parameters, add_special_tokens=False)) for prompt in prompts]
+    while not all(job.sequences[0].token_ids for job in jobs):
         engine.step()
-    started = time.perf_counter()
-    while not job.finished:
+    tokens, started = -sum(len(job.sequences[0].token_ids) for job in jobs), time.perf_counter()
+    while engine.has_work:
         engine.step()
-    return time.perf_counter() - started, job.sequences[0].token_ids
+    texts = [job.sequences[0].token_ids for job in jobs]
+    return (tokens + sum(map(len, texts))) / (time.perf_counter() - started), texts
 
-report = {}
-for kind, prompts in asked.items():
-    without = with_drafts = same = 0
-    for prompt in prompts:
-        plain, tokens = seconds(engines[0], prompt, chat=kind == "elsewhere")
-        guessed, tokens_too = seconds(engines[1], prompt, chat=kind == "elsewhere")
-        without, with_drafts, same = without + plain, with_drafts + guessed, same + (tokens == tokens_too)
-    speculator = engines[1].speculator  # so far
-    report[kind] = {"speedup": without / with_drafts, "tokens_per_second": 47 * len(prompts) / with_drafts,
-                    "same_texts": f"{same} of {len(prompts)}",
-                    "drafted": speculator.num_drafted, "accepted": speculator.num_accepted}
-report["seconds_a_step"] = without / (47 * len(prompts))
+report = {"on_disk": on_disk(loaded), "raw_bytes_per_second": loaded.streamed.rate, "clients": clients}
+if draft:
+    report |= {"draft": Path(draft[0]).name, "on_disk_beside_draft": on_disk(beside)}
+for engine in (plain, guessing):  # the first forwards are slow
+    run(engine, chats[:clients], {})
+for kind in kinds:
+    (prompts, parameters), rates, same, speculator = texts[kind], [], 0, guessing.speculator
+    before = speculator.num_drafted, speculator.num_accepted
+    for turn in range(rounds):
+        for first in range(0, len(prompts), clients):
+            pair = [plain, guessing] if (turn + first // clients) % 2 else [guessing, plain]
+            found = {engine: run(engine, prompts[first : first + clients], parameters) for engine in pair}
+            rates.append((found[plain][0], found[guessing][0]))
+            same += found[plain][1] == found[guessing][1]
+    ratios = sorted(after / without for without, after in rates)
+    report[kind] = {
+        "speedup": statistics.median(ratios), "least": ratios[0], "most": ratios[-1],
+        "tokens_per_second_without": statistics.median(without for without, _ in rates),
+        "tokens_per_second": statistics.median(after for _, after in rates),
+        "drafted": speculator.num_drafted - before[0], "accepted": speculator.num_accepted - before[1],
+        "same_texts": f"{same} of {len(rates)}"}
+report["seconds_a_step"] = clients / report["elsewhere"]["tokens_per_second_without"]
 print(json.dumps(report))
 """
 )
@@ -76,39 +110,68 @@ PREFIX = (
     + """
 engine = Engine(loaded.model, loaded.tokenizer, Settings(max_sequence_length=600))
 
-def seconds(prompt):
+def measured(prompt):
+    time.sleep(1)
+    waited, started, steps = engine._runner.wait_seconds, time.perf_counter(), 0
     job = engine.submit(Request(prompt, {"max_new_tokens": 1}))
-    started = time.perf_counter()
     while not job.finished:
         engine.step()
-    return time.perf_counter() - started
+        steps += 1
+    return time.perf_counter() - started, engine._runner.wait_seconds - waited, steps
 
-prefixes = [[100 + 7 * i % 5000 + number for i in range(512)] for number in range(4)]
-seconds(prefixes[3] + [9] * 8)
-new = [seconds(prefix + [11] * 8) for prefix in prefixes[:3]]
-shared = [seconds(prefix + [12] * 8) for prefix in prefixes[:3]]
-print(json.dumps({"seconds_a_step": min(shared), "new_prompt": min(new), "shared_prefix": min(shared),
-                  "shared_over_new": min(shared) / min(new), "reused_tokens": engine.num_reused_tokens}))
+prefixes = [[100 + 7 * i % 5000 + number for i in range(512)] for number in range(6)]
+measured(prefixes[5] + [9] * 8)
+pairs = [(measured(prefix + [11] * 8), measured(prefix + [12] * 8)) for prefix in prefixes[:5]]
+new, shared = ({"seconds": min(each)[0], "of_these_waited_for_disk": min(each)[1], "passes": min(each)[2]}
+               for each in zip(*pairs))
+size, rate = on_disk(loaded), loaded.streamed.rate if loaded.streamed else None
+report = {"on_disk": size, "read_ahead": loaded.placement.read_ahead_bytes, "raw_bytes_per_second": rate, "new": new,
+          "shared": shared, "shared_over_new": shared["seconds"] / new["seconds"],
+          "reused_tokens": engine.num_reused_tokens, "seconds_a_step": shared["seconds"]}
+if rate:  # one pass, of which so much is there before the request
+    report["floor"] = (size - loaded.placement.read_ahead_bytes) / rate / new["seconds"]
+print(json.dumps(report))
 """
 )
 
 
+def speculation() -> Iterator[dict]:
+    folder = demo_model(Path("models") / NAME)
+    for name, cpu, clients, rounds in (("bfloat16", 80, 1, 2), ("bfloat16", 80, 4, 4), ("int4", 40, 1, 2)):
+        of_format = folder if name == "bfloat16" else quantized(folder, name)
+        arguments = [str(of_format), f"{cpu}000000", str(clients), str(rounds), "repeats,elsewhere,always_wrong"]
+        yield {"format": name, "max_memory": cpu * 10**6} | child(10**9, of_format, SPECULATION, *arguments)
+
+
+def draft() -> Iterator[dict]:
+    folder = demo_model(Path("models") / NAME)
+    for name in ("int8", "int4"):
+        arguments = [str(folder), "150000000", "1", "3", "elsewhere", str(quantized(folder, name))]
+        yield {"max_memory": 150_000_000} | child(1_500_000_000, folder, SPECULATION, *arguments)
+
+
+def prefix() -> Iterator[dict]:
+    folder = bloom_560m(WORK / "bloom-560m")
+    for name, cpu in (("bfloat16", 2000), ("bfloat16", 520), ("int4", 270)):
+        of_format = folder if name == "bfloat16" else quantized(folder, name)
+        measured = child(3 * 10**9, of_format, PREFIX, str(of_format), f"{cpu}000000")
+        yield {"format": name, "max_memory": cpu * 10**6} | measured
+
+
+CASES = {case.__name__: case for case in (speculation, draft, prefix)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="reuse", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", choices=["speculation", "prefix"])
+    parser.add_argument("--only", choices=CASES, nargs="+", default=CASES)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     if not os.access(MEMORY_GROUPS, os.W_OK):
         sys.exit(f"no control group can be made in {MEMORY_GROUPS}: without one the page cache flatters everyone")
     report = {"commit": commit(), "processor": processor(), "runs": []}
-    if args.only != "prefix":
-        folder = demo_model(Path("models") / NAME)
-        print_run(report, {"what": "speculation"} | child(1_000_000_000, folder, SPECULATION, str(folder), "80000000"))
-    if args.only != "speculation":
-        folder = bloom_560m(WORK / "bloom-560m")
-        for cpu in (2_000_000_000, 520_000_000):
-            measured = child(3_000_000_000, folder, PREFIX, str(folder), str(cpu))
-            print_run(report, {"what": "prefix", "max_memory": cpu, **measured})
+    for name in args.only:
+        for measured in CASES[name]():
+            print_run(report, {"what": name} | measured)
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "reuse.json").write_text(json.dumps(report, indent=2) + "\n")
 

@@ -3,7 +3,7 @@
 _WEIGHT = 0.3  # of what is new
 _NARROW = 64  # positions: with more of them, a forward may tell what each of many takes
 _FEW = 4  # positions from which on they, and not the pass, are to blame for most of what was not foreseen
-_FORGOTTEN = 0.01  # of what they cost, in a forward without: one that took long by chance must not be the last
+_FORGOTTEN = 0.01  # of what they cost, in a forward without: those that took long by chance must not be the last
 
 
 class ForwardCost:
@@ -33,7 +33,8 @@ class ForwardCost:
             self.per_position += _WEIGHT * (computing - self.per_position)
         else:
             self.reading = min(self.reading, seconds)  # so where it took less than foreseen, positions did
-            extra, unforeseen = positions - 1, _WEIGHT * (seconds - self.seconds(positions))
+            # Another process may have had the disk for a while: no forward counts for more than twice a pass.
+            extra, unforeseen = positions - 1, _WEIGHT * min(seconds - self.seconds(positions), self.reading)
             self.reading += max(0.0, unforeseen) * _FEW / (extra + _FEW)
             of_each = unforeseen / (extra + _FEW) if extra else -_FORGOTTEN * self.per_extra_position
             self.per_extra_position = max(0.0, self.per_extra_position + of_each)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaCon
 from benchmarks.checkpoints import WORK
 from handler.settings import Settings
 from scripts.plan import make_plan
+from scripts.shard import shard
 from server.torchserve import MEMORY
 from tests.models import train_tokenizer
 
@@ -40,6 +41,8 @@ CASES = [
     ("bloom", "bfloat16", ROWS, LENGTH, 1.0),
     ("bloom", "bfloat16", ROWS, LENGTH, 0.5),
     ("bloom", "bfloat16", 2, 512, 0.0),
+    ("bloom", "int8", ROWS, LENGTH, 1.0),
+    ("bloom", "int8", ROWS, LENGTH, 0.5),
     ("llama", "float32", ROWS, LENGTH, 1.0),
     ("llama", "bfloat16", 4 * ROWS, LENGTH // 4, 1.0),
     ("llama", "bfloat16", ROWS, LENGTH, 0.5),
@@ -103,9 +106,12 @@ TINY = {
 
 
 def checkpoint(model: str, dtype: str, tiny: bool = False) -> Path:
-    """A folder with random weights."""
+    """A folder with random weights. dtype: int8 is of bfloat16."""
     folder = WORK / f"plan-{model}-{dtype}{'-tiny' * tiny}"
     if not (folder / "config.json").is_file():
+        if dtype == "int8":
+            shard(checkpoint(model, "bfloat16", tiny), folder, 50 * 10**6, "keep", dtype)
+            return folder
         torch.manual_seed(0)
         config = copy.deepcopy(MODELS[model])
         config.update(TINY if tiny else {})

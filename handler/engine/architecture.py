@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from handler.weights.byte_linear import BYTES_AT_ONCE
+
 from .errors import UnsupportedModel
 
 _LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
@@ -30,6 +32,7 @@ class Architecture:
         beside new tokens, and once more for each query head where several share one.
     keeps_scores: whether attention's scores become tensors, as in "eager" attention; SDPA makes them in pieces.
     itemsize: bytes of a number in activations.
+    product_bytes: what products with integers make on their way.
     """
 
     vocab_size: int
@@ -46,6 +49,7 @@ class Architecture:
     copied_layers: int = 1
     keeps_scores: bool = True
     itemsize: int = 4
+    product_bytes: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Architecture":
@@ -90,6 +94,7 @@ class Architecture:
             copied_layers=1 + (shared_by if shared_by > 1 else 0),
             keeps_scores=config._attn_implementation == "eager",
             itemsize=model.dtype.itemsize,
+            product_bytes=BYTES_AT_ONCE if getattr(model.config, "quantization_config", None) else 0,
         )
 
 

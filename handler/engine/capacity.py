@@ -19,9 +19,9 @@ _IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
 # Prompt positions whose logits are kept in a step, for log-probabilities, and of which float32 is made at once.
 PROMPT_LOGPROB_TOKENS, PROMPT_LOGPROB_ROWS = 128, 32
 # oneDNN keeps what it made for a matrix and a number of rows, 0.6 MB, and of these the last KERNELS (its own limit is
-# 1024); the C library's heap keeps HEAP_BYTES that were freed. server/torchserve.py sets both. Of what oneDNN gives up
-# 0.3 MB stays for good, which is not counted: it grows with the numbers of rows that were ever met.
-KERNELS, HEAP_BYTES = 64, 8 << 20
+# 1024); server/torchserve.py sets it. Of what oneDNN gives up 0.3 MB stays for good, which is not counted: it grows
+# with the numbers of rows that were ever met.
+KERNELS = 64
 _KERNEL_BYTES = 600_000
 
 
@@ -102,7 +102,7 @@ def _activation_bytes(architecture: Architecture, rows: int, padded: int, cached
     # Logits of prompts, some of their rows in float32 with their logarithms; those that are sampled from are sorted.
     prompt = architecture.vocab_size * (item * PROMPT_LOGPROB_TOKENS + 12 * PROMPT_LOGPROB_ROWS)
     sampled = architecture.vocab_size * (item * (rows + _MOST_DRAFTS) + 28 * rows)
-    return max(attention, mlp, prompt, sampled) + KERNELS * _KERNEL_BYTES + HEAP_BYTES
+    return max(attention, mlp, prompt, sampled) + architecture.product_bytes + KERNELS * _KERNEL_BYTES
 
 
 def _max_sequence_length(architecture: Architecture, config: EngineConfig) -> int:

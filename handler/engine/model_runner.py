@@ -12,8 +12,11 @@ from handler.weights.placement import align_hooks
 
 from .architecture import Architecture
 from .attention import UNSEEN, gpt_neo_sees, key_positions, longrope_by_row, window_masks
+from .heap import release_freed_memory
 from .kv_cache import ForwardContext, KVCache
 from .scheduler import Batch
+
+_MANY_POSITIONS = 256  # of a forward that leaves holes in the heap, and takes long enough for them to be closed
 
 
 @dataclass(eq=False)
@@ -88,7 +91,10 @@ class ModelRunner:
             # Drafts may be beyond the border that their sequence is not at yet.
             if border is not None and (any(is_long) or (length + count).max() > border):
                 during.enter_context(longrope_by_row(self._model, torch.tensor(is_long), border))
-            return self._model(**inputs).logits
+            logits = self._model(**inputs).logits
+        if batch.num_positions >= _MANY_POSITIONS:
+            release_freed_memory()
+        return logits
 
     def _attention_mask(
         self, length: torch.Tensor, count: torch.Tensor, context: ForwardContext, during: ExitStack

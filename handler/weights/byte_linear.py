@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from .cpu_linear import padded_rows
 
 _MOST = 127
-_BYTES_AT_ONCE = 32 << 20  # of what a product makes on its way; more rows take turns
+BYTES_AT_ONCE = 32 << 20  # of what a product makes on its way; more rows take turns
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def packed_byte_product(
 def _in_turns(rows: torch.Tensor, out: int, multiply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """[rows, out] in the dtype of `rows`, for a `multiply` that takes whole numbers [2 * rows, in] in float32."""
     output = rows.new_empty(len(rows), out)
-    step = max(1, _BYTES_AT_ONCE // (8 * out + 16 * rows.shape[1]))
+    step = max(1, BYTES_AT_ONCE // (8 * out + 16 * rows.shape[1]))
     for part, where in zip(rows.split(step), output.split(step), strict=True):
         halves, upper, lower = _halves(pad(part, (0, 0, 0, padded_rows(len(part)) - len(part))))
         first, second = multiply(halves).chunk(2)

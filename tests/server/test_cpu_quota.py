@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from handler.engine.capacity import HEAP_BYTES, KERNELS
+from handler.engine.capacity import KERNELS
 from server import torchserve
 from server.torchserve import cpu_quota, environment
 
@@ -66,7 +66,6 @@ def test_workers_keep_no_more_for_themselves_than_is_planned(monkeypatch, tmp_pa
         monkeypatch.delenv(name, raising=False)
     variables = environment(tmp_path, tmp_path)
     assert variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == variables["LRU_CACHE_CAPACITY"] == str(KERNELS)
-    assert variables["MALLOC_TRIM_THRESHOLD_"] == str(HEAP_BYTES)
     # Large blocks are returned when they are freed, with holes between them and all.
     code = """if True:
         import pathlib, re

@@ -28,7 +28,7 @@ from handler.settings import parse_size
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 PLOT = Path("docs/offload.svg")
 FORMATS = ("bfloat16", "int8", "int4")
-NEW_TOKENS = 24
+NEW_TOKENS = 12
 OPTIONS = {"num_speculative_tokens": 0}
 
 ACCELERATE = """
@@ -69,7 +69,7 @@ def disk_reads():
     return int(re.search(r"read_bytes: (\\d+)", Path("/proc/self/io").read_text())[1])
 
 settings = Settings(max_batch_size=32, max_sequence_length=64, **options)
-planned = make_plan(folder, settings, gpus=[]).cpu.needed
+planned = make_plan(folder, settings, [], int(sys.argv[5])).cpu.needed
 started = time.perf_counter()
 loaded = load_model(folder, settings, folder.parent / "work")
 settings = with_kv_cache_limit(settings, loaded.model, loaded.placement)
@@ -137,7 +137,7 @@ def main() -> None:
         print_run(report, {"engine": "accelerate", "format": "bfloat16", "clients": 1, "memory": memory, **measured})
         for name in args.formats:
             for clients in args.clients:
-                arguments = [str(folders[name]), str(clients), str(args.new_tokens), json.dumps(OPTIONS)]
+                arguments = [str(folders[name]), str(clients), str(args.new_tokens), json.dumps(OPTIONS), str(memory)]
                 measured = child(memory, folders[name], ENGINE, *arguments)
                 print_run(report, {"engine": "ours", "format": name, "clients": clients, "memory": memory, **measured})
     args.results.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,8 @@ packed int4: the same bytes in the order of PyTorch's kernel for this CPU. In ea
 Few rows go through PyTorch's kernels, which read the integers once. Those are right in bfloat16 only, and fast there.
 Many rows of int8 are multiplied as bytes where the CPU can do that (byte_linear.py), and those of packed int4 by the
 kernel too where it is AVX512's. Otherwise a block of the matrix is widened at a time, in a buffer that stays in the
-cache, and float32's product does the rest (python -m benchmarks.integer_linear).
+cache, and a dense product does the rest: in bfloat16 for int4 where the CPU has instructions for it, in float32 else
+(python -m benchmarks.integer_linear).
 """
 
 from collections.abc import Iterator
@@ -19,11 +20,13 @@ from collections.abc import Iterator
 import torch
 
 from .byte_linear import byte_product, multiplies_bytes
+from .cpu_linear import cpu_lacks
 
 # Rows in a block of PyTorch's packed int4 layout on this CPU; 0 where it has no fast kernel.
 _PACKED_BLOCK = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
 _FASTEST_BLOCK = 64  # with it PyTorch's int4 kernel is the best for any number of rows
 _FEW_ROWS, _FEW_BESIDE_BYTES = 32, 16
+_IN_BFLOAT16 = 1 << 20  # elements at a time
 _WIDENED = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements at a time: 1 MB in float32; a GPU wants more at once
 
 
@@ -44,6 +47,8 @@ def integer_linear(
         output = torch._weight_int8pack_mm(rows, weight, scale)
     elif as_bytes:
         output = byte_product(rows, weight, scale)
+    elif in_bfloat16 and weight.dtype == torch.uint8 and not packed and not cpu_lacks(torch.bfloat16):
+        output = _bfloat16_product(rows, weight, scale)
     else:
         output = _widened_product(rows, weight, scale, packed)
     if bias is not None:
@@ -85,6 +90,31 @@ def _are_aligned(*matrices: torch.Tensor) -> bool:
     return all(matrix.shape[1] % 16 == 0 and matrix.data_ptr() % (16 * matrix.itemsize) == 0 for matrix in matrices)
 
 
+def _bfloat16_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """rows [rows, in] -> [rows, out], for int4 as it is stored, whose numbers are rounded to bfloat16 before."""
+    width = rows.shape[1]
+    height = max(1, _IN_BFLOAT16 // width)
+    wide, nibbles = rows.new_empty(height, width), weight.new_empty(height, width)
+    scales, zeros = (part.t().contiguous().unsqueeze(-1) for part in scale.unbind(-1))  # [out, groups, 1]
+    output = rows.new_empty(len(rows), len(weight))
+    for start in range(0, len(weight), height):
+        where = slice(start, start + height)
+        part = weight[where]
+        columns, block = nibbles[: len(part)], wide[: len(part)]
+        _split_nibbles(part, columns)
+        block.copy_(columns.view(torch.int8).sub_(8))
+        block.view(len(part), len(scale), -1).mul_(scales[where]).add_(zeros[where])
+        torch.mm(rows, block.t(), out=output[:, where])
+    return output
+
+
+def _split_nibbles(stored: torch.Tensor, columns: torch.Tensor) -> None:
+    """[rows, in / 2], as stored, into columns [rows, in] of 0 to 15."""
+    low, high = columns.chunk(2, dim=1)
+    torch.bitwise_and(stored, 15, out=low)
+    torch.bitwise_right_shift(stored, 4, out=high)
+
+
 def _widened_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, packed: bool) -> torch.Tensor:
     """rows [rows, in] -> [rows, out], in float32 on the CPU, in their own dtype on a GPU."""
     rows = rows.to(torch.float32 if rows.device.type == "cpu" else rows.dtype)
@@ -118,8 +148,7 @@ def _widened_blocks(
             block.copy_(part)
         else:
             columns = nibbles[: len(part)]
-            torch.bitwise_and(part, 15, out=columns[:, : width // 2])
-            torch.bitwise_right_shift(part, 4, out=columns[:, width // 2 :])
+            _split_nibbles(part, columns)
             block.copy_(columns).view(len(part), len(scale), -1).mul_(scales[where])
         yield where, block.t()
 

@@ -21,25 +21,23 @@ _WORTH = 1.1  # how much faster a method has to be than one before it
 
 
 class ReadMethod(NamedTuple):
-    """How to read. direct: past the page cache. advised: the kernel is told what will be read."""
+    """How to read. direct: past the page cache."""
 
     direct: bool
-    advised: bool
     threads: int
 
     def __str__(self) -> str:
-        kind = "direct" if self.direct else "advised" if self.advised else "buffered"
-        return f"{kind} reads, {self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{'direct' if self.direct else 'buffered'} reads, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
 # Direct reads first: they cost no copy and push nothing out of the page cache.
 READ_METHODS = (
-    ReadMethod(True, False, 2),
-    ReadMethod(True, False, 1),
-    ReadMethod(True, False, 4),
-    ReadMethod(False, False, 1),
-    ReadMethod(False, False, 2),
-    ReadMethod(False, True, 1),
+    ReadMethod(True, 2),
+    ReadMethod(True, 1),
+    ReadMethod(True, 4),
+    ReadMethod(False, 1),
+    ReadMethod(False, 2),
+    ReadMethod(False, 4),
 )
 
 
@@ -83,8 +81,6 @@ class Reader:
         """
         needed = source.start + source.size - source.aligned_start
         buffer = buffer[: source.aligned_size]
-        if self.method.advised:
-            self._pool.submit(self._advise, source.path, source.aligned_start, needed)
         return [
             self._pool.submit(
                 self._read,
@@ -92,6 +88,7 @@ class Reader:
                 source.aligned_start + at,
                 buffer[at : at + _PIECE],
                 min(needed - at, _PIECE),
+                min(len(buffer) - at - _PIECE, _PIECE),
                 cached,
             )
             for at in range(0, len(buffer), _PIECE)
@@ -101,14 +98,16 @@ class Reader:
         self._pool.shutdown(cancel_futures=True)
         self._files.clear()
 
-    def _advise(self, path: Path, start: int, size: int) -> None:
-        os.posix_fadvise(self._file(path, direct=False).fileno(), start, size, os.POSIX_FADV_WILLNEED)
-
-    def _read(self, path: Path, start: int, buffer: memoryview, needed: int, cached: bool = False) -> None:
-        """At least the first `needed` bytes of `buffer` from the file's byte `start` on."""
+    def _read(
+        self, path: Path, start: int, buffer: memoryview, needed: int, following: int, cached: bool = False
+    ) -> None:
+        """At least the first `needed` bytes of `buffer` from the file's byte `start` on; so many `following` it will be
+        needed next."""
         done, direct = 0, self.method.direct and not cached
         try:
             file = self._file(path, direct)
+            if not direct and following > 0:
+                os.posix_fadvise(file.fileno(), start + len(buffer), following, os.POSIX_FADV_WILLNEED)
             while done < needed:
                 got = os.preadv(file.fileno(), [buffer[done:]], start + done)
                 if done + got < needed:
@@ -128,6 +127,8 @@ class Reader:
         if file is None:
             flags = os.O_DIRECT if direct else 0
             file = FileIO(path, opener=lambda name, mode: os.open(name, mode | flags))
+            if not direct:  # the kernel would read on behind a tensor, megabytes of what is in memory already
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             self._files[path, direct] = file
         return file
 
@@ -172,7 +173,8 @@ def _rate(method: ReadMethod, pieces: Sequence[tuple[Range, int]], seconds: floa
             source, at = pieces[turn]
             size = min(_PIECE, source.aligned_size - at)
             needed = min(size, source.start + source.size - source.aligned_start - at)
-            reader._read(source.path, source.aligned_start + at, buffer[:size], needed)
+            following = min(source.aligned_size - at - size, _PIECE)
+            reader._read(source.path, source.aligned_start + at, buffer[:size], needed, following)
 
     workers = [reader._pool.submit(work) for _ in range(method.threads)]
     try:

@@ -56,6 +56,19 @@ def test_a_file_that_was_cut_is_an_error_and_can_be_read_again(file, method):
     assert read(reader, wanted) == data
 
 
+def test_the_kernel_is_asked_for_nothing_outside_the_range(file, monkeypatch):
+    """By itself it reads on: by 8 MB on some disks, behind each tensor."""
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: asked.append((advice, start, size)))
+    wanted = Range(file, 4096, SIZE - 8192)
+    read(Reader(READ_METHODS[3]), wanted)
+    assert asked[0] == (os.POSIX_FADV_RANDOM, 0, 0)
+    willed = [(start, start + size) for advice, start, size in asked if advice == os.POSIX_FADV_WILLNEED]
+    assert len(willed) == 2 and all(
+        start > 4096 and end <= wanted.aligned_start + wanted.aligned_size for start, end in willed
+    )
+
+
 def test_the_fastest_way_is_taken(file, monkeypatch):
     rates = dict(zip(READ_METHODS, [1.0, 1.05, 3.0, 1.0, 3.2, 2.0], strict=True))
     monkeypatch.setattr(reading, "_rate", lambda method, pieces, seconds: rates[method])

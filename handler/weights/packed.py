@@ -55,18 +55,20 @@ def pack_weights(model: PreTrainedModel) -> int:
     for module in modules:
         users.setdefault(cast(nn.Parameter, module.weight), []).append(module)
     alone = {
-        modules[0]: weight
+        modules[0]
         for weight, modules in users.items()
         if len(modules) == 1 and weight.dtype != torch.int8 and _can_pack(weight, modules[0])
     }
     packed = 0
     for names in shared_inputs(model) if alone else ():
         group = [module for name in names if (module := model.get_submodule(name)) in alone]
-        if len(group) > 1 and len({alone[module].dtype for module in group}) == 1:
-            packed += _pack_joined(group)
+        if len(group) > 1 and len({cast(nn.Parameter, module.weight).dtype for module in group}) == 1:
             for module in group:
-                del users[alone[module]]
-    return packed + sum(_pack(weight, modules) for weight, modules in users.items())
+                del users[cast(nn.Parameter, module.weight)]
+            packed += _pack_joined(group)
+    while users:  # nothing holds on to what is packed: of another dtype than the file's, it is in memory
+        packed += _pack(*users.popitem())
+    return packed
 
 
 def own_resident_weights(model: PreTrainedModel) -> None:

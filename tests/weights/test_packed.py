@@ -1,6 +1,7 @@
 """Packed matrices: their products, tied embeddings, and what is left alone."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -112,6 +113,23 @@ def test_all_rows_may_be_one_block():
     order = rows.t().contiguous().to_mkldnn()
     blocks = packed._blocks(order, rows)
     assert blocks is not None and torch.equal(blocks[0, :, 7].flatten(), rows[7])
+
+
+def test_nothing_is_in_memory_twice(monkeypatch):
+    """Weights of another dtype than the file's are: a matrix is gone once it is packed, before the next ones are."""
+    model = copy.deepcopy(make_model("llama"))
+    before = [weakref.ref(parameter) for parameter in model.parameters() if parameter.dim() == 2]
+    left = []
+
+    def counted(pack):
+        return lambda *args: left.append(sum(ref() is not None for ref in before)) or pack(*args)
+
+    monkeypatch.setattr(packed, "_pack", counted(packed._pack))
+    monkeypatch.setattr(packed, "_pack_joined", counted(packed._pack_joined))
+    packed.pack_weights(model)
+    layers = model.config.num_hidden_layers  # of each, three are packed as one, two as one, and two alone
+    assert left[0] == len(before) and left[2 * layers] == len(before) - 5 * layers
+    assert left[-1] <= 2  # the last one, and the embedding, which is not packed
 
 
 def test_what_this_cpu_cannot_multiply_and_embeddings_alone_are_left():

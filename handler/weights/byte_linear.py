@@ -43,7 +43,7 @@ def byte_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) 
     def multiply(halves: torch.Tensor) -> torch.Tensor:
         return torch._int_mm(halves.to(torch.int8), weight.t()).float().mul_(scale)
 
-    return _in_turns(rows, len(scale), multiply)
+    return _in_turns(rows, len(scale), multiply, 16)
 
 
 @torch.no_grad()
@@ -57,18 +57,30 @@ def packed_byte_product(
     def multiply(halves: torch.Tensor) -> torch.Tensor:
         return _packed_product(halves.add_(128).to(torch.uint8), packed, scale).sub_(excess)
 
-    return lambda rows: _in_turns(rows, len(scale), multiply)
+    return lambda rows: _in_turns(rows, len(scale), multiply, 8)
 
 
-def _in_turns(rows: torch.Tensor, out: int, multiply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """[rows, out] in the dtype of `rows`, for a `multiply` that takes whole numbers [2 * rows, in] in float32."""
+@torch.no_grad()
+def _in_turns(
+    rows: torch.Tensor, out: int, multiply: Callable[[torch.Tensor], torch.Tensor], out_bytes: int
+) -> torch.Tensor:
+    """[rows, out] in the dtype of `rows`, for a `multiply` that takes whole numbers [2 * rows, in] in float32 and
+    makes `out_bytes` for each number of the output."""
     output = rows.new_empty(len(rows), out)
-    step = max(1, BYTES_AT_ONCE // (8 * out + 16 * rows.shape[1]))
+    # Of the inputs: the rows that are padded, the same in float32, and both halves.
+    step = max(1, BYTES_AT_ONCE // (out_bytes * out + 14 * rows.shape[1]))
+    if padded_rows(step) > step:  # by an eighth at most
+        step = step * 8 // 9
     for part, where in zip(rows.split(step), output.split(step), strict=True):
-        halves, upper, lower = _halves(pad(part, (0, 0, 0, padded_rows(len(part)) - len(part))))
-        first, second = multiply(halves).chunk(2)
-        where.copy_(first.mul_(upper).addcmul_(second, lower)[: len(part)])
+        where.copy_(_turn(part, multiply))
     return output
+
+
+def _turn(rows: torch.Tensor, multiply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Some rows' product in float32; nothing of it is left when the next begin."""
+    halves, upper, lower = _halves(pad(rows, (0, 0, 0, padded_rows(len(rows)) - len(rows))))
+    first, second = multiply(halves).chunk(2)
+    return first.mul_(upper).addcmul_(second, lower)[: len(rows)]
 
 
 def _halves(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,10 +90,12 @@ def _halves(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     """
     rows = rows.float()
     upper = (rows.abs().amax(-1, keepdim=True) / _MOST).clamp_min(torch.finfo(torch.float32).tiny)
-    scaled = rows / upper
-    first = scaled.round()
-    second = scaled.sub_(first).mul_(2 * _MOST).round_()
-    return torch.cat((first, second)), upper, upper / (2 * _MOST)
+    halves = rows.new_empty(2, *rows.shape)
+    first, scaled = halves
+    torch.div(rows, upper, out=scaled)
+    torch.round(scaled, out=first)
+    scaled.sub_(first).mul_(2 * _MOST).round_()  # the second half
+    return halves.flatten(0, 1), upper, upper / (2 * _MOST)
 
 
 def _packed_product(inputs: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

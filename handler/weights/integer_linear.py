@@ -7,7 +7,6 @@ int4: `weight` [out, in / 2] uint8. A byte holds column j in its low half and co
 packed int4: the same bytes in the order of PyTorch's kernel for this CPU. In each block of 64 rows (AVX512) or 32
     (AVX2) a byte holds one column of row r and of the row half a block further on: [out / block, in, block / 2].
 
-
 Few rows go through PyTorch's kernels, which read the integers once. Those are right in bfloat16 only, and fast there.
 Many rows of int8 are multiplied as bytes where the CPU can do that (byte_linear.py), and those of packed int4 by the
 kernel too where it is AVX512's. Otherwise a block of the matrix is widened at a time, in a buffer that stays in the

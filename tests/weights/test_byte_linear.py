@@ -1,7 +1,10 @@
 """Products of bytes: as exact as bfloat16's, the same for a row whatever is beside it."""
 
+from itertools import accumulate
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from handler.weights import byte_linear
 from handler.weights.byte_linear import byte_product, multiplies_bytes, pack_bytes, packed_byte_product
@@ -51,6 +54,24 @@ def test_a_row_is_the_same_alone_and_in_a_crowd_of_any_size(product, monkeypatch
     monkeypatch.setattr(byte_linear, "BYTES_AT_ONCE", 50_000)  # a few rows at a time
     assert torch.equal(product(inputs, weight, scale), crowd)
     assert all(torch.equal(product(inputs[i : i + 1], weight, scale), crowd[i : i + 1]) for i in (0, 7, 199))
+
+
+@pytest.mark.parametrize("shape", [(4000, 64), (64, 4000)])
+def test_makes_no_more_on_its_way_than_is_planned(monkeypatch, shape):
+    monkeypatch.setattr(byte_linear, "BYTES_AT_ONCE", 4 << 20)
+    weight, scale = matrix(*shape)
+    inputs = torch.randn(500, shape[1]).bfloat16()
+    packed = packed_byte_product(pack_bytes(weight), scale, weight.sum(1))
+    for multiply in (lambda: byte_product(inputs, weight, scale), lambda: packed(inputs)):
+        assert 1 << 20 < most_bytes(multiply) - 2 * 500 * shape[0] <= 4 << 20
+
+
+def most_bytes(function) -> int:
+    """Of tensors that are there at the same time while it runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def test_zeros_and_what_is_not_finite_stay_in_their_rows(product):

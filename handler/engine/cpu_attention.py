@@ -57,6 +57,8 @@ def _is_for_products(module, query, key, mask, kwargs) -> bool:
         return False
     if new == 1:
         return rows * kv_heads * columns > _FEW_KEYS
+    if mask is not None and mask.shape[2] != new:  # one for all queries
+        return False
     # Without a mask the library means other columns where there are more of them than queries.
     return mask is not None or (new == columns and getattr(module, "is_causal", True))
 

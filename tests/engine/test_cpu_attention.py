@@ -93,6 +93,16 @@ def test_what_is_left_to_sdpa(counted, dtype, columns, more):
     assert counted and torch.equal(ours, theirs)
 
 
+def test_a_mask_for_all_queries_alike_is_left_to_sdpa(counted, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "_BLOCK_QUERIES", 3)
+    module, *tensors, _ = inputs(3, 4, 4, 7, 9, "none")
+    mask = torch.ones(3, 1, 1, 9, dtype=torch.bool)
+    mask[1, ..., :4] = False
+    query, key, value = (tensor.bfloat16() for tensor in tensors)
+    ours, _ = attention(module, query, key, value, mask)
+    assert counted and ours.shape == (3, 7, 4, 16)
+
+
 def test_few_keys_are_left_to_sdpa(counted, monkeypatch):
     monkeypatch.setattr(cpu_attention, "_FEW_KEYS", 1024)
     module, query, key, value, mask = inputs(1, 4, 4, 1, 100, "bool")

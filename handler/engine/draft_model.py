@@ -74,6 +74,7 @@ class DraftModel:
     def forget(self) -> None:
         """Believe that forwards have become a little faster, so that who is not asked is asked again some day."""
         self._cost.reading *= 0.99
+        self._cost.per_extra_position *= 0.99
 
     def propose(self, sequences: list[Sequence], count: int) -> dict[Sequence, list[int]]:
         """`count` tokens for each sequence, one after the other the likeliest. To be called in inference mode."""

@@ -147,6 +147,14 @@ def test_it_is_tried_again_some_day():
     assert engine.speculator.num_drafted
 
 
+def test_also_where_many_rows_are_what_it_takes():
+    model = DraftModel(make_model("llama"), VOCAB)
+    model._cost.reading, model._cost.per_extra_position = 1.0, 2.0
+    for _ in range(1000):
+        model.forget()
+    assert model._cost.seconds(9) < 0.01
+
+
 def test_what_a_forward_takes_is_known_before_it_is_asked():
     assert DraftModel(make_model("llama"), VOCAB).seconds([], 1) > 0
 

@@ -13,6 +13,7 @@ from handler.weights.cpu_linear import cpu_lacks
 
 _FEW_KEYS = 1024  # of all rows and heads: SDPA is through with so few before two products have begun
 _BLOCK_QUERIES = 256
+_FEW_QUERIES = 16  # in a block that has many keys: they are read so often that SDPA is faster, if it need not copy them
 _NOT_HERE = ("softcap", "cache", "position_bias", "is_causal")  # what only some models ask SDPA for
 BLOCK_SCORES = 1 << 21  # of a block of more than one query a row; 4 MB
 
@@ -49,7 +50,7 @@ def attention(module, query, key, value, attention_mask, **kwargs):
 
 
 def _is_for_products(module, query, key, mask, kwargs) -> bool:
-    rows, _, new, _ = query.shape
+    rows, heads, new, _ = query.shape
     kv_heads, columns = key.shape[1:3]
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or 0 in query.shape:
         return False
@@ -58,6 +59,8 @@ def _is_for_products(module, query, key, mask, kwargs) -> bool:
     if new == 1:
         return rows * kv_heads * columns > _FEW_KEYS
     if mask is not None and mask.shape[2] != new:  # one for all queries
+        return False
+    if heads == kv_heads and BLOCK_SCORES // (rows * heads * columns) < min(new, _FEW_QUERIES):
         return False
     # Without a mask the library means other columns where there are more of them than queries.
     return mask is not None or (new == columns and getattr(module, "is_causal", True))

@@ -103,6 +103,17 @@ def test_a_mask_for_all_queries_alike_is_left_to_sdpa(counted, monkeypatch):
     assert counted and ours.shape == (3, 7, 4, 16)
 
 
+@pytest.mark.parametrize(
+    "kv_heads, new, scores, left", [(4, 7, 3, True), (4, 7, 7, False), (4, 3, 3, False), (2, 7, 3, False)]
+)
+def test_small_blocks_of_many_keys_are_left_to_sdpa(counted, monkeypatch, kv_heads, new, scores, left):
+    """Unless it would copy the keys for all heads that share one."""
+    monkeypatch.setattr(cpu_attention, "BLOCK_SCORES", 3 * 4 * 12 * scores)
+    module, *tensors, mask = inputs(3, 4, kv_heads, new, 12, "bool")
+    attention(module, *(tensor.bfloat16() for tensor in tensors), mask)
+    assert bool(counted) == left
+
+
 def test_few_keys_are_left_to_sdpa(counted, monkeypatch):
     monkeypatch.setattr(cpu_attention, "_FEW_KEYS", 1024)
     module, query, key, value, mask = inputs(1, 4, 4, 1, 100, "bool")

@@ -77,4 +77,4 @@ def _mask(scores: torch.Tensor, mask: torch.Tensor | None, start: int) -> None:
     elif mask.dtype == torch.bool:
         scores.masked_fill_(~mask[:, :, start : start + queries], least)
     else:
-        scores.add_(mask[:, :, start : start + queries])
+        scores.add_(mask[:, :, start : start + queries].clamp_min(least))

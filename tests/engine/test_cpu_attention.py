@@ -93,6 +93,19 @@ def test_what_is_left_to_sdpa(counted, dtype, columns, more):
     assert counted and torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", ["bool", "added"])
+def test_who_sees_nothing_gets_numbers_and_the_others_what_they_get_anyway(counted, kind):
+    module, *tensors, mask = inputs(2, 4, 2, 3, 8, "bool")
+    query, key, value = (tensor.bfloat16() for tensor in tensors)
+    everyone, _ = attention(module, query, key, value, mask)
+    mask[1, :, 0] = False
+    if kind == "added":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf")).bfloat16()
+    ours, _ = attention(module, query, key, value, mask)
+    assert not counted and ours.isfinite().all()
+    assert torch.equal(ours[0], everyone[0]) and torch.equal(ours[1, 1:], everyone[1, 1:])
+
+
 def test_a_mask_for_all_queries_alike_is_left_to_sdpa(counted, monkeypatch):
     monkeypatch.setattr(cpu_attention, "_BLOCK_QUERIES", 3)
     module, *tensors, _ = inputs(3, 4, 4, 7, 9, "none")

@@ -57,7 +57,6 @@ from handler.engine import Engine, Request
 from handler.loading import load_model
 from handler.memory import page_cache_room, with_kv_cache_limit
 from handler.settings import Settings
-from scripts.plan import make_plan
 
 folder, clients, new, options = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 
@@ -69,13 +68,16 @@ def disk_reads():
     return int(re.search(r"read_bytes: (\\d+)", Path("/proc/self/io").read_text())[1])
 
 settings = Settings(max_batch_size=32, max_sequence_length=64, **options)
-planned = make_plan(folder, settings, [], int(sys.argv[5])).cpu.needed
-started = time.perf_counter()
+started, before = time.perf_counter(), resident()
 loaded = load_model(folder, settings, folder.parent / "work")
 settings = with_kv_cache_limit(settings, loaded.model, loaded.placement)
 if loaded.streamed:
     loaded.streamed.keep_in_page_cache(page_cache_room(settings, loaded.model, loaded.placement))
 engine = Engine(loaded.model, loaded.tokenizer, settings)
+on_cpu = sum(part.bytes for part in loaded.placement.parts if part.device == "cpu")
+capacity = engine.capacity  # what make plan adds up, with what this process is without a model in place of a worker's
+activations = capacity.activation_bytes + loaded.placement.main_device_bytes
+planned = before + on_cpu + activations + capacity.kv_cache_bytes + capacity.kv_copy_bytes
 report = {"seconds_to_ready": time.perf_counter() - started, "planned": planned, "resident_at_ready": resident()}
 peak = [0]
 
@@ -101,7 +103,7 @@ on_disk = sum(part.bytes for part in loaded.placement.parts if part.device == "d
 report |= {
     "tokens_per_second": tokens / seconds,
     "seconds_a_step": seconds / steps,
-    "bytes_on_cpu": sum(part.bytes for part in loaded.placement.parts if part.device == "cpu"),
+    "bytes_on_cpu": on_cpu,
     "bytes_on_disk": on_disk,
     "resident_peak": peak[0],
 }
@@ -137,7 +139,7 @@ def main() -> None:
         print_run(report, {"engine": "accelerate", "format": "bfloat16", "clients": 1, "memory": memory, **measured})
         for name in args.formats:
             for clients in args.clients:
-                arguments = [str(folders[name]), str(clients), str(args.new_tokens), json.dumps(OPTIONS), str(memory)]
+                arguments = [str(folders[name]), str(clients), str(args.new_tokens), json.dumps(OPTIONS)]
                 measured = child(memory, folders[name], ENGINE, *arguments)
                 print_run(report, {"engine": "ours", "format": name, "clients": clients, "memory": memory, **measured})
     args.results.mkdir(parents=True, exist_ok=True)

@@ -124,7 +124,7 @@ def bloom_560m():
 
 
 WEIGHTS = 1_118_425_088  # of BLOOM-560m
-KEPT = 64 * 600_000 + 8 * 2**20  # oneDNN's kernels, and what the C library's heap keeps of what was freed
+KEPT = 64 * 600_000  # oneDNN's kernels
 # Of 1024 tokens: 14 bytes for each score of BLOOM-560m's 16 heads, 3 for the mask, and what a token is on its way.
 WORKSPACE = 1024 * (2048 * (16 * 14 + 3) + 2 * (3 * 1024 + 2 * 3 * 1024)) + KEPT
 

@@ -8,7 +8,7 @@ Of the hour, making the checkpoints takes most; they stay.
 For each format and number of clients: tokens a second of this package's engine, beside Accelerate's own `generate` of
 one client in 16 bits in the same group; bytes read a step over those of the disk tier; the rate of reading over the
 best of raw reads of the same files. Nothing is guessed ahead: random weights repeat themselves, which would flatter.
-JSON goes to benchmarks/results/, a plot to docs/.
+JSON goes to benchmarks/results/, where runs with other memory stay, and a plot to docs/.
 """
 
 import argparse
@@ -133,17 +133,25 @@ def main() -> None:
         sys.exit(f"no control group can be made in {MEMORY_GROUPS}: without one the page cache flatters everyone")
     folder = bloom_7b1(WORK / "bloom-7b1")
     folders = {name: folder if name == "bfloat16" else quantized(folder, name) for name in args.formats}
-    report = {"date": str(date.today()), "commit": commit(), "processor": processor(), "runs": []}
+    results = args.results / "offload.json"
+    earlier = json.loads(results.read_text())["runs"] if results.is_file() else []
+    report = {"processor": processor(), "runs": [run for run in earlier if run["memory"] not in args.memory]}
+    of = {"date": str(date.today()), "commit": commit()}
     for memory in args.memory:
         measured = child(memory, folder, ACCELERATE, str(folder), str(int(memory * 0.6)), "3")
-        print_run(report, {"engine": "accelerate", "format": "bfloat16", "clients": 1, "memory": memory, **measured})
+        print_run(
+            report, of | {"engine": "accelerate", "format": "bfloat16", "clients": 1, "memory": memory, **measured}
+        )
         for name in args.formats:
             for clients in args.clients:
                 arguments = [str(folders[name]), str(clients), str(args.new_tokens), json.dumps(OPTIONS)]
                 measured = child(memory, folders[name], ENGINE, *arguments)
-                print_run(report, {"engine": "ours", "format": name, "clients": clients, "memory": memory, **measured})
+                print_run(
+                    report, of | {"engine": "ours", "format": name, "clients": clients, "memory": memory, **measured}
+                )
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "offload.json").write_text(json.dumps(report, indent=2) + "\n")
+    report["runs"].sort(key=lambda run: run["memory"])
+    results.write_text(json.dumps(report, indent=2) + "\n")
     plot(report["runs"], PLOT)
 
 

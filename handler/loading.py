@@ -28,7 +28,7 @@ from handler.weights.cpu_linear import cpu_lacks
 from handler.weights.files import weight_files
 from handler.weights.fused_gelu import fuse_gelu
 from handler.weights.packed import own_resident_weights, pack_weights, products_of
-from handler.weights.placement import Placement, device_map, max_memory
+from handler.weights.placement import Placement, device_map, max_memory, weight_bytes
 from handler.weights.quantized import quantize_modules
 from handler.weights.streaming import StreamedWeights, stream_weights
 
@@ -156,7 +156,7 @@ def _computed_as(
     named = settings.device_map.values() if isinstance(settings.device_map, dict) else ()
     # max_memory may allow more than a pod has that was planned with the stored dtype.
     room = min(limits.get("cpu", 0), device_limits(wide, wider, free_memory(gpus))["cpu"])
-    fits = "disk" not in named and sum(p.nbytes for p in wide.parameters()) <= room
+    fits = "disk" not in named and weight_bytes(wide) <= room
     return float32 if fits else plan
 
 

@@ -46,8 +46,6 @@ def integer_linear(
         output = torch._weight_int8pack_mm(rows, weight, scale)
     elif as_bytes:
         output = byte_product(rows, weight, scale)
-    elif in_bfloat16 and weight.dtype == torch.uint8 and not packed and not cpu_lacks(torch.bfloat16):
-        output = _bfloat16_product(rows, weight, scale)
     else:
         output = _widened_product(rows, weight, scale, packed)
     if bias is not None:
@@ -66,8 +64,10 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     """An int4 matrix in the order of PyTorch's kernel for this CPU; as many bytes, and no more than few of it twice."""
     packed = torch.empty_like(weight)
     blocks = packed.view(len(weight) // _PACKED_BLOCK, -1, _PACKED_BLOCK // 2)
+    columns = weight.new_empty(_PACKED_BLOCK, blocks.shape[1])
     for index in range(len(blocks)):
-        low, high = _nibbles(weight[index * _PACKED_BLOCK : (index + 1) * _PACKED_BLOCK]).t().chunk(2, dim=-1)
+        _split_nibbles(weight[index * _PACKED_BLOCK : (index + 1) * _PACKED_BLOCK], columns)
+        low, high = columns.t().chunk(2, dim=-1)
         torch.bitwise_or(low, high << 4, out=blocks[index])
     return packed
 
@@ -78,9 +78,11 @@ def nibbles_to_bytes(nibbles: torch.Tensor) -> torch.Tensor:
     return low | high << 4
 
 
-def _nibbles(stored: torch.Tensor) -> torch.Tensor:
-    """Back again: [..., in / 2] -> [..., in]."""
-    return torch.cat((stored & 15, stored >> 4), dim=-1)
+def _split_nibbles(stored: torch.Tensor, columns: torch.Tensor) -> None:
+    """Back again: [rows, in / 2], as stored, into columns [rows, in] of 0 to 15."""
+    low, high = columns.chunk(2, dim=1)
+    torch.bitwise_and(stored, 15, out=low)
+    torch.bitwise_right_shift(stored, 4, out=high)
 
 
 def _are_aligned(*matrices: torch.Tensor) -> bool:
@@ -89,66 +91,51 @@ def _are_aligned(*matrices: torch.Tensor) -> bool:
     return all(matrix.shape[1] % 16 == 0 and matrix.data_ptr() % (16 * matrix.itemsize) == 0 for matrix in matrices)
 
 
-def _bfloat16_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """rows [rows, in] -> [rows, out], for int4 as it is stored, whose numbers are rounded to bfloat16 before."""
-    width = rows.shape[1]
-    height = max(1, _IN_BFLOAT16 // width)
-    wide, nibbles = rows.new_empty(height, width), weight.new_empty(height, width)
-    scales, zeros = (part.t().contiguous().unsqueeze(-1) for part in scale.unbind(-1))  # [out, groups, 1]
-    output = rows.new_empty(len(rows), len(weight))
-    for start in range(0, len(weight), height):
-        where = slice(start, start + height)
-        part = weight[where]
-        columns, block = nibbles[: len(part)], wide[: len(part)]
-        _split_nibbles(part, columns)
-        block.copy_(columns.view(torch.int8).sub_(8))
-        block.view(len(part), len(scale), -1).mul_(scales[where]).add_(zeros[where])
-        torch.mm(rows, block.t(), out=output[:, where])
-    return output
-
-
-def _split_nibbles(stored: torch.Tensor, columns: torch.Tensor) -> None:
-    """[rows, in / 2], as stored, into columns [rows, in] of 0 to 15."""
-    low, high = columns.chunk(2, dim=1)
-    torch.bitwise_and(stored, 15, out=low)
-    torch.bitwise_right_shift(stored, 4, out=high)
-
-
 def _widened_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, packed: bool) -> torch.Tensor:
-    """rows [rows, in] -> [rows, out], in float32 on the CPU, in their own dtype on a GPU."""
-    rows = rows.to(torch.float32 if rows.device.type == "cpu" else rows.dtype)
+    """rows [rows, in] -> [rows, out], in their own dtype on a GPU. On the CPU in float32, but int4 as it is stored in
+    bfloat16 where rows and scale are and the CPU has instructions for it."""
+    on_cpu, is_int4 = rows.device.type == "cpu", weight.dtype == torch.uint8
+    whole = on_cpu and is_int4 and not packed and rows.dtype == scale.dtype == torch.bfloat16
+    whole = whole and not cpu_lacks(torch.bfloat16)
+    rows = rows.to(torch.float32 if on_cpu and not whole else rows.dtype)
     scale = scale.to(rows.dtype)
     output = rows.new_empty(len(rows), len(weight))
-    for where, block in _widened_blocks(weight, scale, packed, rows.shape[1]):
+    width = rows.shape[1]
+    blocks = _widened_packed(weight, scale, width) if packed else _widened_rows(weight, scale, width, whole)
+    for where, block in blocks:
         torch.mm(rows, block, out=output[:, where])
-    if weight.dtype == torch.int8:
+    if not is_int4:
         return output.mul_(scale)
+    if whole:
+        return output
     # What zeros add is the same for all columns of a group: [rows, groups] times [groups, out].
     sums = rows.unflatten(1, (len(scale), -1)).sum(-1)
     return output.addmm_(sums, scale[..., 1] - 8 * scale[..., 0])
 
 
-def _widened_blocks(
-    weight: torch.Tensor, scale: torch.Tensor, packed: bool, width: int
+def _widened_rows(
+    weight: torch.Tensor, scale: torch.Tensor, width: int, whole: bool
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Which rows of the matrix, and these rows transposed [in, rows] in the dtype of `scale`. int4 is scaled but has no
-    zeros yet, int8 is not scaled. A block is overwritten by the next."""
-    if packed:
-        yield from _widened_packed(weight, scale, width)
-        return
-    height = max(1, _WIDENED[weight.device.type] // width)
+    """Which rows of the matrix, and these rows transposed [in, rows] in the dtype of `scale`. int8 is not scaled. int4
+    is scaled and has no zeros yet, or is the numbers as a `whole`: a sum in bfloat16 is not exact enough to add to.
+    A block is overwritten by the next."""
+    height = max(1, (_IN_BFLOAT16 if whole else _WIDENED[weight.device.type]) // width)
     wide, nibbles = scale.new_empty(height, width), weight.new_empty(height, width)
-    scales = scale[..., 0].t().contiguous().unsqueeze(-1) if weight.dtype == torch.uint8 else None  # [out, groups, 1]
+    if weight.dtype == torch.uint8:
+        scales, zeros = (part.t().contiguous().unsqueeze(-1) for part in scale.unbind(-1))  # [out, groups, 1]
     for start in range(0, len(weight), height):
         where = slice(start, start + height)
         part = weight[where]
         block = wide[: len(part)]
-        if scales is None:
+        if weight.dtype == torch.int8:
             block.copy_(part)
         else:
             columns = nibbles[: len(part)]
             _split_nibbles(part, columns)
-            block.copy_(columns).view(len(part), len(scale), -1).mul_(scales[where])
+            block.copy_(columns.view(torch.int8).sub_(8) if whole else columns)
+            numbers = block.view(len(part), len(scale), -1).mul_(scales[where])
+            if whole:
+                numbers.add_(zeros[where])
         yield where, block.t()
 
 

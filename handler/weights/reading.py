@@ -63,6 +63,31 @@ class Range:
         """Room for those blocks wherever a range of this size begins, so that buffers can be used again."""
         return (-(-self.size // ALIGNMENT) + 1) * ALIGNMENT
 
+    @property
+    def pieces(self) -> "list[Piece]":
+        """What is read at once, of whole blocks, one behind the other."""
+        needed, size = self.start + self.size - self.aligned_start, self.aligned_size
+        return [
+            Piece(
+                path=self.path,
+                start=self.aligned_start + at,
+                size=min(size - at, _PIECE),
+                needed=min(needed - at, _PIECE),
+                following=max(0, min(size - at - _PIECE, _PIECE)),
+            )
+            for at in range(0, size, _PIECE)
+        ]
+
+
+class Piece(NamedTuple):
+    """Blocks of a file. needed: bytes of them that have to be there. following: bytes behind them that come next."""
+
+    path: Path
+    start: int
+    size: int
+    needed: int
+    following: int
+
 
 class Reader:
     """Reads with a pool of threads. bytes_read: how many so far, whole blocks."""
@@ -79,35 +104,22 @@ class Reader:
         cached: leave them in the page cache, and look for them there, whatever the method.
         Each future raises OSError when the file cannot be read, or ends too early.
         """
-        needed = source.start + source.size - source.aligned_start
-        buffer = buffer[: source.aligned_size]
         return [
-            self._pool.submit(
-                self._read,
-                source.path,
-                source.aligned_start + at,
-                buffer[at : at + _PIECE],
-                min(needed - at, _PIECE),
-                min(len(buffer) - at - _PIECE, _PIECE),
-                cached,
-            )
-            for at in range(0, len(buffer), _PIECE)
+            self._pool.submit(self._read, piece, buffer[piece.start - source.aligned_start :][: piece.size], cached)
+            for piece in source.pieces
         ]
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._files.clear()
 
-    def _read(
-        self, path: Path, start: int, buffer: memoryview, needed: int, following: int, cached: bool = False
-    ) -> None:
-        """At least the first `needed` bytes of `buffer` from the file's byte `start` on; so many `following` it will be
-        needed next."""
+    def _read(self, piece: Piece, buffer: memoryview, cached: bool = False) -> None:
         done, direct = 0, self.method.direct and not cached
+        path, start, size, needed, following = piece
         try:
             file = self._file(path, direct)
-            if not direct and following > 0:
-                os.posix_fadvise(file.fileno(), start + len(buffer), following, os.POSIX_FADV_WILLNEED)
+            if not direct and following:
+                os.posix_fadvise(file.fileno(), start + size, following, os.POSIX_FADV_WILLNEED)
             while done < needed:
                 got = os.preadv(file.fileno(), [buffer[done:]], start + done)
                 if done + got < needed:
@@ -141,7 +153,7 @@ def fastest_reader(ranges: Sequence[Range], seconds: float = _CALIBRATION) -> tu
     """
     best: ReadMethod | None = None
     best_rate, problem = 0.0, OSError()
-    pieces = [(r, at) for r in ranges for at in range(0, r.aligned_size, _PIECE)]
+    pieces = [piece for r in ranges for piece in r.pieces]
     for path in {r.path for r in ranges}:
         with path.open("rb") as file:  # the disk is to be measured, not what is in memory of a file just written
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -161,7 +173,7 @@ def fastest_reader(ranges: Sequence[Range], seconds: float = _CALIBRATION) -> tu
     return Reader(best), best_rate
 
 
-def _rate(method: ReadMethod, pieces: Sequence[tuple[Range, int]], seconds: float) -> float:
+def _rate(method: ReadMethod, pieces: Sequence[Piece], seconds: float) -> float:
     """Bytes a second that the threads of a method read of the pieces, until time or pieces are over; of the first at
     least, however late the threads come to it."""
     reader, turns = Reader(method), count()
@@ -170,11 +182,7 @@ def _rate(method: ReadMethod, pieces: Sequence[tuple[Range, int]], seconds: floa
     def work() -> None:
         buffer = memoryview(mmap.mmap(-1, _PIECE))
         while (turn := next(turns)) < len(pieces) and (not turn or time.perf_counter() < start + seconds):
-            source, at = pieces[turn]
-            size = min(_PIECE, source.aligned_size - at)
-            needed = min(size, source.start + source.size - source.aligned_start - at)
-            following = min(source.aligned_size - at - size, _PIECE)
-            reader._read(source.path, source.aligned_start + at, buffer[:size], needed, following)
+            reader._read(pieces[turn], buffer[: pieces[turn].size])
 
     workers = [reader._pool.submit(work) for _ in range(method.threads)]
     try:

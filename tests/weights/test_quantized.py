@@ -63,6 +63,7 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize("kind, width", [("int8", 96), ("int8", 41), ("int4", 96)])
 def test_a_product_is_the_stored_numbers_product(monkeypatch, kind, width, packed, rows, biased, dtype):
     monkeypatch.setitem(products._WIDENED, "cpu", 7 * width)  # 192 rows of the matrix: 27 blocks and a rest
+    monkeypatch.setattr(products, "_IN_BFLOAT16", 7 * width)
     torch.manual_seed(0)
     weight, scale = quantized(kind, torch.randn(192, width))
     exact = numbers(weight, scale)

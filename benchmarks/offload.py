@@ -14,7 +14,6 @@ JSON goes to benchmarks/results/, where runs with other memory stay, and a plot 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.checkpoints import WORK, bloom_7b1
+from benchmarks.machine import commit, processor
 from handler.settings import parse_size
 
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
@@ -192,17 +192,6 @@ def control_group(memory: int) -> Iterator[Path]:
 def print_run(report: dict, run: dict) -> None:
     report["runs"].append(run)
     print(json.dumps(run, indent=2), flush=True)
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-
-
-def processor() -> str:
-    """Its instruction set as PyTorch names it, and its number of cores."""
-    import torch
-
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
 def plot(runs: list[dict], path: Path) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -31,6 +30,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.checkpoints import WORK, bloom_560m
+from benchmarks.machine import commit, processor
 from benchmarks.serving import CLIENTS, measure, mixed, served, static_generate
 from handler.weights.cpu_linear import cpu_lacks
 from handler.weights.files import weight_files
@@ -141,12 +141,6 @@ def _seconds(action: Any) -> float:
     return time.perf_counter() - started
 
 
-def processor() -> str:
-    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    capability = torch.backends.cpu.get_cpu_capability() + ("" if cpu_lacks(torch.bfloat16) else " with bfloat16")
-    return f"{len(names)} x {names[0] if names else platform.processor()}, {capability}"
-
-
 def compare(model: str, with_vllm: bool) -> dict[str, Any]:
     """Of one model: everything, and the ratios that count."""
     folder = checkpoint(model)
@@ -201,8 +195,7 @@ def main() -> None:
     args = parser.parse_args()
     models = [args.only] if args.only else MODELS
     results = {model: compare(model, not args.skip_vllm) for model in models}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    report = {"date": date.today().isoformat(), "processor": processor(), "commit": commit, "models": results}
+    report = {"date": date.today().isoformat(), "processor": processor(), "commit": commit(), "models": results}
     if "BLOOM-560m" in results:
         report["mixed"] = mixed(checkpoint("BLOOM-560m"), "bfloat16")
     text = json.dumps(report, indent=2)

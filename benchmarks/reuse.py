@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.checkpoints import WORK, bloom_560m
-from benchmarks.offload import MEMORY_GROUPS, child, commit, print_run, processor, quantized
+from benchmarks.machine import commit, processor
+from benchmarks.offload import MEMORY_GROUPS, child, print_run, quantized
 from scripts.demo_model import NAME, demo_model
 
 LOAD = """

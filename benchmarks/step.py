@@ -26,7 +26,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.checkpoints import WORK
-from benchmarks.peers import MODELS, checkpoint, processor
+from benchmarks.machine import processor
+from benchmarks.peers import MODELS, checkpoint
 from handler.engine import Engine, Request
 from handler.engine.cpu_attention import attention
 from handler.loading import load_model

@@ -36,12 +36,15 @@ class ForwardContext:
     is_ragged: whether rows differ in length. Only then are set:
     rows, steps, columns: int64 [tokens]. New token i, found at [rows[i], steps[i]] of the forward's keys, counting
         rows from first_row, goes to column columns[i] of that row.
+    slots: by a store's kv heads and columns, and its device, where in its flattened [rows * kv_heads * columns, head_dim]
+        the tokens of all rows go.
     """
 
     def __init__(self) -> None:
         self.first_row = self.num_rows = self.past_length = self.query_length = self.kv_length = 0
         self.store_shape = (0, 0)
         self.rows = self.steps = self.columns = torch.empty(0)
+        self.slots: dict[tuple, torch.Tensor] = {}
         self.is_ragged = False
 
 
@@ -89,6 +92,7 @@ class KVCache(Cache):
             tokens = [(row, step) for row, count in enumerate(num_new_tokens) for step in range(count)]
             places = [(row, step, lengths[row] + step) for row, step in tokens]
             context.rows, context.steps, context.columns = torch.tensor(places).unbind(1)
+            context.slots = {}
         return context
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -208,13 +212,24 @@ class RowLayer(CacheLayerMixin):
         if not context.is_ragged:
             rows[:, :, context.past_length : context.past_length + context.query_length] = new
             return rows[:, :, : context.kv_length]
-        row, step, column = (index.to(store.device) for index in (context.rows, context.steps, context.columns))
-        rows[row, :, column] = new[row, :, step]
-        if context.query_length == 1:
+        one_each = context.query_length == 1
+        tokens = new.squeeze(2) if one_each else new.transpose(1, 2)[context.rows, context.steps]
+        # Whole vectors, by one index: several times as fast as an assignment with an index for rows and one for columns.
+        store.view(-1, store.shape[3]).index_copy_(0, self._slots(store), tokens.flatten(0, 1))
+        if one_each:
             return rows[:, :, : context.kv_length]
         # Causality is tested by column, so several new tokens must stand in the same columns for all rows
         # while the forward runs. A copy for one layer at a time beats spare columns in every layer for good.
         return torch.cat([rows[:, :, : context.past_length], new], dim=2)
+
+    def _slots(self, store: torch.Tensor) -> torch.Tensor:
+        context, (_, heads, columns, _) = self._cache.context, store.shape
+        key = heads, columns, store.device
+        if key not in context.slots:
+            of_heads = (context.first_row + context.rows).unsqueeze(1) * heads + torch.arange(heads)
+            slots = of_heads * columns + context.columns.unsqueeze(1)
+            context.slots[key] = slots.flatten().to(store.device)
+        return context.slots[key]
 
     def get_seq_length(self) -> int:
         return self._cache.context.past_length

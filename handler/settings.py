@@ -95,7 +95,7 @@ class EngineConfig(BaseModel):
         256, description="Most prompt tokens in one step, so that nobody stalls; four times that while nobody decodes."
     )
     num_speculative_tokens: NonNegativeInt = Field(
-        16, description="Most tokens guessed ahead for a sequence in a step, where steps read weights; 0 for none."
+        16, description="Most tokens guessed ahead for a sequence in a step, where that pays; 0 for none."
     )
     prefix_cache: Literal["off", "salted", "shared"] = Field(
         "shared",

@@ -36,8 +36,8 @@ class ForwardContext:
     is_ragged: whether rows differ in length. Only then are set:
     rows, steps, columns: int64 [tokens]. New token i, found at [rows[i], steps[i]] of the forward's keys, counting
         rows from first_row, goes to column columns[i] of that row.
-    slots: by a store's kv heads and columns, and its device, where in its flattened [rows * kv_heads * columns, head_dim]
-        the tokens of all rows go.
+    slots: int64 [tokens * kv_heads], where the new tokens go in a store seen as [rows * kv_heads * columns, head_dim];
+        by its kv heads, columns and device.
     """
 
     def __init__(self) -> None:
@@ -209,26 +209,24 @@ class RowLayer(CacheLayerMixin):
     def _write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         context = self._cache.context
         rows = store[context.first_row : context.first_row + context.num_rows]
-        if not context.is_ragged:
+        if context.is_ragged:
+            # Whole vectors by one index: several times as fast as an assignment with one for rows and one for columns.
+            tokens = new.squeeze(2) if context.query_length == 1 else new.transpose(1, 2)[context.rows, context.steps]
+            store.view(-1, store.shape[3]).index_copy_(0, self._slots(store), tokens.flatten(0, 1))
+        else:
             rows[:, :, context.past_length : context.past_length + context.query_length] = new
-            return rows[:, :, : context.kv_length]
-        one_each = context.query_length == 1
-        tokens = new.squeeze(2) if one_each else new.transpose(1, 2)[context.rows, context.steps]
-        # Whole vectors, by one index: several times as fast as an assignment with an index for rows and one for columns.
-        store.view(-1, store.shape[3]).index_copy_(0, self._slots(store), tokens.flatten(0, 1))
-        if one_each:
-            return rows[:, :, : context.kv_length]
-        # Causality is tested by column, so several new tokens must stand in the same columns for all rows
-        # while the forward runs. A copy for one layer at a time beats spare columns in every layer for good.
-        return torch.cat([rows[:, :, : context.past_length], new], dim=2)
+        if context.is_ragged and context.query_length > 1:
+            # Causality is tested by column, so several new tokens must stand in the same columns for all rows
+            # while the forward runs. A copy for one layer at a time beats spare columns in every layer for good.
+            return torch.cat([rows[:, :, : context.past_length], new], dim=2)
+        return rows[:, :, : context.kv_length]
 
     def _slots(self, store: torch.Tensor) -> torch.Tensor:
         context, (_, heads, columns, _) = self._cache.context, store.shape
         key = heads, columns, store.device
         if key not in context.slots:
             of_heads = (context.first_row + context.rows).unsqueeze(1) * heads + torch.arange(heads)
-            slots = of_heads * columns + context.columns.unsqueeze(1)
-            context.slots[key] = slots.flatten().to(store.device)
+            context.slots[key] = (of_heads * columns + context.columns.unsqueeze(1)).flatten().to(store.device)
         return context.slots[key]
 
     def get_seq_length(self) -> int:

@@ -119,7 +119,7 @@ def _library_processors(
     try:
         # All ones: without a mask, generate takes pad tokens in the prompt for padding.
         mask = torch.ones_like(ids)
-        config = GenerationConfig(**generation)
+        config = GenerationConfig(**{**generation, "use_cache": False})  # it would make one, for nothing
         processors, eos = model.generate(ids, attention_mask=mask, generation_config=config, custom_generate=capture)
         for processor in _split(processors)[0]:  # some check their settings only when they are used
             scores = processor(ids, torch.zeros(1, vocab_size, device=device))

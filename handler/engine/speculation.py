@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .capacity import Capacity
 from .draft_model import DraftModel
 from .forward_cost import ForwardCost
 from .kv_cache import KVCache
@@ -20,6 +19,9 @@ from .sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
+# Rows x new columns of a forward with drafts, where a CPU has all weights in memory: a product of so many takes hardly
+# longer than one of a single row, as it waits for memory (python -m benchmarks.packed).
+RESIDENT_POSITIONS = 16
 _SHORTEST, _LONGEST = 2, 5  # tokens that have to be there once more for what followed them to be a draft
 _MEMORY = 6  # drafts over which the share that is accepted is a mean
 
@@ -31,12 +33,16 @@ class Speculator:
     draft_model: what guesses where the text suggests nothing, or None.
     """
 
-    def __init__(self, limit: int, capacity: Capacity, cache: KVCache, cost: ForwardCost):
-        """limit: most drafts of a sequence in a step."""
+    def __init__(self, limit: int, most_positions: int, max_logits: int, cache: KVCache, cost: ForwardCost):
+        """limit: most drafts of a sequence in a step.
+        most_positions: rows x new columns of a forward with drafts, at most.
+        max_logits: most positions of it whose logits are computed.
+        """
         self.num_drafted = self.num_accepted = 0
         self.draft_model: DraftModel | None = None
         self._asked: set[Sequence] = set()  # whose drafts are the draft model's
-        self._limit, self._capacity, self._cache, self._cost = limit, capacity, cache, cost
+        self._limit, self._most_positions, self._max_logits = limit, most_positions, max_logits
+        self._cache, self._cost = cache, cost
 
     def add_drafts(self, batches: list[Batch]) -> None:
         """Let sequences that bring their last token bring drafts too."""
@@ -69,7 +75,7 @@ class Speculator:
 
     def _room(self, sequence: Sequence, batch: Batch) -> int:
         """How many may be: the cache has room, and the last token of an answer needs no draft after it."""
-        if sequence.is_prefilling:
+        if sequence.is_prefilling or 2 * len(batch.sequences) > self._most_positions:
             return 0
         columns = self._cache.capacity_tokens // batch.cache_shape[0]
         return max(0, min(columns, sequence.max_length - 1, sequence.length + self._limit) - sequence.length)
@@ -110,7 +116,7 @@ class Speculator:
         def tokens_a_second(width: int) -> float:
             chains = {sequence: min(width, length) for sequence, length in lengths.items()}
             padded = rows * max(1 + width, *batch.num_scheduled_tokens)
-            fits = padded <= self._capacity.padded_tokens and rows + sum(chains.values()) <= self._capacity.max_logits
+            fits = padded <= self._most_positions and rows + sum(chains.values()) <= self._max_logits
             if width and not fits:
                 return 0.0
             accepted = sum(

@@ -171,12 +171,6 @@ def test_what_it_has_not_seen_costs_too():
     assert model.seconds([sequence], 3) == pytest.approx(3 * 0.11)
 
 
-def test_nothing_is_guessed_where_no_step_reads():
-    engine = engine_with(make_model("llama"), on_disk=())
-    answers(engine, REQUESTS["greedy"])
-    assert engine.speculator.num_drafted == 0
-
-
 def test_texts_that_it_cannot_follow_are_left_out(monkeypatch):
     """Too long, or with a token that the draft model lacks: one client's are no other's harm."""
     monkeypatch.setattr(draft_model, "_MAX_TOKENS", 90)

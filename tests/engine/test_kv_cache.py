@@ -138,7 +138,8 @@ def test_rows_may_change_places():
 
 
 def test_rows_move_when_neighbours_leave(kind, tokenizer):
-    engine = Engine(make_model(kind), tokenizer, EngineConfig(max_batch_size=4, prefill_chunk=5))
+    config = EngineConfig(max_batch_size=4, prefill_chunk=5, num_speculative_tokens=0)
+    engine = Engine(make_model(kind), tokenizer, config)
     prompts = [prompt_ids(i, n) for i, n in enumerate((3, 4, 5, 23))]
     news = (3, 9, 12, 6)
     jobs = [engine.submit(Request(p, {"max_new_tokens": n})) for p, n in zip(prompts, news, strict=True)]

@@ -35,7 +35,7 @@ def prefilled(scheduled, engine, prompt, **fields):
 
 
 def test_what_is_new_alone_is_computed(kind, scheduled):
-    engine = make_engine(kind)
+    engine = make_engine(kind, num_speculative_tokens=0)
     run(engine, [*SHARED, 7, 8, 9])
     prompt = [*SHARED, 50, 51, 52, 53]
     forwards = scheduled()

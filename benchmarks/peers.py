@@ -3,8 +3,9 @@
     python -m benchmarks.peers                       # about 20 minutes on 2 cores once vLLM and GuideLLM are installed
     python -m benchmarks.peers --only SmolLM2-135M --skip-vllm
 
-GuideLLM sends 1, 8 and 32 clients in a closed loop to each; it runs on the same cores. vLLM gets a virtual environment
-of its own in .run/ (3.5 GB). JSON goes to benchmarks/results/, with date, processor and commit, and a plot to docs/.
+GuideLLM sends 1, 8 and 32 clients in a closed loop to each; it runs on the same cores. Neither guesses tokens ahead:
+what that gives stands apart ("guessing"), of the model whose weights are real. vLLM gets a virtual environment of its
+own in .run/ (3.5 GB). JSON goes to benchmarks/results/, with date, processor and commit, and a plot to docs/.
 """
 
 import argparse
@@ -109,10 +110,10 @@ def loads(target: str, folder: Path) -> dict[int, dict]:
     return {n: measure(target, folder, f"kind=concurrent,streams={n}", 2 * n) for n in CLIENTS}
 
 
-def ours(folder: Path, dtype: str) -> dict[str, Any]:
+def ours(folder: Path, **settings: Any) -> dict[str, Any]:
     """TorchServe's loads, how long it took to be READY, and its worker's memory after them."""
     started = time.monotonic()
-    with served(folder, dtype=dtype) as server:
+    with served(folder, **settings) as server:
         ready = time.monotonic() - started
         measured = loads(f"{server.url}/predictions/bloom/1.0", folder)
         workers = requests.get(f"{server.management_url}/models/bloom", timeout=60).json()[0]["workers"]
@@ -146,7 +147,9 @@ def compare(model: str, with_vllm: bool) -> dict[str, Any]:
     folder = checkpoint(model)
     numbers = sum(math.prod(tensor) for file in weight_files(folder) for tensor in _shapes(file))
     dtypes = ["bfloat16"] if not cpu_lacks(torch.bfloat16) else ["float32", "bfloat16"]
-    result: dict[str, Any] = {"torchserve": ours(folder, "bfloat16")}
+    result: dict[str, Any] = {"torchserve": ours(folder, dtype="bfloat16")}
+    if model != "BLOOM-560m":
+        result["guessing"] = ours(folder, dtype="bfloat16", num_speculative_tokens=16)["loads"]
     result["static_generate"] = {n: static_generate(folder, dtypes[0], n) for n in CLIENTS}
     result["vllm"] = {dtype: peer(folder, dtype) for dtype in dtypes} if with_vllm else {}
     result["weights_bytes"] = numbers * (4 if result["torchserve"]["products"].startswith("float32") else 2)

@@ -1,14 +1,14 @@
 """What guessed tokens and kept prompts save, in a control group, so that the page cache cannot flatter anyone.
 
-    python -m benchmarks.reuse                          # a quarter of an hour, root
+    python -m benchmarks.reuse                          # 20 minutes, root
     python -m benchmarks.reuse --only draft             # or speculation, or prefix
 
 Each time is taken beside the one that it is compared with, by turns and each of the two first as often, so that what
 else the machine does counts for both; the ratio is the median of these pairs.
 
-Speculation: SmolLM2-135M-Instruct, a real model as random weights repeat nothing, most of it on disk: tokens a second
-after the first one, with drafts over those without, greedily. On texts to be repeated; on others; and where every
-draft is wrong, as what follows two words must not follow them again.
+Speculation: SmolLM2-135M-Instruct, a real model as random weights repeat nothing or all, most of it on disk and all of
+it in memory: tokens a second after the first one, with drafts over those without, greedily. On texts to be repeated; on
+others; and where every draft is wrong, as what follows two words must not follow them again.
 Draft model: the same model in int8 or int4 as its own draft, whose weights come out of the same `max_memory`. A smaller
 model of the family would be right less often, and faster.
 Prefix: BLOOM-560m's shape, in memory and with its layers on disk: seconds to the first token of a prompt of 520 tokens
@@ -80,7 +80,9 @@ def run(engine, prompts, parameters):
     texts = [job.sequences[0].token_ids for job in jobs]
     return (tokens + sum(map(len, texts))) / (time.perf_counter() - started), texts
 
-report = {"on_disk": on_disk(loaded), "raw_bytes_per_second": loaded.streamed.rate, "clients": clients}
+report = {"on_disk": on_disk(loaded), "clients": clients}
+if loaded.streamed:
+    report["raw_bytes_per_second"] = loaded.streamed.rate
 if draft:
     report |= {"draft": Path(draft[0]).name, "on_disk_beside_draft": on_disk(beside)}
 for engine in (plain, guessing):  # the first forwards are slow
@@ -138,10 +140,14 @@ print(json.dumps(report))
 
 def speculation() -> Iterator[dict]:
     folder = demo_model(Path("models") / NAME)
-    for name, cpu, clients, rounds in (("bfloat16", 80, 1, 2), ("bfloat16", 80, 4, 4), ("int4", 40, 1, 2)):
+    all_in_memory = 2000
+    cases = [("bfloat16", 80, 1, 2), ("bfloat16", 80, 4, 4), ("int4", 40, 1, 2)]
+    cases += [("bfloat16", all_in_memory, 1, 2), ("bfloat16", all_in_memory, 4, 4)]
+    for name, cpu, clients, rounds in cases:
         of_format = folder if name == "bfloat16" else quantized(folder, name)
         arguments = [str(of_format), f"{cpu}000000", str(clients), str(rounds), "repeats,elsewhere,always_wrong"]
-        yield {"format": name, "max_memory": cpu * 10**6} | child(10**9, of_format, SPECULATION, *arguments)
+        group = max(10**9, cpu * 10**6)
+        yield {"format": name, "max_memory": cpu * 10**6} | child(group, of_format, SPECULATION, *arguments)
 
 
 def draft() -> Iterator[dict]:

@@ -69,9 +69,10 @@ def static_generate(folder: Path, dtype: str, rows: int, new_tokens: int = NEW_T
 
 @contextlib.contextmanager
 def served(folder: Path, **settings: object) -> Iterator[TorchServe]:
-    """TorchServe with the checkpoint and these settings, READY."""
+    """TorchServe with the checkpoint and these settings, READY. Nothing is guessed ahead unless they say so: random
+    weights repeat themselves, which would flatter."""
     setup = WORK / "setup_config.json"
-    setup.write_text(json.dumps(settings))
+    setup.write_text(json.dumps({"num_speculative_tokens": 0} | settings))
     archive_path = archive("bloom", folder, WORK / "served", setup, archive_format="no-archive")
     with TorchServe(archive_path, free_port(), WORK / "torchserve") as server:
         server.wait_ready(600)

@@ -96,7 +96,8 @@ def main() -> None:
         for kind, find in (("as it is", packed.shared_inputs), ("apart", lambda _: [])):
             with mock.patch.object(packed, "shared_inputs", find):
                 loaded = load_model(checkpoint(model), Settings(), WORK)
-            engines[kind] = Engine(loaded.model, loaded.tokenizer, Settings(max_batch_size=max(ROWS)))
+            settings = Settings(max_batch_size=max(ROWS), num_speculative_tokens=0)
+            engines[kind] = Engine(loaded.model, loaded.tokenizer, settings)
         engines["sdpa"] = engines["as it is"]
         measures = {f"{rows} rows": lambda engine, rows=rows: decode(engine, rows, clock) for rows in ROWS}
         measures[f"{LONG_PROMPT} tokens"] = lambda engine: prefill(engine, clock)

@@ -13,28 +13,30 @@ import torch
 
 from handler.weights import integer_linear
 from handler.weights.byte_linear import byte_product, multiplies_bytes, pack_bytes, packed_byte_product
-from handler.weights.integer_linear import can_pack, nibbles_to_bytes, pack
+from handler.weights.integer_linear import KERNEL_BLOCK, nibbles_to_bytes, reordered
+from scripts.quantize import GROUP_SIZES, ROW_BLOCK
 
 BYTES = 100e6  # of 8-bit weights, used in turn, so that no cache holds them
-GROUP = 64
-SHAPES = ((4096, 1024), (4096, 4096))  # out, in
-ROWS = (1, 4, 8, 16, 32, 64, 128, 512)
+GROUP = GROUP_SIZES["int4"]
+SHAPES = ((4096, 1024), (4096, 4096), (16384, 4096), (4096, 16384))  # out, in; the last three are BLOOM-7b1's
+ROWS = (1, 8, 32, 64, 128, 256, 512)
 
 
-def milliseconds(product: Callable[[int], object], count: int) -> float:
-    """Of one product: the quickest quarter's slowest, because other programs only ever slow it down."""
-    product(0)
-    times = []
-    for index in [*range(count)] * 2:
-        started = time.perf_counter()
-        product(index)
-        times.append(time.perf_counter() - started)
-    return round(statistics.quantiles(times, n=4)[0] * 1e3, 2)
+def milliseconds(ways: dict[str, Callable[[int], object]], count: int) -> dict[str, float]:
+    """Of one product of each way, in turn: the quickest quarter's slowest, because other programs only ever slow it
+    down."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for index in [0, *range(count), *range(count)]:
+        for name, product in ways.items():
+            started = time.perf_counter()
+            product(index)
+            times[name].append(time.perf_counter() - started)
+    return {name: round(statistics.quantiles(of[1:], n=4)[0] * 1e3, 2) for name, of in times.items()}
 
 
 def measure(out: int, width: int) -> dict[str, dict[str, float]]:
     """By number of rows and way, milliseconds."""
-    count = int(BYTES // (out * width))
+    count = max(2, int(BYTES // (out * width)))
     int8 = [torch.randint(-127, 128, (out, width), dtype=torch.int8) for _ in range(count)]
     int4 = [nibbles_to_bytes(torch.randint(0, 16, (out, width))) for _ in range(count)]
     scale = torch.rand(out).bfloat16()
@@ -42,7 +44,8 @@ def measure(out: int, width: int) -> dict[str, dict[str, float]]:
     dense = [torch.ops.mkldnn._reorder_linear_weight(torch.randn(out, width).bfloat16(), 256) for _ in range(count)]
     multiply = torch.ops.mkldnn._linear_pointwise.default
     in_bytes = [packed_byte_product(pack_bytes(w), scale, w.sum(1)) for w in int8] if multiplies_bytes() else []
-    packed = [pack(weight) for weight in int4] if can_pack(int4[0], scales) else []
+    blocks = [reordered(weight, None, ROW_BLOCK) for weight in int4]
+    of_kernel = [reordered(weight, ROW_BLOCK, KERNEL_BLOCK) for weight in blocks] if KERNEL_BLOCK else []
     widened = integer_linear._widened_product
     report = {}
     for rows in ROWS:
@@ -50,18 +53,18 @@ def measure(out: int, width: int) -> dict[str, dict[str, float]]:
         ways = {
             "bfloat16 packed": lambda i, x=inputs: multiply(x, dense[i], None, "none", [], ""),
             "int8 kernel": lambda i, x=inputs: torch._weight_int8pack_mm(x, int8[i], scale),
-            "int8 widened": lambda i, x=inputs: widened(x, int8[i], scale, False),
-            "int4 widened": lambda i, x=inputs: widened(x, int4[i], scales, False),
+            "int8 widened": lambda i, x=inputs: widened(x, int8[i], scale, None),
+            "int4 plain, widened": lambda i, x=inputs: widened(x, int4[i], scales, None),
+            "int4 in blocks, widened": lambda i, x=inputs: widened(x, blocks[i], scales, ROW_BLOCK),
         }
         if in_bytes:
             ways["int8 as bytes"] = lambda i, x=inputs: byte_product(x, int8[i], scale)
             ways["int8 as bytes, packed"] = lambda i, x=inputs: in_bytes[i](x)
-        if packed:
+        if of_kernel:
             ways["int4 kernel"] = lambda i, x=inputs: torch.ops.aten._weight_int4pack_mm_for_cpu(
-                x, packed[i], GROUP, scales
+                x, of_kernel[i], GROUP, scales
             )
-            ways["int4 packed, widened"] = lambda i, x=inputs: widened(x, packed[i], scales, True)
-        report[f"{rows} rows"] = {name: milliseconds(way, count) for name, way in ways.items()}
+        report[f"{rows} rows"] = milliseconds(ways, count)
     return report
 
 

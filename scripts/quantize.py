@@ -17,11 +17,12 @@ from handler.errors import CheckpointError
 from handler.loading import read_config
 from handler.settings import Settings
 from handler.weights.integer_linear import nibbles_to_bytes
-from handler.weights.quantized import METHOD, matrices
+from handler.weights.quantized import METHOD, matrices, stored_block
 
 # Numbers that share a scale and a zero. In int4 that makes 5 bits a weight; 64 would make 4.5 and twice the divergence.
 GROUP_SIZES = {"int8": None, "int4": 32}
-_BLOCK = 2**20  # weights quantised at once: they stay in the cache
+ROW_BLOCK = 64  # rows of int4 that are stored together: the order of PyTorch's kernel for CPUs with AVX512
+_AT_ONCE = 2**20  # weights quantised at once: they stay in the cache
 # Where the search for a group's scale begins: with its whole range, and with less, where the ends are cut off.
 _RANGES = (1.0, 0.91, 0.82, 0.73, 0.64)
 _REFITS = 2
@@ -65,6 +66,7 @@ class Quantization:
             "quant_method": METHOD,
             "bits": 4 if self.group_size else 8,
             "group_size": self.group_size,
+            "row_block": ROW_BLOCK if self.group_size else None,
             "modules_to_not_convert": self.modules_to_not_convert,
         }
 
@@ -75,13 +77,16 @@ class Quantization:
         """
         matrix = self.matrices[name]
         rows = tensor.t() if matrix.transposed else tensor
+        row_block = stored_block(ROW_BLOCK, len(rows)) if matrix.group_size else None
+        multiple = row_block or 1
         error = total = 0.0
-        for block in rows.split(max(1, _BLOCK // rows.shape[1])):
+        for block in rows.split(math.ceil(_AT_ONCE / rows.shape[1] / multiple) * multiple):
             block = block.float().contiguous()
             total += block.square().sum(dtype=torch.float64).item()
             if not math.isfinite(total):
                 raise CheckpointError(f"{name} holds numbers that are not finite: it cannot be quantised")
-            weight, scale, off = _to_int4(block, matrix.group_size) if matrix.group_size else _to_int8(block)
+            size = matrix.group_size
+            weight, scale, off = _to_int4(block, size, row_block) if size else _to_int8(block)
             error += off
             yield weight, scale
         self.squares[name] = error, total
@@ -97,6 +102,7 @@ class Quantization:
         return (
             f"matrices: {kinds}, off by {_relative(error, total):.2%} (root mean square), "
             f"most in {worst}: {_relative(*self.squares[worst]):.2%}"
+            f"{f', int4 in blocks of {ROW_BLOCK} rows' if self.group_size else ''}"
         )
 
 
@@ -145,14 +151,24 @@ def _to_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
     return quantized.to(torch.int8), scale, error
 
 
-def _to_int4(rows: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+def _to_int4(
+    rows: torch.Tensor, group_size: int, row_block: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Rows [rows, in] -> bytes of two nibbles [rows, in / 2], bfloat16 scales and zeros [groups, rows, 2], the sum of
-    squared errors.
+    squared errors."""
+    parts = [_nearest_nibbles(groups) for groups in rows.view(-1, group_size).split(_AT_ONCE // group_size)]
+    nibbles, scale, error = (torch.cat(column) for column in zip(*parts, strict=True))
+    scale = scale.view(len(rows), -1, 2).transpose(0, 1).contiguous()
+    return nibbles_to_bytes(nibbles.view_as(rows), row_block), scale, error.sum(dtype=torch.float64).item()
+
+
+def _nearest_nibbles(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Groups [groups, size] -> nibbles of 0 to 15 of the same shape, bfloat16 scales and zeros [groups, 2], the squared
+    errors [groups, 1].
 
     For each group the best of some ranges is taken, each made better by least squares: the scale and zero that suit
     the nibbles best, then the nibbles that suit those.
     """
-    groups = rows.view(-1, group_size)
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     centre, mean = (low + high) / 2, groups.mean(1, keepdim=True)
     best = torch.full_like(low, math.inf)
@@ -173,9 +189,7 @@ def _to_int4(rows: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.T
                 spread = tried - middle
                 scale = (spread * groups).sum(1, keepdim=True) / spread.square().sum(1, keepdim=True).clamp_min(1e-9)
                 zero = mean - scale * middle
-    stored = nibbles_to_bytes((nibbles + 8).view_as(rows))
-    scale = torch.stack((scales, zeros), -1).view(len(rows), -1, 2).transpose(0, 1).bfloat16().contiguous()
-    return stored, scale, best.sum(dtype=torch.float64).item()
+    return (nibbles + 8).to(torch.uint8), torch.cat((scales, zeros), 1).bfloat16(), best
 
 
 def _relative(error: float, total: float) -> float:

@@ -18,30 +18,31 @@ from transformers.quantizers import AutoHfQuantizer, HfQuantizer, register_quant
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from handler.errors import LoadError
-from handler.weights.integer_linear import can_pack, integer_linear, pack
+from handler.weights.integer_linear import KERNEL_BLOCK, fits_int4_kernel, integer_linear, reordered
 
 METHOD = "plain-int"
-_FORMATS = [(8, None), *((4, size) for size in (32, 64, 128, 256))]  # the sizes that PyTorch's kernel knows
+_GROUP_SIZES = (32, 64, 128, 256)  # that PyTorch's kernel knows
+_FORMATS = [(8, None, None), *((4, size, block) for size in _GROUP_SIZES for block in (None, 64))]
 
 
 class QuantizedLinear(nn.Linear):
-    """Its `weight` and `weight_scale` are those of `integer_linear`."""
+    """Its `weight`, `weight_scale` and `row_block` are those of `integer_linear`."""
 
     weight_scale: nn.Parameter
-    packed = False
+    row_block: int | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return integer_linear(input, self.weight, self.weight_scale, self.bias, self.packed)
+        return integer_linear(input, self.weight, self.weight_scale, self.bias, self.row_block)
 
 
 class QuantizedConv1D(Conv1D):
     """GPT-2's linear layer. Its `weight` lies as a `Linear`'s does, transposed to what it was."""
 
     weight_scale: nn.Parameter
-    packed = False
+    row_block: int | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return integer_linear(x, self.weight, self.weight_scale, self.bias, self.packed)
+        return integer_linear(x, self.weight, self.weight_scale, self.bias, self.row_block)
 
 
 class QuantizedEmbedding(nn.Embedding):
@@ -76,6 +77,7 @@ class PlainIntConfig(QuantizationConfigMixin):
 
     bits: 8, with a scale for each row of a matrix, or 4, with a scale and a zero for each `group_size` numbers of it;
         some are in 8 bits also then, see `matrices`.
+    row_block: 64 where matrices of 4 bits are stored in blocks of so many rows, see `stored_block`.
     modules_to_not_convert: matrices that are stored as they were.
     Raises LoadError for other values.
     """
@@ -84,20 +86,23 @@ class PlainIntConfig(QuantizationConfigMixin):
         self,
         bits: int,
         group_size: int | None = None,
+        row_block: int | None = None,
         modules_to_not_convert: list[str] | None = None,
         quant_method: str = METHOD,
     ):
-        if (bits, group_size) not in _FORMATS:
-            raise LoadError(f"config.json names {METHOD} with bits {bits} and group_size {group_size}: shard it again")
+        if (bits, group_size, row_block) not in _FORMATS:
+            named = f"bits {bits}, group_size {group_size} and row_block {row_block}"
+            raise LoadError(f"config.json names {METHOD} with {named}: shard it again")
         self.bits = bits
         self.group_size = group_size
+        self.row_block = row_block
         self.modules_to_not_convert = modules_to_not_convert or []
         self.quant_method = quant_method  # type: ignore[assignment]  # the library's own are an enumeration
 
 
 @register_quantizer(METHOD)
 class PlainIntQuantizer(HfQuantizer):
-    """Changes the modules before loading, and packs int4 for this CPU after it."""
+    """Changes the modules before loading, and after it brings int4 in memory into the order of this CPU's kernel."""
 
     quantization_config: PlainIntConfig
 
@@ -107,16 +112,17 @@ class PlainIntQuantizer(HfQuantizer):
         for name in config.modules_to_not_convert:
             changed.pop(name, None)
         for name, bits in changed.items():
-            _change(model.get_submodule(name), config.group_size if bits == 4 else None, model.dtype)
+            _change(model.get_submodule(name), config.group_size if bits == 4 else None, config.row_block, model.dtype)
         tied = model.all_tied_weights_keys
         for target, source in list(tied.items()):
             if target.removesuffix(".weight") in changed:
                 tied[f"{target}_scale"] = f"{source}_scale"
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear | QuantizedConv1D) and can_pack(module.weight, module.weight_scale):
-                module.weight, module.packed = nn.Parameter(pack(module.weight), requires_grad=False), True
+        for module in (m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedConv1D)):
+            if module.row_block != KERNEL_BLOCK and fits_int4_kernel(module.weight, module.weight_scale):
+                weight = reordered(module.weight, module.row_block, KERNEL_BLOCK)
+                module.weight, module.row_block = nn.Parameter(weight, requires_grad=False), KERNEL_BLOCK
 
     def is_serializable(self) -> bool:
         return False
@@ -162,6 +168,12 @@ def matrices(model: PreTrainedModel, group_size: int | None) -> dict[str, int]:
     return {name: 8 if name in wide or _shape(module)[1] % group_size else 4 for name, module in found.items()}
 
 
+def stored_block(row_block: int | None, height: int) -> int | None:
+    """The `row_block` that an int4 matrix of `height` rows is stored in, where config.json names `row_block`: None, the
+    plain order, unless the blocks are full."""
+    return row_block if row_block and height % row_block == 0 else None
+
+
 def _is_embedding(module: nn.Module) -> bool:
     return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"))
 
@@ -189,8 +201,8 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return (shape[1], shape[0]) if type(module) is Conv1D else (shape[0], shape[1])
 
 
-def _change(module: nn.Module, group_size: int | None, dtype: torch.dtype) -> None:
-    """Make `module`, which has no weights yet, one of int4 in groups, or of int8. It keeps all else."""
+def _change(module: nn.Module, group_size: int | None, row_block: int | None, dtype: torch.dtype) -> None:
+    """Make `module`, which has no weights yet, one of int4 in groups (and blocks), or of int8. It keeps all else."""
     kind, before = type(module), cast(nn.Parameter, module.weight)
     height, width = _shape(module)
     if group_size is None:
@@ -199,6 +211,7 @@ def _change(module: nn.Module, group_size: int | None, dtype: torch.dtype) -> No
     else:
         weight = before.new_empty(height, width // 2, dtype=torch.uint8)
         scale = before.new_empty(width // group_size, height, 2, dtype=dtype)
+        cast(QuantizedLinear, module).row_block = stored_block(row_block, height)
     if kind in _LINEAR:
         module.__class__ = _LINEAR[kind]
     else:  # a scaled embedding stays one: its model sets the scale of those it knows by their class

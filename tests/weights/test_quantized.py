@@ -19,6 +19,7 @@ from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import integer_linear as products
 from handler.weights import packed
+from handler.weights import quantized as quantized_modules
 from handler.weights.byte_linear import multiplies_bytes
 from handler.weights.cpu_linear import cpu_lacks
 from handler.weights.quantized import QuantizedEmbedding, QuantizedLinear
@@ -368,6 +369,23 @@ def test_both_orders_give_the_same_answers(int4_orders, tmp_path, kernels, kind,
         if limit and dtype == "bfloat16" and products.KERNEL_BLOCK:
             assert torch.equal(new, old)  # both are in the kernel's order
         assert (new - old).std() < {"float32": 1e-5, "bfloat16": 0.05}[dtype] * old.std()
+
+
+def test_what_is_in_the_kernels_order_is_left_as_it_was_loaded(int4_orders, tmp_path, monkeypatch):
+    orders = set()
+
+    def spy(weight, row_block, new_block):
+        orders.add(row_block)
+        return products.reordered(weight, row_block, new_block)
+
+    monkeypatch.setattr(quantized_modules, "reordered", spy)
+    expected = {64: (set(), {None}), 32: ({64, None}, {None})}.get(products.KERNEL_BLOCK, (set(), set()))
+    for folder, before in zip(int4_orders("llama"), expected, strict=True):  # some of it has 32 rows
+        load_model(folder, Settings(dtype="float32"), tmp_path)
+        assert not orders
+        load_model(folder, Settings(dtype="bfloat16"), tmp_path)
+        assert orders == before
+        orders.clear()
 
 
 @pytest.mark.parametrize("shape, transposed", [((192, 96), False), ((96, 192), True), ((100, 64), False)])

@@ -66,7 +66,7 @@ class Quantization:
             "quant_method": METHOD,
             "bits": 4 if self.group_size else 8,
             "group_size": self.group_size,
-            "row_block": ROW_BLOCK if self.group_size else None,
+            **({"row_block": ROW_BLOCK} if self.group_size else {}),
             "modules_to_not_convert": self.modules_to_not_convert,
         }
 

@@ -52,6 +52,7 @@ print(json.dumps({"seconds_a_step": (seconds(new) - first) / (new - 1)}))
 
 ENGINE = """
 import json, re, sys, threading, time
+from functools import partial
 from pathlib import Path
 from handler.engine import Engine, Request
 from handler.loading import load_model
@@ -71,9 +72,9 @@ settings = Settings(max_batch_size=32, max_sequence_length=64, **options)
 started, before = time.perf_counter(), resident()
 loaded = load_model(folder, settings, folder.parent / "work")
 settings = with_kv_cache_limit(settings, loaded.model, loaded.placement)
-if loaded.streamed:
-    loaded.streamed.keep_in_page_cache(page_cache_room(settings, loaded.model, loaded.placement))
 engine = Engine(loaded.model, loaded.tokenizer, settings)
+if loaded.streamed:
+    loaded.streamed.page_cache_room = partial(page_cache_room, engine)
 on_cpu = sum(part.bytes for part in loaded.placement.parts if part.device == "cpu")
 capacity = engine.capacity  # what make plan adds up, with what this process is without a model in place of a worker's
 activations = capacity.activation_bytes + loaded.placement.main_device_bytes

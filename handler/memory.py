@@ -8,6 +8,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from handler.engine import Engine
 from handler.engine.architecture import Architecture
 from handler.engine.capacity import Capacity
 from handler.engine.draft_model import DraftModel
@@ -18,6 +19,7 @@ from handler.weights.placement import Placement, max_memory, settled_map, spread
 logger = logging.getLogger(__name__)
 
 RESERVE = 0.1  # of what is left, for fragmentation and what nobody foresees
+_PAGE_CACHE_RESERVE = 0.03  # of what the page cache could hold: what does not fit there pushes out what does
 _KV_CACHE_SHARE = 0.2  # of what is usable, at most, that the weights leave to keys and values when nobody set them
 _LEAST_TOKENS = 128  # of keys and values, for a model that is worth serving
 
@@ -111,12 +113,10 @@ def kv_cache_budget(placement: Placement, capacity: Capacity) -> int:
     return min(shares, default=0)
 
 
-def page_cache_room(settings: Settings, model: PreTrainedModel, placement: Placement) -> int:
-    """Bytes of the disk tier that the host can hold besides, once keys and values have what they may need."""
-    capacity = Capacity.of(Architecture.of(model), settings)
-    if placement.main_device == "cpu":
-        return max(0, kv_cache_budget(placement, capacity) - capacity.kv_cache_bytes)
-    return int(max(0, free_host_memory() - placement.read_ahead_bytes) * (1 - RESERVE))
+def page_cache_room(engine: Engine) -> int:
+    """Bytes of the disk tier that the host's page cache can hold beside the forward that begins now. What keys and
+    values may come to need does not count before they do: the kernel takes pages of files back when memory is short."""
+    return int(max(0, free_host_memory() - engine.bytes_to_come) * (1 - _PAGE_CACHE_RESERVE))
 
 
 def free_host_memory() -> int:

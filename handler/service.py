@@ -8,6 +8,7 @@ import gc
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,10 @@ class LargeModelHandler(BaseHandler):
         self.loaded = load_model(checkpoint, self.settings, work_folder(model_dir), draft)
         self.model, placement = self.loaded.model, self.loaded.placement
         config = with_kv_cache_limit(self.settings, self.model, placement)
-        if self.loaded.streamed:
-            self.loaded.streamed.keep_in_page_cache(page_cache_room(config, self.model, placement))
         self.engine = Engine(self.loaded.model, self.loaded.tokenizer, config)
+        if self.loaded.streamed:
+            self.loaded.streamed.page_cache_room = partial(page_cache_room, self.engine)
+            self.loaded.streamed.wait_seconds = 0.0  # the engine's self-check counts as no forward
         if self.loaded.draft:
             vocab_size = self.model.config.get_text_config().vocab_size
             self.engine.speculator.draft_model = DraftModel(self.loaded.draft, vocab_size)
@@ -140,14 +142,15 @@ class LargeModelHandler(BaseHandler):
 
     def _streaming(self) -> dict[str, Any] | None:
         """How weights come from disk: how they are read, how fast that was when it was measured, what was read so far,
-        for what share of the model's time it has waited for them, and what speculation has come to. None when nothing
-        is on disk."""
+        how much of it is left to the page cache now, for what share of the model's time it has waited for them, and
+        what speculation has come to. None when nothing is on disk."""
         if not (streamed := self.loaded.streamed):
             return None
         return {
             "method": str(streamed.reader.method),
             "measured_bytes_per_second": int(streamed.rate),
             "bytes_read": streamed.reader.bytes_read,
+            "page_cache_bytes": streamed.page_cache_bytes,
             "share_waited": round(streamed.wait_seconds / max(self.engine.forward_seconds, 1e-9), 3),
             "draft_tokens": self.engine.speculator.num_drafted,
             "accepted_draft_tokens": self.engine.speculator.num_accepted,

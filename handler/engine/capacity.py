@@ -71,14 +71,19 @@ class Capacity:
             padded_tokens=padded,
             kv_cache_tokens=tokens,
             kv_cache_bytes=kv_cache_bytes,
-            activation_bytes=_activation_bytes(architecture, config.max_batch_size, padded, cached, length),
+            activation_bytes=activation_bytes(architecture, config.max_batch_size, padded, cached, length),
             copied_layers=architecture.copied_layers,
-            kv_copy_bytes=kv_cache_bytes * architecture.copied_layers // max(1, architecture.num_layers),
+            kv_copy_bytes=kv_copy_bytes(architecture, kv_cache_bytes),
             max_logits=config.max_batch_size + _MOST_DRAFTS,
         )
 
 
-def _activation_bytes(architecture: Architecture, rows: int, padded: int, cached: int, length: int) -> int:
+def kv_copy_bytes(architecture: Architecture, kv_cache_bytes: int) -> int:
+    """What attention copies of so many bytes of keys and values."""
+    return kv_cache_bytes * architecture.copied_layers // max(1, architecture.num_layers)
+
+
+def activation_bytes(architecture: Architecture, rows: int, padded: int, cached: int, length: int) -> int:
     """The most bytes of tensors that live at the same time in a step, but for weights and all keys and values.
 
     rows: that are sampled for. padded: rows x new columns of its forward. cached: rows x columns of keys and values.
@@ -100,7 +105,8 @@ def _activation_bytes(architecture: Architecture, rows: int, padded: int, cached
     # An activation function in steps has four of the inner size; 16-bit inputs are widened where the CPU lacks them.
     mlp = padded * (item * (5 * hidden + 4 * inner) + (4 * inner if item < 4 else 0))
     # Logits of prompts, some of their rows in float32 with their logarithms; those that are sampled from are sorted.
-    prompt = architecture.vocab_size * (item * PROMPT_LOGPROB_TOKENS + 12 * PROMPT_LOGPROB_ROWS)
+    positions, widened = min(padded, PROMPT_LOGPROB_TOKENS), min(padded, PROMPT_LOGPROB_ROWS)
+    prompt = architecture.vocab_size * (item * positions + 12 * widened)
     sampled = architecture.vocab_size * (item * (rows + _MOST_DRAFTS) + 28 * rows)
     return max(attention, mlp, prompt, sampled) + architecture.product_bytes + KERNELS * _KERNEL_BYTES
 

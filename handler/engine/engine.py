@@ -105,6 +105,11 @@ class Engine:
         """Prompt tokens so far whose keys and values were there already."""
         return self._scheduler.num_reused_tokens
 
+    @property
+    def bytes_to_come(self) -> int:
+        """Memory of the host that the forward which begins may take besides what is taken already."""
+        return self._runner.bytes_to_come if self._runner.device.type == "cpu" else 0
+
     def encode(self, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt that fits, for a `Request`. May be called from any thread: a long text takes long.
 

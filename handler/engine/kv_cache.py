@@ -66,8 +66,19 @@ class KVCache(Cache):
         """The most rows x columns that may be allocated."""
         if self._max_bytes is None:
             return self._max_tokens
+        return min(self._max_tokens, self._max_bytes // self.bytes_per_token)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """In all layers, as far as they exist."""
         real = sum(s.shape[1] * s.shape[3] * s.element_size() for s in self._stores())
-        return min(self._max_tokens, self._max_bytes // max(real, self._bytes_per_token))
+        return max(real, self._bytes_per_token)
+
+    @property
+    def growth(self) -> int:
+        """Bytes that the next forward allocates for more rows and columns."""
+        more = math.prod(self.context.store_shape) - math.prod(self._allocated)
+        return max(0, more) * self.bytes_per_token
 
     def prepare_forward(
         self, first_row: int, lengths: Sequence[int], num_new_tokens: Sequence[int], shape: tuple[int, int]
@@ -150,8 +161,8 @@ class KVCache(Cache):
     def _next_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns to allocate where so many are needed.
 
-        The columns that are there stay unless they are too few, or twice as many as needed or more. Where memory
-        ends, the spare ones go.
+        The columns that are there stay unless they are too few, or twice as many as needed or more; the rows, unless
+        they are too few, or four times as many. Where memory ends, the spare ones go.
         """
         # After a forward that ran out of memory some layers have grown and others not: what all have counts.
         allocated_rows, allocated_columns = self._allocated
@@ -162,7 +173,8 @@ class KVCache(Cache):
         else:  # prefixes make way for the spare columns too, or the store would be copied for each few tokens
             allocated_columns = math.ceil(columns * _SPARE_COLUMNS / _COLUMN_STEP) * _COLUMN_STEP
             columns = max(columns, min(allocated_columns, capacity // rows))
-        allocated_rows = allocated_rows if rows <= allocated_rows else 2 * allocated_rows
+        if not allocated_rows // 4 < rows <= allocated_rows:
+            allocated_rows = 2 * min(rows, allocated_rows)
         return max(rows, min(allocated_rows, room // columns)), columns
 
     @property
@@ -201,8 +213,8 @@ class RowLayer(CacheLayerMixin):
         return self._write(self.keys, key_states), self._write(self.values, value_states)
 
     def resize(self, rows: int, columns: int) -> None:
-        """Have so many columns, and at least so many rows."""
-        if self.keys.shape[0] < rows or self.keys.shape[2] != columns:
+        """Have so many rows and columns."""
+        if self.keys.shape[0] != rows or self.keys.shape[2] != columns:
             resized = _resized(self.keys, rows, columns), _resized(self.values, rows, columns)
             self.keys, self.values = resized  # both or none: the second may be one too many for the memory
 

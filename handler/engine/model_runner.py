@@ -1,5 +1,6 @@
 """One forward of the model over neighbouring rows, through its ordinary `forward` and Accelerate's hooks."""
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from handler.weights.placement import align_hooks
 
 from .architecture import Architecture
 from .attention import UNSEEN, gpt_neo_sees, key_positions, longrope_by_row, window_masks
+from .capacity import activation_bytes, kv_copy_bytes
 from .heap import release_freed_memory
 from .kv_cache import ForwardContext, KVCache
 from .scheduler import Batch
@@ -41,6 +43,7 @@ class ModelRunner:
 
     device: where the model wants its inputs.
     streams_weights: whether layers are brought to their device for each forward.
+    bytes_to_come: memory of the device that the last forward, when it began, might still take.
     """
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, cache: KVCache):
@@ -48,7 +51,8 @@ class ModelRunner:
         streaming = [hook for module in model.modules() for hook in align_hooks(module) if hook.offload]
         self.streams_weights = bool(streaming)
         self._streamed = getattr(streaming[0].weights_map, "dataset", None) if streaming else None
-        self._model, self._cache = model, cache
+        self._model, self._cache, self._architecture = model, cache, architecture
+        self.bytes_to_come = 0
         self._head = model.get_output_embeddings()
         self._takes_position_ids = architecture.takes_position_ids
         self._config = model.config.get_text_config()
@@ -68,6 +72,7 @@ class ModelRunner:
         sequences, num_new_tokens = batch.sequences, batch.num_scheduled_tokens
         lengths = [sequence.num_cached_tokens for sequence in sequences]
         context = self._cache.prepare_forward(sequences[0].row, lengths, num_new_tokens, batch.cache_shape)
+        self.bytes_to_come = self._bytes_to_come(context)
         width = context.query_length
         token_ids = [batch.token_ids(index) + [0] * (width - count) for index, count in enumerate(num_new_tokens)]
         new = torch.arange(width)  # [width]
@@ -95,6 +100,14 @@ class ModelRunner:
         if batch.num_positions >= _MANY_POSITIONS:
             release_freed_memory()
         return logits
+
+    def _bytes_to_come(self, context: ForwardContext) -> int:
+        """More keys and values, copies of them, activations."""
+        rows, tokens = context.num_rows, math.prod(context.store_shape)
+        copies = kv_copy_bytes(self._architecture, tokens * self._cache.bytes_per_token)
+        new = rows * context.query_length
+        activations = activation_bytes(self._architecture, rows, new, tokens, context.kv_length)
+        return self._cache.growth + copies + activations
 
     def _attention_mask(
         self, length: torch.Tensor, count: torch.Tensor, context: ForwardContext, during: ExitStack

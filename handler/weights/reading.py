@@ -1,5 +1,6 @@
 """Ranges of files into memory, as fast as the disk gives them."""
 
+import errno
 import logging
 import mmap
 import os
@@ -90,35 +91,56 @@ class Piece(NamedTuple):
 
 
 class Reader:
-    """Reads with a pool of threads. bytes_read: how many so far, whole blocks."""
+    """Reads with a pool of threads.
+
+    bytes_read: how many so far, whole blocks, from the page cache too.
+    kept: what is left in the page cache.
+    bytes_lost: how many of it so far were there and were not when they were read again.
+    tells_what_is_cached: whether the file system can tell that; it is asked when something is read again.
+    """
 
     def __init__(self, method: ReadMethod):
         self.method = method
-        self.bytes_read = 0
+        self.bytes_read = self.bytes_lost = 0
+        self.kept: set[Piece] = set()
+        self._kept_starts: set[tuple[Path, int]] = set()
+        self._cached: set[Piece] = set()  # of these, what has been read
+        self.tells_what_is_cached = True
         self._pool = ThreadPoolExecutor(method.threads, thread_name_prefix="weights")
         self._files: dict[tuple[Path, bool], FileIO] = {}  # by path, and whether it is open for direct reads
 
-    def start(self, source: Range, buffer: memoryview, cached: bool = False) -> list[Future]:
+    def start(self, source: Range, buffer: memoryview) -> list[Future]:
         """Begin to read the blocks around `source` into `buffer`, at least `aligned_size` bytes at an aligned address.
 
-        cached: leave them in the page cache, and look for them there, whatever the method.
         Each future raises OSError when the file cannot be read, or ends too early.
         """
         return [
-            self._pool.submit(self._read, piece, buffer[piece.start - source.aligned_start :][: piece.size], cached)
+            self._pool.submit(self._read, piece, buffer[piece.start - source.aligned_start :][: piece.size])
             for piece in source.pieces
         ]
+
+    def keep(self, pieces: set[Piece]) -> None:
+        """From now on leave these, and no others, in the page cache, and look for them there, whatever the method."""
+        dropped, self.kept = self.kept - pieces, pieces
+        self._kept_starts = {(piece.path, piece.start) for piece in pieces}
+        for piece in dropped:
+            self._pool.submit(self._drop, piece)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._files.clear()
 
-    def _read(self, piece: Piece, buffer: memoryview, cached: bool = False) -> None:
-        done, direct = 0, self.method.direct and not cached
+    def _read(self, piece: Piece, buffer: memoryview) -> None:
         path, start, size, needed, following = piece
+        keeps, done, direct = piece in self.kept, 0, self.method.direct
         try:
+            if keeps and piece in self._cached and not self._is_cached(piece):
+                keeps = False  # not into the page cache again: it would push out what is read next, and so on
+                self._cached.discard(piece)
+                self.bytes_lost += size
+            direct = direct and not keeps
             file = self._file(path, direct)
-            if not direct and following:
+            if not self.method.direct and following and (path, start + size) not in self._kept_starts:
                 os.posix_fadvise(file.fileno(), start + size, following, os.POSIX_FADV_WILLNEED)
             while done < needed:
                 got = os.preadv(file.fileno(), [buffer[done:]], start + done)
@@ -127,12 +149,32 @@ class Reader:
                 if not got:
                     raise OSError(f"{path.name} ends too early, or was cut while it was read")
                 done += got
-            if not direct and not cached:
-                os.posix_fadvise(file.fileno(), start, done, os.POSIX_FADV_DONTNEED)
+            if keeps and piece in self.kept:
+                self._cached.add(piece)
+            elif not direct:  # or whoever asked for it to be dropped meanwhile came too early
+                self._drop(piece)
         except OSError:
             self._files.pop((path, direct), None)  # the next try opens it anew, which a network's file system may need
             raise
         self.bytes_read += done
+
+    def _is_cached(self, piece: Piece) -> bool:
+        """By its first byte: the kernel takes pages back in the order in which they were read. True where the file
+        system cannot tell."""
+        try:
+            file = self._file(piece.path, direct=False)
+            return os.preadv(file.fileno(), [bytearray(1)], piece.start, os.RWF_NOWAIT) == 1
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self.tells_what_is_cached = error.errno != errno.EOPNOTSUPP
+            return True  # whatever else is wrong, the read itself finds out
+
+    def _drop(self, piece: Piece) -> None:
+        """Out of the page cache with it."""
+        self._cached.discard(piece)
+        file = self._file(piece.path, direct=False)
+        os.posix_fadvise(file.fileno(), piece.start, piece.size, os.POSIX_FADV_DONTNEED)
 
     def _file(self, path: Path, direct: bool) -> FileIO:
         file = self._files.get((path, direct))

@@ -8,10 +8,12 @@ nobody foresaw is read when it is asked for.
 import mmap
 import time
 import weakref
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,14 @@ import torch
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from transformers import PreTrainedModel
 
-from .placement import align_hooks, spread
+from .placement import align_hooks
 from .reading import ALIGNMENT, Range, fastest_reader
 from .safetensors_format import DTYPES, read_header
 
 _SMALL = 256 << 10  # bytes; smaller tensors, such as norms and biases, are read once and stay
+_GOLDEN = (5**0.5 - 1) / 2
+_STEPS = 64  # in which the page cache's part grows, from nothing to everything
+_UNTOLD = 0.9  # of the room that is used where it cannot be seen that it was too much
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,17 @@ def stream_weights(model: PreTrainedModel, budget: int) -> "StreamedWeights | No
     source = next((hook.weights_map.dataset for _, hook in hooked), None)
     if source is None or not source.index:
         return None
-    streamed = StreamedWeights(source, list(model.state_dict()), budget)
+    embedding = model.get_input_embeddings()
+    hook = next((hook for module, hook in hooked if module is embedding), None)
+    is_looked_up = hook is not None and torch.device(hook.execution_device).type == "cpu"
+    table = f"{hook.weights_map.prefix}weight" if hook is not None and is_looked_up else None
+    streamed = StreamedWeights(source, list(model.state_dict()), budget, table)
     for module, hook in hooked:
         hook.weights_map = PrefixedDataset(streamed, hook.weights_map.prefix)
         module.register_forward_hook(lambda *_: streamed.read_ahead())  # into what the module has just let go of
-    embedding = model.get_input_embeddings()
-    hook = next((hook for module, hook in hooked if module is embedding), None)
-    if hook is not None and torch.device(hook.execution_device).type == "cpu":
-        table = f"{hook.weights_map.prefix}weight"
-        embedding.register_forward_pre_hook(lambda _, args: streamed.look_up(table, args[0]))
+    if is_looked_up:
+        embedding.register_forward_pre_hook(lambda _, args: streamed.look_up(args[0]))
+    model.register_forward_pre_hook(lambda *_: streamed.begin_pass())
     return streamed
 
 
@@ -64,18 +71,29 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
 
     reader: reads the files, by the method that was fastest on them; rate: the bytes a second that it then reached.
     wait_seconds: for how long forwards have waited for tensors so far.
+    page_cache_room: asked when a forward begins, how many bytes of the tensors the kernel's page cache may keep; set by
+        who knows. They come from the disk once, and again only if memory becomes short.
     """
 
-    def __init__(self, source: OffloadedWeightsLoader, names: Sequence[str], budget: int):
+    def __init__(self, source: OffloadedWeightsLoader, names: Sequence[str], budget: int, table: str | None = None):
         """names: the model's tensors in its order.
-        budget: bytes of memory for tensors in use and read ahead; a tensor that has no room there gets its own."""
-        self._source = source
+        budget: bytes of memory for tensors in use and read ahead; a tensor that has no room there gets its own.
+        table: of the input embedding, where the CPU computes."""
+        self._source, self._shortage, self._lost = source, 0, 0
         self._arena = _Arena(budget + 4 * ALIGNMENT)  # two large tensors, wherever they begin in their files
         self._stored = _stored_tensors(source, names)
         small = [name for name, stored in self._stored.items() if stored.range.size <= _SMALL]
         self._small = {name: source[name].clone() for name in small}
         self.reader, self.rate = fastest_reader([self._stored[name].range for name in self._large()])
-        self._cached: set[str] = set()  # what the kernel's page cache may keep
+        self.page_cache_room: Callable[[], int] = int
+        # What is small is there, and what is of another dtype has to be converted whole.
+        rows_suffice = table in self._large() and self._stored[table].dtype == self._stored[table].model_dtype
+        self._table = table if rows_suffice else None
+        whole = dict.fromkeys(self._stored[name].range for name in self._large() if name != self._table)
+        # By multiples of the golden ratio: any beginning of this order is spread evenly over the model.
+        pieces = enumerate(piece for wanted in whole for piece in wanted.pieces)
+        self._pieces = [piece for _, piece in sorted(pieces, key=lambda numbered: numbered[0] * _GOLDEN % 1)]
+        self._sizes = [0, *accumulate(piece.size for piece in self._pieces)]  # of beginnings
         self._looked_up: dict[str, _Arriving] = {}
         self.wait_seconds = 0.0
         self._ahead: dict[str, _Arriving] = {}  # what is being read, in the order in which it will be asked for
@@ -120,18 +138,31 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
                 return
             self._ahead[name] = self._start(name, buffer)
 
-    def keep_in_page_cache(self, room: int) -> None:
-        """Leave up to `room` bytes of the tensors, spread over the model, to the kernel's page cache: they come from
-        the disk once, and again only if memory becomes short."""
-        sizes = {name: self._stored[name].range.size for name in self._large()}
-        self._cached = spread(sizes, room)
+    @property
+    def page_cache_bytes(self) -> int:
+        """Bytes of the tensors that are left to the page cache now."""
+        return self._sizes[len(self.reader.kept)]
 
-    def look_up(self, name: str, rows: torch.Tensor) -> None:
-        """Of a table [vocab, hidden] that is asked for next, read only these rows, int64 of any shape. The others are
-        left as they are, which is nothing: memory that nobody touches takes no room."""
+    def begin_pass(self) -> None:
+        """Leave as much to the page cache as there is room for now.
+
+        Less at once, as a cyclic read of more than memory holds finds nothing there; more in steps, as to let go of
+        something and read it again is no gain. What the kernel took back is left to it for a while.
+        """
+        kept, most, lost = len(self.reader.kept), len(self._pieces), self.reader.bytes_lost
+        self._shortage = self._shortage * (_STEPS - 1) // _STEPS + lost - self._lost
+        self._lost = lost
+        room = int(self.page_cache_room() * (1 if self.reader.tells_what_is_cached else _UNTOLD)) - self._shortage
+        number = max(0, bisect_right(self._sizes, room) - 1)
+        if number < kept or number >= kept + max(1, most // _STEPS) or number == most > kept:
+            self.reader.keep(set(self._pieces[:number]))
+
+    def look_up(self, rows: torch.Tensor) -> None:
+        """Of the table [vocab, hidden], which is asked for next, read only these rows, int64 of any shape. The others
+        are left as they are, which is nothing: memory that nobody touches takes no room."""
+        if (name := self._table) is None:
+            return
         stored = self._stored[name]
-        if name in self._small or stored.dtype != stored.model_dtype:
-            return  # it is there, or has to be converted whole
         width = stored.range.size // stored.shape[0]
         buffer = aligned_memory(stored.range.buffer_size, huge_pages=False)
         pieces = []
@@ -160,7 +191,7 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
         size = stored.range.buffer_size
         buffer = buffer if buffer is not None else self._arena.take(size)
         buffer = buffer if buffer is not None else aligned_memory(size)
-        return _Arriving(stored, buffer, self.reader.start(stored.range, buffer.data, name in self._cached))
+        return _Arriving(stored, buffer, self.reader.start(stored.range, buffer.data))
 
     def _wait(self, arriving: "_Arriving") -> torch.Tensor:
         start = time.perf_counter()
@@ -221,7 +252,7 @@ class _Arena:
 
 def aligned_memory(size: int, huge_pages: bool = True) -> np.ndarray:
     """uint8 [size], zeros. Pages take memory once they are touched."""
-    memory = mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE)  # shared memory gets no huge pages, and counts as a mapped file
     memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, np.uint8)
 

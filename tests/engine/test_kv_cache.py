@@ -77,6 +77,30 @@ def test_the_store_shrinks_when_long_rows_have_left():
     assert cache.layers[0].keys.flatten()[9] == 9
 
 
+def test_the_store_shrinks_when_most_rows_have_left():
+    cache = KVCache(10_000, None, 1)
+
+    def rows_for(count):
+        store(cache, 0, [3] * count, [1] * count, numbered(count, 1, start=3), (count, 4))
+        return cache.num_rows
+
+    assert [rows_for(count) for count in (1, 8, 9, 5, 4, 3, 2, 1)] == [1, 8, 16, 16, 8, 8, 4, 2]
+    assert cache.layers[0].keys[0, 0, 3] == 3
+
+
+def test_the_cache_says_by_how_much_it_grows_before_it_does():
+    cache = KVCache(10_000, None, 1)
+    store(cache, 0, [0], [20], numbered(1, 20), (1, 20))
+    cache.prepare_forward(0, [20, 0], [1, 4], (2, 40))
+    before = sum(part.nbytes for part in cache._stores())
+    assert cache.growth == 8 * (2 * 64 - 32)  # keys and values of 4 bytes each
+    cache.update(numbered(2, 4), numbered(2, 4), 0)
+    assert sum(part.nbytes for part in cache._stores()) == before + 8 * (2 * 64 - 32)
+    assert cache.growth == 0
+    cache.prepare_forward(0, [5], [1], (1, 6))
+    assert cache.growth == 0  # it shrinks
+
+
 def test_where_each_row_adds_one_token_the_model_gets_all_columns():
     """Keys without gaps between rows, as torch.bmm wants them; the mask has as many columns."""
     cache = KVCache(1000, None, 1)

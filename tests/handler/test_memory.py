@@ -3,17 +3,20 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from handler import memory
+from handler.engine import Engine, Request
 from handler.errors import LoadError
 from handler.loading import load_model
 from handler.settings import Settings
+from handler.weights import reading, streaming
 from handler.weights.placement import Part, Placement
 
 MB = 10**6
@@ -158,11 +161,61 @@ def test_what_is_free_is_shared_by_weights_keys_and_values(settings, free, limit
     )
 
 
-def test_the_rest_of_the_memory_is_the_page_caches(loaded, monkeypatch):
+def answers(engine, count, after_step=lambda: None):
+    """What `count` requests get together, as token ids."""
+    parameters = {"max_new_tokens": 9, "min_new_tokens": 9}
+    jobs = [engine.submit(Request([5 + n, 6, 7, 8], parameters)) for n in range(count)]
+    while engine.has_work:
+        engine.step()
+        after_step()
+    return [job.sequences[0].token_ids for job in jobs]
+
+
+def test_the_page_cache_has_what_keys_and_values_do_not_take_now(bloom, tmp_path, monkeypatch):
+    """One request leaves room for weights, many take it, and give it back; no answer is another one."""
+    monkeypatch.setattr(streaming, "_SMALL", 0)
+    monkeypatch.setattr(reading, "_PIECE", reading.ALIGNMENT)
+    settings = Settings(max_memory={"cpu": 0}, max_batch_size=32, num_speculative_tokens=0)
+    loaded = load_model(bloom, settings, tmp_path)
+    engine, streamed = Engine(loaded.model, loaded.tokenizer, settings), loaded.streamed
+    reader, size = streamed.reader, sum(piece.size for piece in streamed._pieces)
+    free, read, from_disk, stored_before, steps = KEPT + 1_950_000, reader._read, [], [], []
+
+    def stored():
+        return sum(store.nbytes for store in engine._cache._stores())
+
+    def counted(piece, buffer):
+        from_disk.append(0 if piece in reader._cached else piece.size)
+        read(piece, buffer)
+
+    def after_step():
+        steps.append((stored(), streamed.page_cache_bytes, sum(from_disk)))
+        from_disk.clear()
+        # What came in the forward had been foreseen when it began.
+        grown = stored() - stored_before[-1]
+        assert grown <= max(0, engine.bytes_to_come - KEPT)
+        assert streamed.page_cache_bytes <= max(0, free - stored() - KEPT)
+
+    monkeypatch.setattr(memory, "free_host_memory", lambda: free - stored())
+    monkeypatch.setattr(reader, "_read", counted)
+    streamed.page_cache_room = partial(memory.page_cache_room, engine)
+    loaded.model.register_forward_pre_hook(lambda *_: stored_before.append(stored()))
+    expected = answers(Engine(AutoModelForCausalLM.from_pretrained(bloom), loaded.tokenizer, settings), 32)
+    ends = []
+    for count in (1, 32, 1):
+        assert answers(engine, count, after_step) == expected[:count]
+        ends.append(steps[-1])
+    (few_stored, all_kept, little_read), (many_stored, some_kept, much_read), again = ends
+    assert many_stored > 10 * few_stored
+    assert all_kept == again[1] == size and 0 < some_kept < size // 2
+    assert little_read < size // 8  # rows of the embedding
+    assert size - some_kept <= much_read < size - some_kept + size // 4
+
+
+def test_on_a_gpu_the_host_holds_no_keys_and_values(loaded, monkeypatch):
     monkeypatch.setattr(memory, "free_host_memory", lambda: 10**9)
-    settings = Settings(kv_cache_memory=10**8)
-    room = memory.page_cache_room(settings, loaded.model, loaded.placement)
-    full_rows = 32 * 2048 * 1024  # bytes, less than the limit
-    # Of 1024 tokens: 16 bytes for each score of 4 heads, 5 for the mask, and what a token is on its way.
-    activations = 1024 * (2048 * (4 * 16 + 5) + 4 * (3 * 32 + 2 * 3 * 32)) + KEPT
-    assert room == int((10**9 - activations) * 0.9) * 4 // 5 - full_rows  # of 4 layers, of which one is copied
+    engine = Engine(loaded.model, loaded.tokenizer, Settings())
+    engine._runner.bytes_to_come = 10**8
+    assert memory.page_cache_room(engine) == int(9 * 10**8 * 0.97)
+    engine._runner.device = torch.device("cuda")
+    assert memory.page_cache_room(engine) == int(10**9 * 0.97)

@@ -266,12 +266,13 @@ def test_what_comes_from_disk_is_told(make_handler, monkeypatch, reported):
     monkeypatch.setattr(speculation, "prompt_lookup", lambda token_ids, limit: [9] * limit)
     monkeypatch.setattr(service, "read_settings", lambda _: Settings(max_memory={"cpu": 0}, max_batch_size=4))
     frontend = make_handler(True)
-    frontend.handler.loaded.streamed.keep_in_page_cache(0)
+    assert frontend.handler.loaded.streamed.page_cache_room() > 0
     read = frontend.handler.loaded.streamed.reader.bytes_read
     frontend.answer(frontend.send(instances(PROMPT, max_new_tokens=5)))
     told = frontend.answer(frontend.send({}, describe="True"))[1]["streaming"]
     disk = frontend.handler.loaded.placement.tiers["disk"].bytes
     assert told["bytes_read"] >= read + 4 * disk // 2
+    assert told["page_cache_bytes"] == frontend.handler.loaded.streamed.page_cache_bytes > disk // 2
     assert told["method"] and told["measured_bytes_per_second"] > 0 and 0 < told["share_waited"] < 1
     assert told["accepted_draft_tokens"] <= told["draft_tokens"]
     new = reported(frontend)

@@ -19,6 +19,18 @@ def methods(tmp_path_factory):
     return list(READ_METHODS)
 
 
+@pytest.fixture
+def tells_what_is_cached(tmp_path):
+    """Needs a file system that tells what of a file is in the page cache."""
+    path = tmp_path / "told"
+    path.write_bytes(b"1")
+    with path.open("rb") as file:
+        try:
+            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        except OSError:
+            pytest.skip("the file system does not tell what is cached")
+
+
 @pytest.fixture(params=READ_METHODS, ids=str)
 def method(request, methods):
     if request.param not in methods:

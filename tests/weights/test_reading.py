@@ -1,3 +1,4 @@
+import errno
 import os
 from concurrent.futures import wait
 
@@ -67,6 +68,55 @@ def test_the_kernel_is_asked_for_nothing_outside_the_range(file, monkeypatch):
     assert len(willed) == 2 and all(
         start > 4096 and end <= wanted.aligned_start + wanted.aligned_size for start, end in willed
     )
+
+
+def test_what_the_kernel_took_back_is_read_past_the_page_cache(file, method, tells_what_is_cached):
+    """Otherwise it would push out what is read next, and a cyclic read of more than fits would find nothing."""
+    reader, wanted = Reader(method), Range(file, 0, SIZE)
+    pieces, data = wanted.pieces, file.read_bytes()
+
+    def lost_by_reading():
+        before = reader.bytes_lost
+        assert read(reader, wanted) == data
+        return reader.bytes_lost - before
+
+    reader.keep(set(pieces))
+    assert [lost_by_reading() for _ in range(2)] == [0, 0]
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert lost_by_reading() == sum(piece.size for piece in pieces) and not reader._cached
+    with file.open("rb") as opened:
+        for piece in pieces:  # but for the page that was asked for
+            with pytest.raises(BlockingIOError):
+                os.preadv(opened.fileno(), [bytearray(1)], piece.start + piece.size // 2, os.RWF_NOWAIT)
+    assert [lost_by_reading() for _ in range(2)] == [0, 0] and reader._cached == set(pieces)
+
+
+def test_a_file_system_that_does_not_tell_what_is_cached(file, monkeypatch):
+    preadv = os.preadv
+
+    def refusing(fd, buffers, at, flags=0):
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return preadv(fd, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", refusing)
+    reader, wanted = Reader(READ_METHODS[3]), Range(file, 0, SIZE)
+    reader.keep(set(wanted.pieces))
+    for _ in range(3):
+        assert read(reader, wanted) == file.read_bytes()
+    assert not reader.bytes_lost and not reader.tells_what_is_cached
+
+
+def test_what_is_let_go_of_while_it_is_read_is_dropped(file, monkeypatch):
+    reader, wanted, dropped = Reader(READ_METHODS[3]), Range(file, 0, SIZE), []
+    reader.keep(set(wanted.pieces))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: (setattr(reader, "kept", set()), preadv(*args))[1])
+    monkeypatch.setattr(reader, "_drop", dropped.append)
+    assert read(reader, wanted) == file.read_bytes()
+    assert dropped == wanted.pieces and not reader._cached
 
 
 def test_the_fastest_way_is_taken(file, monkeypatch):

@@ -1,6 +1,7 @@
 """Weights on disk come through StreamedWeights, and are the same as if they were in memory."""
 
 import json
+import os
 import random
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from handler.engine import Engine, EngineConfig, ModelError, Request
 from handler.loading import load_model
 from handler.settings import Settings
-from handler.weights import streaming
+from handler.weights import reading, streaming
 from handler.weights.reading import Reader
 from tests.engine.architectures import RUNS
 from tests.engine.conftest import make_tokenizer
@@ -126,18 +127,136 @@ def test_small_tensors_stay(load, monkeypatch):
     assert loaded.streamed.reader.bytes_read == before
 
 
+@pytest.fixture
+def in_pieces(monkeypatch):
+    """Tensors of several pieces each, as large ones are."""
+    monkeypatch.setattr(reading, "_PIECE", reading.ALIGNMENT)
+
+
+def read_from_disk(reader):
+    """Wraps a reader; what it then reads that is not in the page cache by its own account."""
+    pieces, read = [], reader._read
+
+    def reading(piece, buffer):
+        if piece not in reader._cached:
+            pieces.append(piece)
+        read(piece, buffer)
+
+    reader._read = reading
+    return pieces
+
+
 @pytest.mark.parametrize("share", [0, 0.5, 1])
-def test_room_in_the_page_cache_is_used_and_spread(bloom, load, share):
+def test_room_in_the_page_cache_is_used_and_spread(load, in_pieces, share):
     loaded = load()
     streamed = loaded.streamed
-    sizes = {name: streamed._stored[name].range.size for name in streamed._large()}
-    streamed.keep_in_page_cache(int(share * sum(sizes.values())))
-    left = [name for name in sizes if name not in streamed._cached]
-    kept = sum(size for name, size in sizes.items() if name in streamed._cached)
-    assert kept <= share * sum(sizes.values()) < kept + max(sizes.values())
+    everything = set(streamed._pieces)
+    size = sum(piece.size for piece in everything)
+    assert size >= 0.9 * sum(stored.range.size for name, stored in streamed._stored.items() if name != streamed._table)
+    streamed.page_cache_room = lambda: int(share * size)
+    logits(loaded.model)
+    assert streamed.page_cache_bytes <= share * size < streamed.page_cache_bytes + 2 * reading.ALIGNMENT
+    assert sum(piece.size for piece in streamed.reader.kept) == streamed.page_cache_bytes
     if share == 0.5:
-        assert all(any(f".h.{layer}." in name for name in left) for layer in range(4))
-    torch.testing.assert_close(logits(loaded.model), logits(AutoModelForCausalLM.from_pretrained(bloom)))
+        ranges = [streamed._stored[f"transformer.h.{layer}.mlp.dense_h_to_4h.weight"].range for layer in range(4)]
+        assert all(0 < len(streamed.reader.kept & set(wanted.pieces)) < len(wanted.pieces) for wanted in ranges)
+
+
+def test_what_has_been_looked_up_only_takes_no_room_in_the_page_cache(load, bloom):
+    streamed = load().streamed
+    table = streamed._stored["transformer.word_embeddings.weight"].range
+    head = streamed._stored["lm_head.weight"].range  # the same tensor, and this one is read whole
+    assert streamed._table == "transformer.word_embeddings.weight" and table == head
+    assert len(streamed._pieces) == len(set(streamed._pieces)) and set(head.pieces) <= set(streamed._pieces)
+    whole = load(dtype="float64").streamed  # has to be converted
+    assert whole._table is None
+
+
+def test_the_part_of_the_page_cache_follows_the_room(bloom, load, in_pieces, monkeypatch):
+    expected = logits(AutoModelForCausalLM.from_pretrained(bloom))
+    dropped, advise = [], os.posix_fadvise
+
+    def advising(file, start, size, advice):
+        if advice == os.POSIX_FADV_DONTNEED:
+            dropped.append(start)
+        advise(file, start, size, advice)
+
+    loaded = load(budget=4096)  # nothing is read ahead
+    streamed, reader = loaded.streamed, loaded.streamed.reader
+    size = sum(piece.size for piece in streamed._pieces)
+    from_disk = read_from_disk(reader)
+    room = 0
+    streamed.page_cache_room = lambda: room
+
+    def a_pass():
+        from_disk.clear(), dropped.clear()
+        torch.testing.assert_close(logits(loaded.model), expected)
+        return sum(piece.size for piece in from_disk)
+
+    all_of_it = a_pass()
+    monkeypatch.setattr(os, "posix_fadvise", advising)
+    monkeypatch.setattr(streaming, "_STEPS", 8)
+    room, step = size // 2, size // streaming._STEPS
+    a_pass()
+    half = reader.kept
+    assert a_pass() == all_of_it - streamed.page_cache_bytes and not dropped
+    room += step // 2  # not worth it
+    assert a_pass() and reader.kept is half
+    room += 2 * step
+    a_pass()
+    assert half < reader.kept  # nothing has gone
+    before, room = reader.kept, size // 4
+    a_pass()
+    assert reader.kept < half
+    reader.close()  # when all is done
+    assert sorted(dropped) == sorted(piece.start for piece in before - reader.kept)
+    assert not reader._cached - reader.kept
+
+
+def test_all_fits_at_last(load, in_pieces):
+    loaded = load()
+    streamed = loaded.streamed
+    size = sum(piece.size for piece in streamed._pieces)
+    for room in (size - reading.ALIGNMENT, size):  # less than a step between them
+        streamed.page_cache_room = lambda room=room: room
+        logits(loaded.model)
+        assert streamed.page_cache_bytes <= room
+    assert streamed.page_cache_bytes == size
+
+
+def test_no_byte_is_wrong_while_the_room_changes(bloom, load, method, in_pieces):
+    expected = logits(AutoModelForCausalLM.from_pretrained(bloom))
+    loaded, chosen = load(method), random.Random(0)
+    size = sum(piece.size for piece in loaded.streamed._pieces)
+    loaded.streamed.page_cache_room = lambda: chosen.randrange(-size, 2 * size)
+    for layer in loaded.model.transformer.h:  # between passes, and in the midst of them
+        layer.register_forward_pre_hook(lambda *_: loaded.streamed.begin_pass())
+    for _ in range(20):
+        torch.testing.assert_close(logits(loaded.model), expected)
+
+
+def test_what_the_kernel_took_back_is_given_up_for_a_while(load, in_pieces):
+    streamed = load().streamed
+    size = sum(piece.size for piece in streamed._pieces)
+    streamed.page_cache_room = lambda: size
+    streamed.begin_pass()
+    assert streamed.page_cache_bytes == size
+    streamed.reader.bytes_lost += size // 4
+    kept = []
+    for _ in range(1000):
+        streamed.begin_pass()
+        kept.append(streamed.page_cache_bytes)
+    assert 0.7 * size < kept[0] <= 0.75 * size
+    assert kept == sorted(kept) and kept[10] < 0.85 * size and kept[-1] == size
+
+
+def test_where_losses_cannot_be_seen_some_room_is_left(load, in_pieces):
+    streamed = load().streamed
+    size = sum(piece.size for piece in streamed._pieces)
+    streamed.page_cache_room = lambda: size
+    streamed.reader.tells_what_is_cached = False
+    streamed.begin_pass()
+    assert 0.85 * size < streamed.page_cache_bytes <= 0.9 * size
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -28,7 +28,8 @@ from .safetensors_format import DTYPES, read_header
 
 _SMALL = 256 << 10  # bytes; smaller tensors, such as norms and biases, are read once and stay
 _GOLDEN = (5**0.5 - 1) / 2
-_STEPS = 64  # in which the page cache's part grows, from nothing to everything
+_STEPS = 256  # in which the page cache's part grows, from nothing to everything
+_PATIENCE = 64  # passes after which a third is left of what the page cache may not have as it lost so much
 _UNTOLD = 0.9  # of the room that is used where it cannot be seen that it was too much
 
 
@@ -150,7 +151,7 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
         something and read it again is no gain. What the kernel took back is left to it for a while.
         """
         kept, most, lost = len(self.reader.kept), len(self._pieces), self.reader.bytes_lost
-        self._shortage = self._shortage * (_STEPS - 1) // _STEPS + lost - self._lost
+        self._shortage = self._shortage * (_PATIENCE - 1) // _PATIENCE + lost - self._lost
         self._lost = lost
         room = int(self.page_cache_room() * (1 if self.reader.tells_what_is_cached else _UNTOLD)) - self._shortage
         number = max(0, bisect_right(self._sizes, room) - 1)

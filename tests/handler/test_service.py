@@ -267,6 +267,7 @@ def test_what_comes_from_disk_is_told(make_handler, monkeypatch, reported):
     monkeypatch.setattr(service, "read_settings", lambda _: Settings(max_memory={"cpu": 0}, max_batch_size=4))
     frontend = make_handler(True)
     assert frontend.handler.loaded.streamed.page_cache_room() > 0
+    assert frontend.handler.loaded.streamed.wait_seconds == 0
     read = frontend.handler.loaded.streamed.reader.bytes_read
     frontend.answer(frontend.send(instances(PROMPT, max_new_tokens=5)))
     told = frontend.answer(frontend.send({}, describe="True"))[1]["streaming"]

@@ -162,7 +162,15 @@ def test_room_in_the_page_cache_is_used_and_spread(load, in_pieces, share):
         assert all(0 < len(streamed.reader.kept & set(wanted.pieces)) < len(wanted.pieces) for wanted in ranges)
 
 
-def test_what_has_been_looked_up_only_takes_no_room_in_the_page_cache(load, bloom):
+def test_a_table_that_rows_are_looked_up_of_takes_no_room_in_the_page_cache(load, tmp_path):
+    next(case for case in RUNS if case.model_type == "llama").make_model().save_pretrained(tmp_path / "untied")
+    make_tokenizer().save_pretrained(tmp_path / "untied")
+    streamed = load(folder=tmp_path / "untied").streamed
+    table = streamed._stored["model.embed_tokens.weight"].range
+    assert streamed._pieces and not set(table.pieces) & set(streamed._pieces)
+
+
+def test_a_tied_table_takes_room_once(load):
     streamed = load().streamed
     table = streamed._stored["transformer.word_embeddings.weight"].range
     head = streamed._stored["lm_head.weight"].range  # the same tensor, and this one is read whole
@@ -213,7 +221,8 @@ def test_the_part_of_the_page_cache_follows_the_room(bloom, load, in_pieces, mon
     assert not reader._cached - reader.kept
 
 
-def test_all_fits_at_last(load, in_pieces):
+def test_all_fits_at_last(load, in_pieces, monkeypatch):
+    monkeypatch.setattr(streaming, "_STEPS", 8)
     loaded = load()
     streamed = loaded.streamed
     size = sum(piece.size for piece in streamed._pieces)

@@ -29,7 +29,7 @@ from .safetensors_format import DTYPES, read_header
 _SMALL = 256 << 10  # bytes; smaller tensors, such as norms and biases, are read once and stay
 _GOLDEN = (5**0.5 - 1) / 2
 _STEPS = 256  # in which the page cache's part grows, from nothing to everything
-_PATIENCE = 64  # passes after which a third is left of what the page cache may not have as it lost so much
+_PATIENCE = 64  # passes in which two thirds of what the page cache has lost are forgotten
 _UNTOLD = 0.9  # of the room that is used where it cannot be seen that it was too much
 
 
@@ -80,13 +80,15 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
         """names: the model's tensors in its order.
         budget: bytes of memory for tensors in use and read ahead; a tensor that has no room there gets its own.
         table: of the input embedding, where the CPU computes."""
-        self._source, self._shortage, self._lost = source, 0, 0
+        self._source = source
         self._arena = _Arena(budget + 4 * ALIGNMENT)  # two large tensors, wherever they begin in their files
         self._stored = _stored_tensors(source, names)
         small = [name for name, stored in self._stored.items() if stored.range.size <= _SMALL]
         self._small = {name: source[name].clone() for name in small}
         self.reader, self.rate = fastest_reader([self._stored[name].range for name in self._large()])
         self.page_cache_room: Callable[[], int] = int
+        self._shortage = 0  # bytes of that room that are not there, as the page cache has lost so much
+        self._explained = 0  # of reader.bytes_lost, what is no sign of that
         # What is small is there, and what is of another dtype has to be converted whole.
         rows_suffice = table in self._large() and self._stored[table].dtype == self._stored[table].model_dtype
         self._table = table if rows_suffice else None
@@ -151,10 +153,10 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
         something and read it again is no gain. What the kernel took back is left to it for a while.
         """
         kept, most, lost = len(self.reader.kept), len(self._pieces), self.reader.bytes_lost
-        self._shortage = self._shortage * (_PATIENCE - 1) // _PATIENCE + lost - self._lost
-        self._lost = lost
-        room = int(self.page_cache_room() * (1 if self.reader.tells_what_is_cached else _UNTOLD)) - self._shortage
-        number = max(0, bisect_right(self._sizes, room) - 1)
+        self._shortage = self._shortage * (_PATIENCE - 1) // _PATIENCE + max(0, lost - self._explained)
+        room = int(self.page_cache_room() * (1 if self.reader.tells_what_is_cached else _UNTOLD))
+        self._explained = lost + max(0, self.page_cache_bytes - room)  # who took that may have pushed out as much
+        number = max(0, bisect_right(self._sizes, room - self._shortage) - 1)
         if number < kept or number >= kept + max(1, most // _STEPS) or number == most > kept:
             self.reader.keep(set(self._pieces[:number]))
 

@@ -259,6 +259,18 @@ def test_what_the_kernel_took_back_is_given_up_for_a_while(load, in_pieces):
     assert kept == sorted(kept) and kept[10] < 0.85 * size and kept[-1] == size
 
 
+def test_what_is_pushed_out_by_who_takes_the_room_is_given_up_once(load, in_pieces):
+    streamed = load().streamed
+    size = sum(piece.size for piece in streamed._pieces)
+    for room in (size, size // 2, size // 2):
+        streamed.page_cache_room = lambda room=room: room
+        streamed.begin_pass()
+        streamed.reader.bytes_lost += (size - room) // 2
+    assert 0.45 * size < streamed.page_cache_bytes <= 0.5 * size
+    streamed.begin_pass()  # but the room has not become less a second time
+    assert streamed.page_cache_bytes <= 0.25 * size
+
+
 def test_where_losses_cannot_be_seen_some_room_is_left(load, in_pieces):
     streamed = load().streamed
     size = sum(piece.size for piece in streamed._pieces)

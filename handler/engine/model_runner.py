@@ -43,7 +43,7 @@ class ModelRunner:
 
     device: where the model wants its inputs.
     streams_weights: whether layers are brought to their device for each forward.
-    bytes_to_come: memory of the device that the last forward, when it began, might still take.
+    bytes_to_come: memory of the device that the last forward, when it began, might still take, if it streamed weights.
     """
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, cache: KVCache):
@@ -72,7 +72,8 @@ class ModelRunner:
         sequences, num_new_tokens = batch.sequences, batch.num_scheduled_tokens
         lengths = [sequence.num_cached_tokens for sequence in sequences]
         context = self._cache.prepare_forward(sequences[0].row, lengths, num_new_tokens, batch.cache_shape)
-        self.bytes_to_come = self._bytes_to_come(context)
+        if self.streams_weights:  # who reads them asks
+            self.bytes_to_come = self._bytes_to_come(context)
         width = context.query_length
         token_ids = [batch.token_ids(index) + [0] * (width - count) for index, count in enumerate(num_new_tokens)]
         new = torch.arange(width)  # [width]

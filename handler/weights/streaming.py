@@ -55,13 +55,14 @@ def stream_weights(model: PreTrainedModel, budget: int) -> "StreamedWeights | No
         return None
     embedding = model.get_input_embeddings()
     hook = next((hook for module, hook in hooked if module is embedding), None)
-    is_looked_up = hook is not None and torch.device(hook.execution_device).type == "cpu"
-    table = f"{hook.weights_map.prefix}weight" if hook is not None and is_looked_up else None
+    table = None
+    if hook is not None and torch.device(hook.execution_device).type == "cpu":
+        table = f"{hook.weights_map.prefix}weight"
     streamed = StreamedWeights(source, list(model.state_dict()), budget, table)
     for module, hook in hooked:
         hook.weights_map = PrefixedDataset(streamed, hook.weights_map.prefix)
         module.register_forward_hook(lambda *_: streamed.read_ahead())  # into what the module has just let go of
-    if is_looked_up:
+    if table:
         embedding.register_forward_pre_hook(lambda _, args: streamed.look_up(args[0]))
     model.register_forward_pre_hook(lambda *_: streamed.begin_pass())
     return streamed

@@ -65,9 +65,8 @@ class Engine:
         pass_columns = model.get_memory_footprint() / architecture.kv_bytes_per_token if is_read else math.inf
         self._cost, streams = ForwardCost(), self._runner.streams_weights
         self._scheduler = Scheduler(self._cache, config, self.capacity, streams, self._cost, pass_columns)
-        limit = config.num_speculative_tokens if streams or is_read else 0
-        most_positions = self.capacity.padded_tokens if streams else RESIDENT_POSITIONS
-        self.speculator = Speculator(limit, most_positions, self.capacity.max_logits, self._cache, self._cost)
+        most = self.capacity.padded_tokens if streams else RESIDENT_POSITIONS if is_read else 0
+        self.speculator = Speculator(config.num_speculative_tokens, most, self.capacity, self._cache, self._cost)
         self.max_queue = config.max_queue
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
         self.forward_seconds = 0.0  # for how long the model has run so far

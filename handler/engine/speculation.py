@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .capacity import Capacity
 from .draft_model import DraftModel
 from .forward_cost import ForwardCost
 from .kv_cache import KVCache
@@ -33,15 +34,14 @@ class Speculator:
     draft_model: what guesses where the text suggests nothing, or None.
     """
 
-    def __init__(self, limit: int, most_positions: int, max_logits: int, cache: KVCache, cost: ForwardCost):
+    def __init__(self, limit: int, most_positions: int, capacity: Capacity, cache: KVCache, cost: ForwardCost):
         """limit: most drafts of a sequence in a step.
         most_positions: rows x new columns of a forward with drafts, at most.
-        max_logits: most positions of it whose logits are computed.
         """
         self.num_drafted = self.num_accepted = 0
         self.draft_model: DraftModel | None = None
         self._asked: set[Sequence] = set()  # whose drafts are the draft model's
-        self._limit, self._most_positions, self._max_logits = limit, most_positions, max_logits
+        self._limit, self._most_positions, self._max_logits = limit, most_positions, capacity.max_logits
         self._cache, self._cost = cache, cost
 
     def add_drafts(self, batches: list[Batch]) -> None:

@@ -28,7 +28,7 @@ from .sampling_params import checked, resolve
 from .scheduler import Batch, Scheduler
 from .self_check import check_rows
 from .sequence import FinishReason, Job, Sequence
-from .speculation import RESIDENT_POSITIONS, Speculator
+from .speculation import RESIDENT_ROWS, Speculator
 from .stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ class Engine:
         pass_columns = model.get_memory_footprint() / architecture.kv_bytes_per_token if is_read else math.inf
         self._cost, streams = ForwardCost(), self._runner.streams_weights
         self._scheduler = Scheduler(self._cache, config, self.capacity, streams, self._cost, pass_columns)
-        most = self.capacity.padded_tokens if streams else RESIDENT_POSITIONS if is_read else 0
-        self.speculator = Speculator(config.num_speculative_tokens, most, self.capacity, self._cache, self._cost)
+        most_rows = config.max_batch_size if streams else RESIDENT_ROWS if is_read else 0
+        self.speculator = Speculator(config.num_speculative_tokens, most_rows, self.capacity, self._cache, self._cost)
         self.max_queue = config.max_queue
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
         self.forward_seconds = 0.0  # for how long the model has run so far

@@ -20,9 +20,9 @@ from .sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
-# Rows x new columns of a forward with drafts, where a CPU has all weights in memory: a product of so many takes hardly
-# longer than one of a single row, as it waits for memory (python -m benchmarks.packed).
-RESIDENT_POSITIONS = 16
+# That get drafts where a CPU has all weights in memory: a product of few positions waits for it, as that of one does.
+# With four rows wrong drafts cost more than right ones save (python -m benchmarks.reuse).
+RESIDENT_ROWS = 1
 _SHORTEST, _LONGEST = 2, 5  # tokens that have to be there once more for what followed them to be a draft
 _MEMORY = 6  # drafts over which the share that is accepted is a mean
 
@@ -34,15 +34,15 @@ class Speculator:
     draft_model: what guesses where the text suggests nothing, or None.
     """
 
-    def __init__(self, limit: int, most_positions: int, capacity: Capacity, cache: KVCache, cost: ForwardCost):
+    def __init__(self, limit: int, most_rows: int, capacity: Capacity, cache: KVCache, cost: ForwardCost):
         """limit: most drafts of a sequence in a step.
-        most_positions: rows x new columns of a forward with drafts, at most.
+        most_rows: in a batch; with more of them there are no drafts.
         """
         self.num_drafted = self.num_accepted = 0
         self.draft_model: DraftModel | None = None
         self._asked: set[Sequence] = set()  # whose drafts are the draft model's
-        self._limit, self._most_positions, self._max_logits = limit, most_positions, capacity.max_logits
-        self._cache, self._cost = cache, cost
+        self._limit, self._most_rows = limit, most_rows
+        self._capacity, self._cache, self._cost = capacity, cache, cost
 
     def add_drafts(self, batches: list[Batch]) -> None:
         """Let sequences that bring their last token bring drafts too."""
@@ -75,7 +75,7 @@ class Speculator:
 
     def _room(self, sequence: Sequence, batch: Batch) -> int:
         """How many may be: the cache has room, and the last token of an answer needs no draft after it."""
-        if sequence.is_prefilling or 2 * len(batch.sequences) > self._most_positions:
+        if sequence.is_prefilling or len(batch.sequences) > self._most_rows:
             return 0
         columns = self._cache.capacity_tokens // batch.cache_shape[0]
         return max(0, min(columns, sequence.max_length - 1, sequence.length + self._limit) - sequence.length)
@@ -116,7 +116,7 @@ class Speculator:
         def tokens_a_second(width: int) -> float:
             chains = {sequence: min(width, length) for sequence, length in lengths.items()}
             padded = rows * max(1 + width, *batch.num_scheduled_tokens)
-            fits = padded <= self._most_positions and rows + sum(chains.values()) <= self._max_logits
+            fits = padded <= self._capacity.padded_tokens and rows + sum(chains.values()) <= self._capacity.max_logits
             if width and not fits:
                 return 0.0
             accepted = sum(

@@ -30,7 +30,7 @@ def test_runs_as_generate_does(case: Case, monkeypatch):
     engine = Engine(model, make_tokenizer(), EngineConfig(prefill_chunk=7, max_batch_size=4))
     texts = [prompt + answer for prompt, answer in zip(prompts, expected, strict=True)]
     monkeypatch.setattr(speculation, "prompt_lookup", guesser(texts))
-    engine.speculator._limit = 3
+    engine.speculator._limit, engine.speculator._most_rows = 3, 4
     engine._cost.record = lambda *_: None  # believes that computing takes no time
     waiting = [Request(prompt, {"max_new_tokens": new}) for prompt, (_, new) in zip(prompts, VISITORS, strict=True)]
     passer_by = engine.submit(Request(prompt_ids(9, 25), {"max_new_tokens": 40}))
@@ -73,7 +73,7 @@ def test_a_chain_ends_at_longropes_border(monkeypatch, scheduled):
         speculation, "prompt_lookup", lambda ids, limit: (prompt + expected)[len(ids) :][: min(limit, 5)]
     )
     engine = Engine(model, make_tokenizer(), EngineConfig(max_batch_size=4))
-    engine.speculator._limit = 5
+    engine.speculator._limit, engine.speculator._most_rows = 5, 4
     engine._cost.record = lambda *_: None
     forwards = scheduled()
     job = engine.submit(Request(prompt, {"max_new_tokens": 10}))

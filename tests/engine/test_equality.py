@@ -104,7 +104,7 @@ def serve(kind, guests, on_disk, rows, chunk, tokens, pass_columns, per_position
             prefix_cache=prefix_cache,
         ),
     )
-    engine.speculator._most_positions = engine.capacity.padded_tokens  # also where nothing is read
+    engine.speculator._most_rows = rows  # also where nothing is read
     engine._cost.reading, engine._cost.per_position = 1.0, per_position
     engine._scheduler._pass_columns = pass_columns
     jobs = {}

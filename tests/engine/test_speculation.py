@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,8 +175,8 @@ def test_there_are_as_many_drafts_as_pay(monkeypatch):
     "columns, limits, drafts",
     [
         (40, {}, 10),  # 3 + 30 of 3 + 32 positions that are sampled from
-        (40, {"_max_logits": 11}, 2),
-        (40, {"_most_positions": 15}, 4),
+        (40, {"max_logits": 11}, 2),
+        (40, {"padded_tokens": 15}, 4),
         (12, {}, 6),  # behind a prompt of 5 tokens and the first of the answer
     ],
 )
@@ -183,14 +184,13 @@ def test_drafts_leave_room_in_cache_and_workspace(monkeypatch, columns, limits, 
     monkeypatch.setattr(scheduler, "_MARGIN", 1)
     token_bytes = 2 * 3 * 2 * 8 * 4
     engine = make_engine(kv_cache_memory=3 * columns * token_bytes, max_batch_size=3, max_new_tokens=6)
-    vars(engine.speculator).update(limits)
+    engine.speculator._capacity = replace(engine.capacity, **limits)
     assert drafted(engine, 3, monkeypatch) == [drafts] * 3
 
 
-@pytest.mark.parametrize("rows, drafts", [(1, 15), (3, 4), (8, 1), (9, 0)])
-def test_with_all_weights_in_memory_few_positions_bring_drafts(monkeypatch, rows, drafts):
-    engine = make_engine(on_disk=())
-    assert drafted(engine, rows, monkeypatch) == [drafts] * rows
+def test_with_all_weights_in_memory_one_row_alone_brings_drafts(monkeypatch):
+    assert drafted(make_engine(on_disk=()), 1, monkeypatch) == [16]
+    assert drafted(make_engine(on_disk=()), 2, monkeypatch) == [0, 0]
 
 
 def test_what_is_rejected_again_and_again_is_guessed_less(monkeypatch):

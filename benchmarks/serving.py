@@ -27,7 +27,7 @@ MIXED = {"min": 8, "max": 128, "mean": 68}
 CLIENTS = (1, 8, 32)
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 # Java, the worker, the keys and values of 32 sequences and the resident layers, and little more.
-OFFLOADED_MEMORY = 1_500_000_000
+OFFLOADED_MEMORY = 2_200_000_000
 
 STATIC = """
 import json, sys, time

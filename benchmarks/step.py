@@ -1,5 +1,6 @@
-"""A step of the engine in this process, without a server: milliseconds at 1, 8 and 32 rows and for a prompt of 1,000
-tokens, as it is, with products that share an input made apart, and with SDPA, in turns; and where they go.
+"""A step of the engine in this process, without a server: milliseconds at 1, 8 and 32 rows, for 1,000 tokens of as many
+clients in a closed loop, and for a prompt of 1,000 tokens, as it is, with products that share an input made apart, and
+with SDPA, in turns; and where they go.
 
     python -m benchmarks.step                       # SmolLM2-135M and BLOOM-560m's shape in bfloat16
     python -m benchmarks.step --cpu-time            # of one thread, on a machine that has other things to do
@@ -58,6 +59,24 @@ def decode(engine: Engine, rows: int, clock: Callable[[], float]) -> float:
     return statistics.median(seconds)
 
 
+def closed_loop(engine: Engine, clients: int, clock: Callable[[], float]) -> float:
+    """Seconds for 1,000 tokens of so many clients, each of whom sends a new prompt once the one before is answered."""
+
+    def send(count: int) -> None:
+        for ids in torch.randint(10, 300, (count, PROMPT_TOKENS)).tolist():
+            engine.submit(Request(ids, {"max_new_tokens": NEW_TOKENS}, ignore_eos=True))
+
+    requests, began = 3 * clients, clock()
+    send(sent := clients)
+    while engine.has_work:
+        done = sum(job.finished for job in engine.step())
+        more = min(done, requests - sent)
+        send(more)
+        sent += more
+    engine.stats.generated_tokens = 0
+    return (clock() - began) * 1000 / (requests * NEW_TOKENS)
+
+
 def prefill(engine: Engine, clock: Callable[[], float]) -> float:
     """Seconds of a prompt that nothing is known of."""
     start(engine, 1, LONG_PROMPT, 1)
@@ -100,6 +119,9 @@ def main() -> None:
             engines[kind] = Engine(loaded.model, loaded.tokenizer, settings)
         engines["sdpa"] = engines["as it is"]
         measures = {f"{rows} rows": lambda engine, rows=rows: decode(engine, rows, clock) for rows in ROWS}
+        for clients in ROWS:
+            name = f"1,000 tokens of {clients} clients"
+            measures[name] = lambda engine, clients=clients: closed_loop(engine, clients, clock)
         measures[f"{LONG_PROMPT} tokens"] = lambda engine: prefill(engine, clock)
         measures["its products"] = lambda engine: products(engine, clock)
         for name, measure in measures.items():

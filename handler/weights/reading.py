@@ -19,6 +19,8 @@ ALIGNMENT = 4096  # bytes, which direct reads need of offsets, sizes and address
 _PIECE = 4 << 20  # bytes of one read; larger ones gain nothing, smaller ones leave the disk idle between them
 _CALIBRATION = 2.0  # seconds, for all methods together
 _WORTH = 1.1  # how much faster a method has to be than one before it
+# Of RWF_NOWAIT, by file systems and kernels; None by a Python that was built for a libc or a kernel without it.
+_REFUSALS = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, None)
 
 
 class ReadMethod(NamedTuple):
@@ -96,7 +98,7 @@ class Reader:
     bytes_read: how many so far, whole blocks, from the page cache too.
     kept: what is left in the page cache.
     bytes_lost: how many of it so far were there and were not when they were read again.
-    tells_what_is_cached: whether the file system can tell that; it is asked when something is read again.
+    tells_what_is_cached: whether file system and Python can tell that; they are asked when something is read again.
     """
 
     def __init__(self, method: ReadMethod):
@@ -159,15 +161,15 @@ class Reader:
         self.bytes_read += done
 
     def _is_cached(self, piece: Piece) -> bool:
-        """By its first byte: the kernel takes pages back in the order in which they were read. True where the file
-        system cannot tell."""
+        """By its second block: the kernel takes pages back in the order in which they were read, and of the first a
+        tensor before it may have a part, and let go of it. True where nobody can tell."""
         try:
-            file = self._file(piece.path, direct=False)
-            return os.preadv(file.fileno(), [bytearray(1)], piece.start, os.RWF_NOWAIT) == 1
+            file, at = self._file(piece.path, direct=False), piece.start + min(ALIGNMENT, piece.needed - 1)
+            return os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT) == 1
         except BlockingIOError:
             return False
-        except OSError as error:
-            self.tells_what_is_cached = error.errno != errno.EOPNOTSUPP
+        except (OSError, AttributeError, NotImplementedError) as error:
+            self.tells_what_is_cached &= getattr(error, "errno", None) not in _REFUSALS
             return True  # whatever else is wrong, the read itself finds out
 
     def _drop(self, piece: Piece) -> None:

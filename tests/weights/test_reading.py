@@ -93,20 +93,47 @@ def test_what_the_kernel_took_back_is_read_past_the_page_cache(file, method, tel
     assert [lost_by_reading() for _ in range(2)] == [0, 0] and reader._cached == set(pieces)
 
 
-def test_a_file_system_that_does_not_tell_what_is_cached(file, monkeypatch):
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        NotImplementedError("preadv2: flags unavailable on this platform"),  # a Python for an old libc
+        *(OSError(number, os.strerror(number)) for number in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)),
+        None,  # a Python that was built where the kernel had no such flag
+    ],
+    ids=repr,
+)
+def test_where_nobody_tells_what_is_cached(file, monkeypatch, refusal):
     preadv = os.preadv
 
     def refusing(fd, buffers, at, flags=0):
         if flags:
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+            raise refusal
         return preadv(fd, buffers, at)
 
     monkeypatch.setattr(os, "preadv", refusing)
+    if refusal is None:
+        monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
+    else:
+        monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
     reader, wanted = Reader(READ_METHODS[3]), Range(file, 0, SIZE)
     reader.keep(set(wanted.pieces))
     for _ in range(3):
         assert read(reader, wanted) == file.read_bytes()
     assert not reader.bytes_lost and not reader.tells_what_is_cached
+
+
+def test_a_neighbour_that_is_not_kept_takes_nothing_with_it(file, tells_what_is_cached):
+    """Tensors begin within blocks, which two of them then share, and one is dropped after each read."""
+    reader, border = Reader(READ_METHODS[3]), 5_000_001
+    before, kept, data = Range(file, 0, border), Range(file, border, SIZE - border), file.read_bytes()
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())  # what is not on the disk yet is not dropped, nor in part what was written at once
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    reader.keep(set(kept.pieces))
+    for _ in range(3):
+        for wanted in (before, kept):
+            assert read(reader, wanted) == data[wanted.start :][: wanted.size]
+    assert reader.bytes_lost == 0 and reader._cached == set(kept.pieces)
 
 
 def test_what_is_let_go_of_while_it_is_read_is_dropped(file, monkeypatch):

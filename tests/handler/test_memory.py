@@ -178,14 +178,17 @@ def test_the_page_cache_has_what_keys_and_values_do_not_take_now(bloom, tmp_path
     settings = Settings(max_memory={"cpu": 0}, max_batch_size=32, num_speculative_tokens=0)
     loaded = load_model(bloom, settings, tmp_path)
     engine, streamed = Engine(loaded.model, loaded.tokenizer, settings), loaded.streamed
+    streamed._arena = streaming._Arena(reading.ALIGNMENT)  # what is read ahead may count for either of two steps
     reader, size = streamed.reader, sum(piece.size for piece in streamed._pieces)
-    free, read, from_disk, stored_before, steps = KEPT + 1_950_000, reader._read, [], [], []
+    free, read, pieces = KEPT + 1_950_000, reader._read, set(streamed._pieces)
+    from_disk, stored_before, steps = [], [], []
 
     def stored():
         return sum(store.nbytes for store in engine._cache._stores())
 
     def counted(piece, buffer):
-        from_disk.append(0 if piece in reader._cached else piece.size)
+        if piece in pieces and piece not in reader._cached:  # no row of the embedding
+            from_disk.append(piece.size)
         read(piece, buffer)
 
     def after_step():
@@ -208,8 +211,8 @@ def test_the_page_cache_has_what_keys_and_values_do_not_take_now(bloom, tmp_path
     (few_stored, all_kept, little_read), (many_stored, some_kept, much_read), again = ends
     assert many_stored > 10 * few_stored
     assert all_kept == again[1] == size and 0 < some_kept < size // 2
-    assert little_read < size // 8  # rows of the embedding
-    assert size - some_kept <= much_read < size - some_kept + size // 4
+    assert little_read < size // 8
+    assert size - some_kept <= much_read < size - some_kept + size // 8
 
 
 def test_on_a_gpu_the_host_holds_no_keys_and_values(loaded, monkeypatch):

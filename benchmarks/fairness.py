@@ -42,7 +42,9 @@ def make_engine(model: PreTrainedModel, kv_cache_memory: int | None = None) -> A
 
     if not hasattr(engine, "EngineConfig"):
         return engine.Engine(model, train_tokenizer(), kv_cache_bytes=kv_cache_memory, max_queue=300)
-    config = engine.EngineConfig(max_queue=300, max_wait=MAX_WAIT, kv_cache_memory=kv_cache_memory)
+    config = engine.EngineConfig(
+        max_queue=300, max_wait=MAX_WAIT, kv_cache_memory=kv_cache_memory, num_speculative_tokens=0
+    )
     return engine.Engine(model, train_tokenizer(), config)
 
 

@@ -111,13 +111,14 @@ class Reader:
         self._pool = ThreadPoolExecutor(method.threads, thread_name_prefix="weights")
         self._files: dict[tuple[Path, bool], FileIO] = {}  # by path, and whether it is open for direct reads
 
-    def start(self, source: Range, buffer: memoryview) -> list[Future]:
+    def start(self, source: Range, buffer: memoryview, drop: bool = True) -> list[Future]:
         """Begin to read the blocks around `source` into `buffer`, at least `aligned_size` bytes at an aligned address.
 
+        drop: let go of them in the page cache if they are not among those to be kept there.
         Each future raises OSError when the file cannot be read, or ends too early.
         """
         return [
-            self._pool.submit(self._read, piece, buffer[piece.start - source.aligned_start :][: piece.size])
+            self._pool.submit(self._read, piece, buffer[piece.start - source.aligned_start :][: piece.size], drop)
             for piece in source.pieces
         ]
 
@@ -132,7 +133,7 @@ class Reader:
         self._pool.shutdown(cancel_futures=True)
         self._files.clear()
 
-    def _read(self, piece: Piece, buffer: memoryview) -> None:
+    def _read(self, piece: Piece, buffer: memoryview, drop: bool = True) -> None:
         path, start, size, needed, following = piece
         keeps, done, direct = piece in self.kept, 0, self.method.direct
         try:
@@ -153,7 +154,7 @@ class Reader:
                 done += got
             if keeps and piece in self.kept:
                 self._cached.add(piece)
-            elif not direct:  # or whoever asked for it to be dropped meanwhile came too early
+            elif drop and not direct:  # or whoever asked for it to be dropped meanwhile came too early
                 self._drop(piece)
         except OSError:
             self._files.pop((path, direct), None)  # the next try opens it anew, which a network's file system may need

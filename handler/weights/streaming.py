@@ -173,7 +173,7 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
         for row in rows.unique().tolist():
             source = Range(stored.range.path, stored.range.start + row * width, width)
             at = source.aligned_start - stored.range.aligned_start
-            pieces += self.reader.start(source, buffer.data[at:])
+            pieces += self.reader.start(source, buffer.data[at:], drop=False)  # of a tied head's that may be kept
         self._looked_up[name] = _Arriving(stored, buffer, pieces)
 
     def _large(self) -> list[str]:

@@ -186,10 +186,10 @@ def test_the_page_cache_has_what_keys_and_values_do_not_take_now(bloom, tmp_path
     def stored():
         return sum(store.nbytes for store in engine._cache._stores())
 
-    def counted(piece, buffer):
+    def counted(piece, *rest):
         if piece in pieces and piece not in reader._cached:  # no row of the embedding
             from_disk.append(piece.size)
-        read(piece, buffer)
+        read(piece, *rest)
 
     def after_step():
         steps.append((stored(), streamed.page_cache_bytes, sum(from_disk)))

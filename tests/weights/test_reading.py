@@ -136,6 +136,18 @@ def test_a_neighbour_that_is_not_kept_takes_nothing_with_it(file, tells_what_is_
     assert reader.bytes_lost == 0 and reader._cached == set(kept.pieces)
 
 
+def test_a_row_of_what_is_kept_leaves_it_there(file, tells_what_is_cached):
+    reader, wanted, row = Reader(READ_METHODS[3]), Range(file, 0, SIZE), Range(file, ALIGNMENT, 10)
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    reader.keep(set(wanted.pieces))
+    for _ in range(2):
+        assert read(reader, wanted) == file.read_bytes()
+        for future in reader.start(row, aligned_memory(row.aligned_size).data, drop=False):
+            future.result()
+    assert reader.bytes_lost == 0
+
+
 def test_what_is_let_go_of_while_it_is_read_is_dropped(file, monkeypatch):
     reader, wanted, dropped = Reader(READ_METHODS[3]), Range(file, 0, SIZE), []
     reader.keep(set(wanted.pieces))

@@ -111,7 +111,10 @@ def test_of_the_input_embedding_only_rows_that_are_looked_up_are_read(load, bloo
     table = stored(bloom)["transformer.word_embeddings.weight"]
     read = []
     start = loaded.streamed.reader.start
-    loaded.streamed.reader.start = lambda wanted, *args: (read.append(wanted.size), start(wanted, *args))[1]
+    loaded.streamed.reader.start = lambda wanted, *args, **kwargs: (
+        read.append(wanted.size),
+        start(wanted, *args, **kwargs),
+    )[1]
     embedding = loaded.model.get_input_embeddings()
     for ids in ([[5, 6, 7, 8]], [[300, 5], [5, 5]], [[0, 383]]):
         assert torch.equal(embedding(torch.tensor(ids)), table[torch.tensor(ids)])
@@ -137,10 +140,10 @@ def read_from_disk(reader):
     """Wraps a reader; what it then reads that is not in the page cache by its own account."""
     pieces, read = [], reader._read
 
-    def reading(piece, buffer):
+    def reading(piece, *rest):
         if piece not in reader._cached:
             pieces.append(piece)
-        read(piece, buffer)
+        read(piece, *rest)
 
     reader._read = reading
     return pieces

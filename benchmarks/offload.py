@@ -58,7 +58,7 @@ from handler.engine import Engine, Request
 from handler.loading import load_model
 from handler.memory import page_cache_room, with_kv_cache_limit
 from handler.settings import Settings
-from handler.weights.reading import fastest_reader
+from handler.weights.reading import _rate
 
 folder, clients, new, options = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 
@@ -96,10 +96,15 @@ while not all(job.sequences[0].token_ids for job in jobs):
 streamed, steps, read, started = loaded.streamed, 0, disk_reads(), time.perf_counter()
 tokens = -sum(len(job.sequences[0].token_ids) for job in jobs)
 waited, forward = streamed.wait_seconds if streamed else 0, engine.forward_seconds
+raw, measuring, measured = [], 0.0, 0  # between steps: the disk gives more for a while than it can for long
 while engine.has_work:
     engine.step()
     steps += 1
-seconds = time.perf_counter() - started
+    if streamed and streamed.reader.method.direct and steps % 3 == 0:
+        began, of_steps = time.perf_counter(), disk_reads()
+        raw.append(_rate(streamed.reader.method, streamed._pieces, 1.0))
+        measuring, measured = measuring + time.perf_counter() - began, measured + disk_reads() - of_steps
+seconds = time.perf_counter() - started - measuring
 tokens += sum(len(job.sequences[0].token_ids) for job in jobs)
 on_disk = sum(part.bytes for part in loaded.placement.parts if part.device == "disk")
 report |= {
@@ -110,14 +115,13 @@ report |= {
     "resident_peak": peak[0],
 }
 if streamed:
-    from_disk = disk_reads() - read
-    # A disk may give more for a while than it can for long.
-    raw = {"before": streamed.rate, "after": fastest_reader([s.range for s in streamed._stored.values()])[1]}
+    from_disk = disk_reads() - read - measured
+    best = sum(raw) / len(raw) if raw else streamed.rate
     report |= {
         "bytes_read_over_disk_tier": from_disk / steps / on_disk,
         "method": str(streamed.reader.method),
-        "read_rate_over_raw": from_disk / seconds / max(raw.values()),
-        "raw_bytes_per_second": raw,
+        "read_rate_over_raw": from_disk / seconds / best,
+        "raw_bytes_per_second": best,
         "share_waited": (streamed.wait_seconds - waited) / (engine.forward_seconds - forward),
     }
 print(json.dumps(report))

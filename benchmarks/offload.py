@@ -6,9 +6,9 @@
 Of the hour, making the checkpoints takes most; they stay.
 
 For each format and number of clients: tokens a second of this package's engine, beside Accelerate's own `generate` of
-one client in 16 bits in the same group; bytes read a step over those of the disk tier; the rate of reading over the
-best of raw reads of the same files. Nothing is guessed ahead: random weights repeat themselves, which would flatter.
-JSON goes to benchmarks/results/, where runs with other memory stay, and a plot to docs/.
+one client in 16 bits in the same group; bytes read a step over those of the disk tier; the rate of reading over that of
+raw reads of the same files between the steps. Nothing is guessed ahead: random weights repeat themselves, which would
+flatter. JSON goes to benchmarks/results/, where runs with other memory stay, and a plot to docs/.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.checkpoints import WORK, bloom_7b1
-from benchmarks.machine import commit, processor
+from benchmarks.machine import commit, control_group, processor
 from handler.settings import parse_size
 
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
@@ -116,12 +116,12 @@ report |= {
 }
 if streamed:
     from_disk = disk_reads() - read - measured
-    best = sum(raw) / len(raw) if raw else streamed.rate
+    raw_rate = sum(raw) / len(raw) if raw else streamed.rate
     report |= {
         "bytes_read_over_disk_tier": from_disk / steps / on_disk,
         "method": str(streamed.reader.method),
-        "read_rate_over_raw": from_disk / seconds / best,
-        "raw_bytes_per_second": best,
+        "read_rate_over_raw": from_disk / seconds / raw_rate,
+        "raw_bytes_per_second": raw_rate,
         "share_waited": (streamed.wait_seconds - waited) / (engine.forward_seconds - forward),
     }
 print(json.dumps(report))
@@ -173,7 +173,7 @@ def quantized(folder: Path, name: str) -> Path:
 
 def child(memory: int, folder: Path, code: str, *arguments: str) -> dict:
     """What a process prints as its last line that has `memory` bytes, the page cache included; why not, if it died."""
-    with control_group(memory) as group:
+    with memory_group(memory) as group:
         for path in folder.iterdir():  # what is cached already would count for nobody in the group
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -187,10 +187,8 @@ def child(memory: int, folder: Path, code: str, *arguments: str) -> dict:
 
 
 @contextmanager
-def control_group(memory: int) -> Iterator[Path]:
-    group = MEMORY_GROUPS / "benchmark-offload"
-    group.mkdir(exist_ok=True)
-    (group / "memory.limit_in_bytes").write_text(str(memory))
+def memory_group(memory: int) -> Iterator[Path]:
+    group = control_group(MEMORY_GROUPS / "benchmark-offload", "memory.limit_in_bytes", memory)
     try:
         yield group
     finally:

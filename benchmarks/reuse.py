@@ -1,6 +1,6 @@
 """What guessed tokens and kept prompts save, in a control group, so that the page cache cannot flatter anyone.
 
-    python -m benchmarks.reuse                          # 20 minutes, root
+    python -m benchmarks.reuse                          # eight minutes, root
     python -m benchmarks.reuse --only draft             # or speculation, or prefix
 
 Each time is taken beside the one that it is compared with, by turns and each of the two first as often, so that what

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.checkpoints import WORK, bloom_560m
+from benchmarks.machine import control_group, inside
 from scripts.archive import archive
 from server.torchserve import TorchServe, free_port
 
@@ -173,14 +174,8 @@ def limited_memory(limit: int | None, folder: Path) -> Iterator[None]:
     for path in folder.iterdir():  # what is cached already counts for nobody in the group
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    group = MEMORY_GROUPS / "benchmark-serving"
-    group.mkdir(exist_ok=True)
-    (group / "memory.limit_in_bytes").write_text(str(limit))
-    (group / "cgroup.procs").write_text(str(os.getpid()))
-    try:
+    with inside(control_group(MEMORY_GROUPS / "benchmark-serving", "memory.limit_in_bytes", limit)):
         yield
-    finally:
-        (MEMORY_GROUPS / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def main() -> None:

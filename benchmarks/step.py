@@ -38,8 +38,9 @@ from handler.weights import packed
 PROMPT_TOKENS, NEW_TOKENS, ROWS, LONG_PROMPT, ROUNDS = 32, 64, (1, 8, 32), 1000, 3
 
 
-def start(engine: Engine, rows: int, tokens: int, new: int) -> None:
-    generator = torch.Generator().manual_seed(rows)
+def start(engine: Engine, rows: int, tokens: int, new: int, generator: torch.Generator | None = None) -> None:
+    """Submit prompts: the same ones each time, unless a generator that goes on makes others."""
+    generator = generator or torch.Generator().manual_seed(rows)
     for _ in range(rows):
         ids = torch.randint(10, 300, (tokens,), generator=generator).tolist()
         engine.submit(Request(ids, {"max_new_tokens": new}, ignore_eos=True))
@@ -61,17 +62,12 @@ def decode(engine: Engine, rows: int, clock: Callable[[], float]) -> float:
 
 def closed_loop(engine: Engine, clients: int, clock: Callable[[], float]) -> float:
     """Seconds for 1,000 tokens of so many clients, each of whom sends a new prompt once the one before is answered."""
-
-    def send(count: int) -> None:
-        for ids in torch.randint(10, 300, (count, PROMPT_TOKENS)).tolist():
-            engine.submit(Request(ids, {"max_new_tokens": NEW_TOKENS}, ignore_eos=True))
-
     requests, began = 3 * clients, clock()
-    send(sent := clients)
+    start(engine, sent := clients, PROMPT_TOKENS, NEW_TOKENS, torch.default_generator)
     while engine.has_work:
         done = sum(job.finished for job in engine.step())
         more = min(done, requests - sent)
-        send(more)
+        start(engine, more, PROMPT_TOKENS, NEW_TOKENS, torch.default_generator)
         sent += more
     engine.stats.generated_tokens = 0
     return (clock() - began) * 1000 / (requests * NEW_TOKENS)

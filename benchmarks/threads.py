@@ -7,7 +7,6 @@ group's quota has CPUs: beside busy processes, alone, or with a quota.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import processor
+from benchmarks.machine import control_group, inside, processor
 from handler.weights.threads import FreeCores
 from server.torchserve import cpu_quota
 
 ROWS, OUT, IN, LAYERS, SECONDS = 8, 1536, 576, 100, 4
-CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
+CPU_GROUPS, PERIOD = Path("/sys/fs/cgroup/cpu"), 100_000  # microseconds
 
 
 def rate(cores: FreeCores | None) -> float:
@@ -44,15 +43,12 @@ def limited(cpus: float | None) -> Iterator[None]:
     if cpus is None:
         yield
         return
-    group = CPU_GROUPS / "benchmark-threads"
-    group.mkdir(exist_ok=True)
-    period = int((group / "cpu.cfs_period_us").read_text())
-    (group / "cpu.cfs_quota_us").write_text(str(int(cpus * period)))
-    (group / "cgroup.procs").write_text(str(os.getpid()))
+    group = control_group(CPU_GROUPS / "benchmark-threads", "cpu.cfs_quota_us", int(cpus * PERIOD))
+    (group / "cpu.cfs_period_us").write_text(str(PERIOD))
     try:
-        yield
+        with inside(group):
+            yield
     finally:
-        (CPU_GROUPS / "cgroup.procs").write_text(str(os.getpid()))
         group.rmdir()
 
 

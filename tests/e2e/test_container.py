@@ -18,7 +18,7 @@ from scripts.releases import release_uri
 from scripts.upload import upload
 from server.container import PROBE_SECONDS, SETTLE_SECONDS
 from server.properties import parse_properties
-from tests.e2e.asking import PROMPT, complete, describe, events, infer, predict
+from tests.e2e.asking import ENDLESS, PROMPT, complete, describe, events, infer, predict
 from tests.e2e.conftest import ENTRY, READY_TIMEOUT, REPOSITORY_SETTINGS, fetch, kill
 from tests.nginx import needs_nginx, with_nginx
 
@@ -52,7 +52,7 @@ def test_probes_drain_and_end(container, mount):
             assert time.monotonic() - began < 60
         # A worker in a long step answers nothing. It is busy nevertheless.
         (worker,) = [process for process in pod.family() if "model_service_worker" in " ".join(process.cmdline())]
-        answer = complete(pod.url, max_tokens=1900, ignore_eos=True, stream=True)
+        answer = complete(pod.url, **{**ENDLESS, "max_tokens": 1900}, stream=True)
         worker.suspend()
         answers = []
         long = threading.Thread(target=lambda: answers.extend(events(answer)))
@@ -102,7 +102,7 @@ def test_through_nginx_as_to_torchserve_itself(container, mount, generated):
             assert len([part for part in parts if part]) > 1 and "".join(parts) == whole
         assert predict(pod.url, PROMPT, temperature="hot").status_code == 400
         # A client that hangs up is noticed.
-        answer = complete(pod.url, max_tokens=1900, ignore_eos=True, stream=True)
+        answer = complete(pod.url, **{**ENDLESS, "max_tokens": 1900}, stream=True)
         assert next(answer.iter_content(1)) and describe(pod.url)["engine"]["running"] == 1
         answer.close()
         deadline = time.monotonic() + 60

@@ -70,7 +70,9 @@ def _render(archive: Path, model_store: Path, metrics: Path, ports: dict[str, in
         "metrics_mode": "prometheus",
         "metrics_config": metrics,
         "model_metrics_auto_detect": "true",  # for a handler that is newer than that file
-        "vmargs": "-Xmx1g",  # Java would take up to a quarter of the machine's memory, which the model needs
+        # Java would take up to a quarter of the machine's memory, and cores to compile its code a second time; the model
+        # needs both.
+        "vmargs": "-Xmx1g -XX:TieredStopAtLevel=1",
         "job_queue_size": 1000,
         # TorchServe's worker parses JSON before the handler sees it, and nobody else is served meanwhile: 50 ms for the
         # worst 1 MiB on one core. A prompt of 250,000 tokens fits.

@@ -118,7 +118,7 @@ def long_lists():
         yield "sequence_bias", [[[5] * (count - 1), 1.0]], count == 4096
 
 
-@pytest.mark.parametrize("name, value, fits", long_lists())
+@pytest.mark.parametrize("name, value, fits", list(long_lists()))
 def test_no_list_holds_the_engine_up(send, name, value, fits):
     status, answer, _ = send({"instances": ["a"], "parameters": {name: value, "max_new_tokens": 1}})
     assert status == (200 if fits else 400)

@@ -43,9 +43,9 @@ def test_short_reads_go_on_where_they_ended(file, monkeypatch, method):
     assert read(Reader(method), Range(file, 100, SIZE - 200)) == file.read_bytes()[100:-100]
 
 
-@pytest.mark.parametrize("method", READ_METHODS[:4:3], ids=str, indirect=True)
+@pytest.mark.parametrize("method", READ_METHODS[1:4:2], ids=str, indirect=True)
 def test_a_file_that_was_cut_is_an_error_and_can_be_read_again(file, method):
-    data, reader = file.read_bytes(), Reader(method)
+    data, reader = file.read_bytes(), Reader(method)  # of one thread: another may have it open anew when one fails
     wanted = Range(file, 0, SIZE)
     os.truncate(file, SIZE // 2)
     with pytest.raises(OSError, match="weights ends too early"):

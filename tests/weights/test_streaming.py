@@ -132,8 +132,9 @@ def test_small_tensors_stay(load, monkeypatch):
 
 @pytest.fixture
 def in_pieces(monkeypatch):
-    """Tensors of several pieces each, as large ones are."""
+    """Tensors of several pieces each, as large ones are; the kernel takes none of them back meanwhile."""
     monkeypatch.setattr(reading, "_PIECE", reading.ALIGNMENT)
+    monkeypatch.setattr(Reader, "_is_cached", lambda *_: True)
 
 
 def read_from_disk(reader):

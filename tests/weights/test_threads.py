@@ -1,4 +1,4 @@
-import os
+import time
 
 import pytest
 import torch
@@ -50,9 +50,11 @@ def test_no_more_threads_than_at_the_beginning(machine):
 
 
 def test_own_time_is_not_that_of_others():
-    (busy, own), started = threads._used(), os.times().elapsed
-    while os.times().elapsed < started + 0.3:
+    busy, own = threads._used()
+    if not busy:
+        pytest.skip("the kernel does not tell how busy its cores are")
+    while time.process_time() < own + 0.3:  # however long that takes beside others
         pass
     busy_after, own_after = threads._used()
-    assert own_after - own > 0
+    assert own_after - own >= 0.3
     assert busy_after - busy > own_after - own - 0.1  # ticks of 10 ms

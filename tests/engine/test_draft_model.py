@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from handler.engine import Request, draft_model, scheduler, speculation
 from handler.engine.draft_model import DraftModel
+from handler.engine.forward_cost import ForwardCost
 
 from .conftest import KINDS, VOCAB, make_model, prompt_ids, reference
 from .test_speculation import ANY_TEXT, REQUESTS, answers, make_engine
@@ -20,6 +21,7 @@ def engine_with(draft, kind="llama", seconds=0.0, **config):
     """With a draft model that it believes to take so many seconds a forward, whatever it measures."""
     engine = make_engine(kind, **config)
     model = engine.speculator.draft_model = DraftModel(draft, VOCAB)
+    model._cost = ForwardCost()  # it has measured a forward already
     model._cost.reading, model._cost.record = seconds, lambda *_: None
     return engine
 

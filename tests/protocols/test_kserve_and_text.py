@@ -125,8 +125,8 @@ def test_a_full_queue(send, engine):
 
 
 def test_a_deadline(send):
-    status, answer, _ = send({"instances": [PROMPT], "parameters": {"max_time": 0.05, "max_new_tokens": 1900}})
-    assert status == 408 and "0.05 s" in answer["error"]["message"]
+    status, answer, _ = send({"instances": [PROMPT], "parameters": {"max_time": 0.001, "max_new_tokens": 1900}})
+    assert status == 408 and "0.001 s" in answer["error"]["message"]
 
 
 def test_information(send):

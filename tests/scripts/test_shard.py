@@ -192,9 +192,7 @@ def peak_memory(*command: str) -> int:
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     peak = 0
     while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        lines = [line.split() for line in status.splitlines() if line.startswith("RssAnon")]
-        peak = max([peak, *(int(line[1]) * 1024 for line in lines)])
+        peak = max(peak, anonymous_bytes(Path(f"/proc/{process.pid}/status").read_text()))
         time.sleep(0.001)
     assert process.returncode == 0, process.communicate()[1]
     process.communicate()
@@ -203,7 +201,15 @@ def peak_memory(*command: str) -> int:
 
 @pytest.fixture(scope="module")
 def import_memory() -> int:
-    return peak_memory("-c", "import scripts.shard")
+    """What it has in the end, which samples might miss."""
+    code = "import scripts.shard; print(open('/proc/self/status').read())"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return anonymous_bytes(printed)
+
+
+def anonymous_bytes(status: str) -> int:
+    """Of a process by its /proc/PID/status; 0 once it has ended."""
+    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

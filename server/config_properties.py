@@ -70,7 +70,7 @@ def _render(archive: Path, model_store: Path, metrics: Path, ports: dict[str, in
         "metrics_mode": "prometheus",
         "metrics_config": metrics,
         "model_metrics_auto_detect": "true",  # for a handler that is newer than that file
-        # Java would take up to a quarter of the machine's memory, and cores to compile its code a second time; the model
+        # Java would take up to a quarter of the machine's memory, and cores to compile its code a second time: the model
         # needs both.
         "vmargs": "-Xmx1g -XX:TieredStopAtLevel=1",
         "job_queue_size": 1000,

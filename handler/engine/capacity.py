@@ -16,13 +16,15 @@ logger = logging.getLogger(__name__)
 _FALLBACK_LENGTH = 2048  # tokens, for a model whose config names no limit
 _MOST_DRAFTS = 32  # of all sequences in a step
 _IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
+# Logits that are sampled from at once: to sort rows of them, as typical_p asks, takes up to _SORT_BYTES for each.
+SAMPLED_LOGITS, _SORT_BYTES = 1 << 21, 50
 # Prompt positions whose logits are kept in a step, for log-probabilities, and of which float32 is made at once.
-PROMPT_LOGPROB_TOKENS, PROMPT_LOGPROB_ROWS = 128, 32
+PROMPT_LOGPROB_TOKENS, PROMPT_LOGPROB_ROWS = 128, 8
 # oneDNN keeps what it made for a matrix and a number of rows, 0.6 MB, and of these the last KERNELS (its own limit is
 # 1024); server/torchserve.py sets it. Of what oneDNN gives up 0.3 MB stays for good, which is not counted: it grows
 # with the numbers of rows that were ever met.
 KERNELS = 64
-_KERNEL_BYTES = 600_000
+KERNEL_BYTES = 600_000
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Capacity:
         kv_cache_bytes = tokens * architecture.kv_bytes_per_token
         if config.kv_cache_memory is not None:
             kv_cache_bytes = min(kv_cache_bytes, config.kv_cache_memory)
-        padded = max(idle_chunk, config.max_batch_size)
+        padded = min(max(idle_chunk, config.max_batch_size), tokens)
         cached = kv_cache_bytes // architecture.kv_bytes_per_token
         return cls(
             max_sequence_length=length,
@@ -104,11 +106,13 @@ def activation_bytes(architecture: Architecture, rows: int, padded: int, cached:
         attention += 2 * item * max(BLOCK_SCORES, cached * architecture.num_attention_heads)
     # An activation function in steps has four of the inner size; 16-bit inputs are widened where the CPU lacks them.
     mlp = padded * (item * (5 * hidden + 4 * inner) + (4 * inner if item < 4 else 0))
-    # Logits of prompts, some of their rows in float32 with their logarithms; those that are sampled from are sorted.
+    # Logits of prompts, some of their rows in float32 with their logarithms; those that are sampled from, with theirs,
+    # or some of their rows sorted.
     positions, widened = min(padded, PROMPT_LOGPROB_TOKENS), min(padded, PROMPT_LOGPROB_ROWS)
     prompt = architecture.vocab_size * (item * positions + 12 * widened)
-    sampled = architecture.vocab_size * (item * (rows + _MOST_DRAFTS) + 28 * rows)
-    return max(attention, mlp, prompt, sampled) + architecture.product_bytes + KERNELS * _KERNEL_BYTES
+    sorted_rows = min(rows, max(1, SAMPLED_LOGITS // architecture.vocab_size))
+    sampled = architecture.vocab_size * (item * (rows + _MOST_DRAFTS) + max(12 * rows, _SORT_BYTES * sorted_rows))
+    return max(attention, mlp, prompt, sampled) + architecture.product_bytes + KERNELS * KERNEL_BYTES
 
 
 def _max_sequence_length(architecture: Architecture, config: EngineConfig) -> int:

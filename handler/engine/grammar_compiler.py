@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .errors import InvalidRequest, QueueFull
 from .grammar import Compilation, refused
+from .heap import release_freed_memory
 from .request import Grammar
 
 _MAX_BYTES = 64 * 1024  # of a schema or an expression
@@ -72,6 +73,7 @@ class GrammarCompiler:
             self._tokenizer = _library_tokenizer(tokenizer, max(vocab_size, len(tokenizer)))
         except Exception as error:  # every request that needs it will say so
             self._unusable = str(error)
+        release_freed_memory()  # of the vocabulary as text
         self._threads = ThreadPoolExecutor(_MAX_PENDING, thread_name_prefix="grammar")  # most of them wait
         self._pending: list[Future[LLMatcher]] = []
         self._compilations: WeakValueDictionary[tuple[str, Grammar], Compilation] = WeakValueDictionary()

@@ -23,6 +23,11 @@ _COLUMN_STEP = 32
 _SPARE_COLUMNS = 1.125
 
 
+def with_spare_columns(columns: int) -> int:
+    """Columns that are allocated where so many are needed and memory does not end."""
+    return math.ceil(columns * _SPARE_COLUMNS / _COLUMN_STEP) * _COLUMN_STEP
+
+
 class ForwardContext:
     """Where the keys and values of one forward belong. Shared by all layers.
 
@@ -171,8 +176,7 @@ class KVCache(Cache):
         if columns <= allocated_columns < 2 * columns:
             columns = max(columns, min(allocated_columns, room // rows))
         else:  # prefixes make way for the spare columns too, or the store would be copied for each few tokens
-            allocated_columns = math.ceil(columns * _SPARE_COLUMNS / _COLUMN_STEP) * _COLUMN_STEP
-            columns = max(columns, min(allocated_columns, capacity // rows))
+            columns = max(columns, min(with_spare_columns(columns), capacity // rows))
         if not allocated_rows // 4 < rows <= allocated_rows:
             allocated_rows = 2 * min(rows, allocated_rows)
         return max(rows, min(allocated_rows, room // columns)), columns

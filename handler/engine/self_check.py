@@ -52,9 +52,11 @@ def _largest_difference(model: PreTrainedModel, architecture: Architecture) -> f
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(architecture.vocab_size, (_TOKENS,), generator=generator).tolist()
     longer, shorter, whole = (Row(token_ids, row, needs_prompt_logprobs=True) for row in range(3))
-    runner = ModelRunner(model, architecture, KVCache(3 * 64, None, architecture.kv_bytes_per_token))
+    cache = KVCache(3 * 64, None, architecture.kv_bytes_per_token)
+    runner = ModelRunner(model, architecture, cache)
     _forward(runner, {longer: 7, shorter: 3})
     of_longer, of_shorter, of_whole = _forward(runner, {longer: 5, shorter: 9, whole: 12})
+    cache.layers.clear()  # they refer to the cache, and would live until the interpreter looks for such circles
     return max(_median_difference(of_longer, of_whole[7:]), _median_difference(of_shorter, of_whole[3:]))
 
 

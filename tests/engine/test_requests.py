@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from handler.engine import Engine, EngineConfig, InvalidRequest, PromptTooLong, QueueFull, QueueTimeout, Request
+from handler.engine import engine as engine_module
 
 from .conftest import CONTEXT, VOCAB, make_model, prompt_ids, reference
 
@@ -143,6 +144,28 @@ def test_a_sampling_parameter_turns_sampling_on(engine, parameters):
         fixed.pop("temperature")
     texts = {tuple(run(engine, parameters=fixed | parameters | {"seed": s}).sequences[0].token_ids) for s in range(8)}
     assert len(texts) > 1
+
+
+def test_as_many_rows_are_sampled_at_once_as_there_is_memory_for(engine, monkeypatch):
+    """To sort many rows of a large vocabulary takes several times the logits' memory. What is drawn stays the same."""
+
+    def drawn():
+        parameters = [{"do_sample": True, "typical_p": 0.9, "top_k": 0, "seed": seed} for seed in range(5)]
+        jobs = [engine.submit(Request(PROMPT, values | {"max_new_tokens": 4})) for values in parameters]
+        while engine.has_work:
+            engine.step()
+        return [job.sequences[0].token_ids for job in jobs]
+
+    expected, rows, sample = drawn(), [], engine_module.sample
+
+    def counted(logits, *rest):
+        rows.append(len(logits))
+        return sample(logits, *rest)
+
+    monkeypatch.setattr(engine_module, "sample", counted)
+    monkeypatch.setattr(engine_module, "SAMPLED_LOGITS", 2 * VOCAB)
+    assert drawn() == expected
+    assert max(rows) == 2
 
 
 def test_temperature_zero_is_greedy(engine):

@@ -1,10 +1,14 @@
 """The engine refuses, when it is made, a model whose rows depend on one another; rounding is no reason."""
 
+import gc
+
 import pytest
 import torch
 
-from handler.engine import Engine, UnsupportedModel, model_runner
+from handler.engine import Engine, UnsupportedModel, model_runner, self_check
+from handler.engine.architecture import Architecture
 from handler.engine.attention import UNSEEN, key_positions
+from handler.engine.kv_cache import RowLayer
 
 from .architectures import RUNS
 from .conftest import make_model, make_tokenizer
@@ -60,3 +64,17 @@ def test_a_lack_of_memory_is_not_the_models_fault(monkeypatch):
 def test_it_leaves_nothing_in_the_cache():
     engine = Engine(make_model("llama"), make_tokenizer())
     assert not engine._cache.layers
+
+
+def test_the_checks_rows_are_gone_when_it_is_through():
+    """And not when the interpreter happens to look for what refers to itself: of a large model they are 50 MB."""
+    model = make_model("bloom")
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(thing) for thing in gc.get_objects() if isinstance(thing, RowLayer)}
+        self_check.check_rows(model, Architecture.of(model))
+        left = [thing for thing in gc.get_objects() if isinstance(thing, RowLayer) and id(thing) not in before]
+        assert not left
+    finally:
+        gc.enable()

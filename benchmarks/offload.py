@@ -24,6 +24,7 @@ from pathlib import Path
 from benchmarks.checkpoints import WORK, bloom_7b1
 from benchmarks.machine import commit, control_group, processor
 from handler.settings import parse_size
+from server.torchserve import MEMORY
 
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 PLOT = Path("docs/offload.svg")
@@ -56,31 +57,30 @@ from functools import partial
 from pathlib import Path
 from handler.engine import Engine, Request
 from handler.loading import load_model
-from handler.memory import page_cache_room, with_kv_cache_limit
+from handler.memory import free_host_memory, page_cache_room, with_kv_cache_limit
 from handler.settings import Settings
 from handler.weights.reading import _rate
+from scripts.plan import make_plan
+from scripts.plan.make_plan import RUNTIME_BYTES
 
 folder, clients, new, options = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 
-def resident():  # but for the pages of mapped files, which the kernel takes back when it wants
-    status = Path("/proc/self/status").read_text()
-    return sum(int(re.search(rf"{field}:\\s+(\\d+)", status)[1]) for field in ("RssAnon", "RssShmem")) * 1024
+def resident():  # its libraries' pages too; of the page cache, what nobody has mapped is not in it
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 def disk_reads():
     return int(re.search(r"read_bytes: (\\d+)", Path("/proc/self/io").read_text())[1])
 
-settings = Settings(max_batch_size=32, max_sequence_length=64, **options)
-started, before = time.perf_counter(), resident()
+settings = Settings(**{"max_batch_size": 32, "max_sequence_length": 64, **options})
+plan = make_plan(folder, settings, [], free_host_memory() + RUNTIME_BYTES)
+started = time.perf_counter()
 loaded = load_model(folder, settings, folder.parent / "work")
 settings = with_kv_cache_limit(settings, loaded.model, loaded.placement)
 engine = Engine(loaded.model, loaded.tokenizer, settings)
 if loaded.streamed:
     loaded.streamed.page_cache_room = partial(page_cache_room, engine)
 on_cpu = sum(part.bytes for part in loaded.placement.parts if part.device == "cpu")
-capacity = engine.capacity  # what make plan adds up, with what this process is without a model in place of a worker's
-activations = capacity.activation_bytes + loaded.placement.main_device_bytes
-planned = before + on_cpu + activations + capacity.kv_cache_bytes + capacity.kv_copy_bytes
-report = {"seconds_to_ready": time.perf_counter() - started, "planned": planned, "resident_at_ready": resident()}
+report = {"seconds_to_ready": time.perf_counter() - started, "planned_ready": plan.ready, "resident_ready": resident()}
 peak = [0]
 
 def watch():
@@ -89,8 +89,9 @@ def watch():
         time.sleep(0.02)
 
 threading.Thread(target=watch, daemon=True).start()
-parameters = {"min_new_tokens": new, "max_new_tokens": new}
-jobs = [engine.submit(Request(list(range(10 + n, 18 + n)), parameters)) for n in range(clients)]
+parameters = {"min_new_tokens": new, "max_new_tokens": new, **json.loads(sys.argv[5])}
+prompt = settings.max_sequence_length - new  # so that rows are full, as a plan has them
+jobs = [engine.submit(Request([10 + (n + i) % 350 for i in range(prompt)], parameters)) for n in range(clients)]
 while not all(job.sequences[0].token_ids for job in jobs):
     engine.step()
 streamed, steps, read, started = loaded.streamed, 0, disk_reads(), time.perf_counter()
@@ -112,7 +113,9 @@ report |= {
     "seconds_a_step": seconds / steps,
     "bytes_on_cpu": on_cpu,
     "bytes_on_disk": on_disk,
+    "planned_peak": plan.serving.get(clients),
     "resident_peak": peak[0],
+    "planned_on_cpu": plan.cpu.weights,
 }
 if streamed:
     from_disk = disk_reads() - read - measured
@@ -152,7 +155,7 @@ def main() -> None:
         )
         for name in args.formats:
             for clients in args.clients:
-                arguments = [str(folders[name]), str(clients), str(args.new_tokens), json.dumps(OPTIONS)]
+                arguments = [str(folders[name]), str(clients), str(args.new_tokens), json.dumps(OPTIONS), "{}"]
                 measured = child(memory, folders[name], ENGINE, *arguments)
                 print_run(
                     report, of | {"engine": "ours", "format": name, "clients": clients, "memory": memory, **measured}
@@ -179,7 +182,7 @@ def child(memory: int, folder: Path, code: str, *arguments: str) -> dict:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         join = f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')\n"
         command = [sys.executable, "-c", join + code, *arguments]
-        ended = subprocess.run(command, capture_output=True, text=True)
+        ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | MEMORY)  # as a worker has it
     if ended.returncode:
         return {"failed": f"exit code {ended.returncode}", "stderr": ended.stderr[-500:]}
     measured = json.loads(ended.stdout.splitlines()[-1])

@@ -3,11 +3,15 @@ and tiers. Each in a process of its own, with a worker's environment, and the st
 behind long texts of different length, full rows, and the longest chunk while all keys and values are there.
 
 python -m benchmarks.plan_memory
+python -m benchmarks.plan_memory --worker models/SmolLM2-135M-Instruct --memory 5GB     # root
 
-Counted is what comes on top of a process that has served a tiny model of the same kind: weights, keys and values, their
-copies, activations, weights on their way.
+With --worker: the resident memory of a process that serves a checkpoint in a control group, at READY and at its peak
+with 1 and 32 clients, each a full row that is sampled by sorting the vocabulary, against the worker's part of the plan.
+Else counted is what comes on top of a process that has served a tiny model of the same kind: weights, keys and values,
+their copies, activations, weights on their way.
 """
 
+import argparse
 import copy
 import json
 import os
@@ -19,13 +23,16 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from benchmarks.checkpoints import WORK
-from handler.settings import Settings
+from benchmarks.offload import ENGINE, OPTIONS, child
+from handler.settings import Settings, parse_size
 from scripts.plan import make_plan
 from scripts.shard import shard
 from server.torchserve import MEMORY
 from tests.models import train_tokenizer
 
 LENGTH, ROWS, VOCAB = 1024, 4, 16_000
+SORTED = {"do_sample": True, "typical_p": 0.9, "top_k": 0}
+NEW_TOKENS = 24
 WIDE = {"vocab_size": VOCAB, "hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16}
 MODELS: dict[str, PreTrainedConfig] = {
     "bloom": BloomConfig(**WIDE, pad_token_id=3),
@@ -147,9 +154,35 @@ def compare(model: str, dtype: str, rows: int, length: int, resident: float) -> 
     }  # fmt: skip
 
 
+def compare_worker(folder: Path, memory: int, clients: int) -> dict:
+    """GB planned and measured, and the ratio that make plan must not let come over 1."""
+    arguments = [str(folder), str(clients), str(NEW_TOKENS), json.dumps(OPTIONS), json.dumps(SORTED)]
+    measured = child(memory, folder, ENGINE, *arguments)
+    if "failed" in measured:
+        raise RuntimeError(measured)
+    row = {"checkpoint": folder.name, "memory_GB": memory / 1e9, "clients": clients}
+    for name in ("ready", "peak"):
+        planned, resident = measured[f"planned_{name}"], measured[f"resident_{name}"]
+        row |= {f"planned_{name}_GB": round(planned / 1e9, 3), f"{name}_GB": round(resident / 1e9, 3)}
+        row[f"{name}_ratio"] = round(resident / planned, 3)
+    return row
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(MODELS)}; all without any")
+    parser.add_argument("--worker", type=Path, nargs="+", default=[], help="folders of checkpoints")
+    parser.add_argument("--memory", type=parse_size, nargs="+", default=[5_000_000_000], help="of the control group")
+    args = parser.parse_args()
+    for folder in args.worker:
+        for memory in args.memory:
+            for clients in (1, 32):
+                row = compare_worker(folder, memory, clients)
+                print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    if args.worker:
+        return
     torch.set_num_threads(2)
-    chosen = [case for case in CASES if not sys.argv[1:] or case[0] in sys.argv[1:]]
+    chosen = [case for case in CASES if not args.models or case[0] in args.models]
     results = []
     for case in chosen:
         results.append(compare(*case))

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from handler.engine import UnsupportedModel
 from handler.engine.architecture import Architecture
-from handler.engine.capacity import Capacity
+from handler.engine.capacity import KERNEL_BYTES, Capacity, kv_copy_bytes
 from handler.engine.draft_model import DraftModel
+from handler.engine.kv_cache import with_spare_columns
 from handler.errors import CheckpointError, LoadError
 from handler.loading import meta_model, read_config
 from handler.memory import RESERVE, device_limits, limits_beside_draft
@@ -25,10 +26,18 @@ from handler.weights.files import weight_files
 from handler.weights.placement import Placement, Tier, max_memory, settled_map, weight_bytes
 from scripts.console import UserError
 
-from .plan import Bandwidth, Device, Plan
+from .plan import JAVA_BYTES, Bandwidth, Device, Plan
 
-# Java and a worker with an imported torch, without a model: 0.75 GB resident, and Java's heap may grow to 1 GB.
-RUNTIME_BYTES = 1_500_000_000
+# A worker without a model: 290 MB of its own, and 125 MB of libraries' pages.
+WORKER_BYTES = 415_000_000
+RUNTIME_BYTES = JAVA_BYTES + WORKER_BYTES
+# In tokenizer and grammars, for each token (355) and each byte of tokenizer.json (9.7 to 11), measured with 49,152 to
+# 250,680 tokens; and bytes of that file a token, where it is not there yet.
+TOKEN_BYTES, TOKENIZER_GROWTH, TOKENIZER_BYTES_A_TOKEN = 360, 11, 72
+# When it is READY: what the check of the model's rows leaves, of two numbers of rows and up to eight kinds of matrix.
+CHECK_BYTES = 16 * KERNEL_BYTES
+STREAMING_BYTES = 25_000_000  # small tensors of the disk tier, which stay, threads that read, Accelerate's hooks
+INTEGERS_BYTES = 15_000_000  # float32 scales and sums of rows beside matrices of integers
 # CUDA's libraries and context in the host's memory, once the worker uses a GPU; and its context and the workspace of
 # its matrix library in the GPU's. Round figures for the wheels of torch 2.13; nvidia-smi shows yours.
 GPU_HOST_BYTES, GPU_CONTEXT_BYTES = 2_000_000_000, 600_000_000
@@ -104,6 +113,10 @@ def _make_plan(
     beside = placement.with_draft(draft, DraftModel.cache_bytes(draft)) if draft else placement
     shards = [path.stat().st_size for path in [*files, *(draft_files if draft else ())]]
     in_place = not files or files[0].suffix == ".safetensors"
+    quantization = (getattr(model.config, "quantization_config", None) or {}).get("quant_method")
+    kept = _vocabulary(model_dir, architecture.vocab_size) + (INTEGERS_BYTES if quantization else 0)
+    kept += STREAMING_BYTES if placement.read_ahead_bytes else 0
+    devices = _devices(beside, capacity, gpus, cpu, kept)
     return Plan(
         model=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -111,14 +124,16 @@ def _make_plan(
         bandwidth=bandwidth,
         device_map=placed,
         parts=beside.parts,
-        devices=_devices(beside, capacity, gpus, cpu),
+        devices=devices,
+        ready=_ready(beside, devices, kept),
+        serving=_serving(beside, devices, architecture, capacity, settings),
         max_sequence_length=capacity.max_sequence_length,
         kv_bytes_per_token=architecture.kv_bytes_per_token,
         largest_shard=max(shards, default=min(weights, SHARD_BYTES)),
         checkpoint_bytes=archived,
         offload_bytes=0 if in_place else on_disk,
         head_groups=math.gcd(config.num_attention_heads, getattr(config, "num_key_value_heads", None) or 0),
-        quantization=(getattr(model.config, "quantization_config", None) or {}).get("quant_method"),
+        quantization=quantization,
         multiplied=_multiplied(model, placement),
         # Safetensors are read as they are stored, which may be wider than what is computed in.
         streamed=_streamed(placement, stored / weights if stored and in_place else 1.0),
@@ -144,6 +159,13 @@ def _weight_files(model_dir: Path) -> list[Path]:
         return []
 
 
+def _vocabulary(model_dir: Path, vocab_size: int) -> int:
+    """Bytes of the host's memory that tokenizer and grammars keep of a vocabulary."""
+    file = model_dir / "tokenizer.json"
+    size = file.stat().st_size if file.is_file() else vocab_size * TOKENIZER_BYTES_A_TOKEN
+    return vocab_size * TOKEN_BYTES + size * TOKENIZER_GROWTH
+
+
 def _archived(folder: Path, model: PreTrainedModel) -> int:
     """Bytes of weights in the folder of a model; those that it will have, where there are none yet."""
     stored = sum(path.stat().st_size for pattern in ARCHIVED for path in folder.glob(pattern))
@@ -167,8 +189,13 @@ def _place(
     return settled_map(settings, len(gpus), model, limits), draft if beside else None
 
 
-def _devices(placement: Placement, capacity: Capacity, gpus: Sequence[int | None], cpu: int | None) -> list[Device]:
-    """GPUs, CPU and disk with what they will hold. A layer's keys and values live where it is computed."""
+def _devices(
+    placement: Placement, capacity: Capacity, gpus: Sequence[int | None], cpu: int | None, kept: int
+) -> list[Device]:
+    """GPUs, CPU and disk with what they will hold. A layer's keys and values live where it is computed.
+
+    kept: bytes of the host's memory that the worker keeps beside weights, whatever it serves.
+    """
     computed, none = placement.computed_layers, Tier(0, 0)
     num_layers = max(1, sum(computed.values()))
     devices = []
@@ -182,6 +209,7 @@ def _devices(placement: Placement, capacity: Capacity, gpus: Sequence[int | None
         runtime = reserve = 0
         if name == "cpu":
             runtime = RUNTIME_BYTES + (GPU_HOST_BYTES if gpus else 0)
+            workspace += kept
         elif name in computed:  # the engine leaves as much free, and fragments of PyTorch's allocator take it
             runtime = GPU_CONTEXT_BYTES
             reserve = int((kv_cache + kv_copies + workspace) * RESERVE / (1 - RESERVE))
@@ -199,6 +227,27 @@ def _devices(placement: Placement, capacity: Capacity, gpus: Sequence[int | None
             )
         )
     return devices
+
+
+def _ready(placement: Placement, devices: Sequence[Device], kept: int) -> int:
+    """Bytes of the host's memory that the worker takes when it is READY."""
+    cpu = next(device for device in devices if device.name == "cpu")
+    return cpu.weights + cpu.runtime - JAVA_BYTES + placement.read_ahead_bytes + kept + CHECK_BYTES
+
+
+def _serving(
+    placement: Placement, devices: Sequence[Device], architecture: Architecture, capacity: Capacity, settings: Settings
+) -> dict[int, int]:
+    """Most bytes that it takes while it serves one sequence of full length, and as many as it serves at once."""
+    cpu = next(device for device in devices if device.name == "cpu")
+    row = with_spare_columns(capacity.max_sequence_length) * architecture.kv_bytes_per_token
+    alone = Capacity.of(architecture, settings.model_copy(update={"max_batch_size": 1}))
+    kv_cache = min(row, capacity.kv_cache_bytes)
+    serving = {1: cpu.needed - JAVA_BYTES, settings.max_batch_size: cpu.needed - JAVA_BYTES}
+    if placement.main_device == "cpu" and settings.max_batch_size > 1:
+        kept = kv_cache + kv_copy_bytes(architecture, kv_cache) + alone.activation_bytes
+        serving[1] -= cpu.kv_cache + cpu.kv_copies + capacity.activation_bytes - kept
+    return serving
 
 
 def _multiplied(model: PreTrainedModel, placement: Placement) -> int:

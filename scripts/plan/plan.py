@@ -7,6 +7,7 @@ from handler.settings import Settings
 from handler.weights.placement import Part
 
 SLACK_BYTES = 1_000_000_000  # of disk: code, logs, sockets
+JAVA_BYTES = 1_085_000_000  # of TorchServe: 0.2 GB when the worker is READY; its heap may grow to 1 GiB
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Bandwidth:
 class Device:
     """What a device will hold, in bytes. size: how much it has; None when that was not named.
 
-    kv_cache, kv_copies: keys and values, and what attention copies of them. workspace: activations, and weights on the
-    way. runtime: what is there without a model. reserve: what a GPU has to keep free, for fragments.
+    kv_cache, kv_copies: keys and values, and what attention copies of them. workspace: activations, weights on the way,
+    and on the CPU what the worker keeps of a vocabulary. runtime: what is there without a model. reserve: what a GPU
+    has to keep free, for fragments.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Plan:
     device_map: dict[str, int | str]
     parts: list[Part]
     devices: list[Device]
+    ready: int  # of the node's memory, for the worker when it is READY
+    serving: dict[int, int]  # of the same at most, by how many sequences of full length it serves at once
     max_sequence_length: int
     kv_bytes_per_token: int
     largest_shard: int
@@ -174,6 +178,7 @@ class Plan:
         values = asdict(self) | {"settings": self.settings.model_dump(mode="json")}
         for device, values_of_device in zip(self.devices, values["devices"], strict=True):
             values_of_device.update(needed=device.needed, missing=self.missing.get(device.name, 0))
+        values["serving"] = {str(sequences): count for sequences, count in self.serving.items()}
         names = ("weights", "kv_cache", "loading", "memory_request", "seconds_a_step", "offloaded", "verdict")
         values |= {name: getattr(self, name) for name in names}
         values |= {name: getattr(self, name) for name in ("balanced_rows", "recommended_batch_size")}

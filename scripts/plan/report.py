@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .parallel import parallel
-from .plan import Plan, gigabytes
+from .plan import JAVA_BYTES, Plan, gigabytes
 
 
 def format_table(plan: Plan) -> str:
@@ -24,6 +24,7 @@ def format_table(plan: Plan) -> str:
         f"keys and values  {tokens:,} tokens of {plan.kv_bytes_per_token:,} bytes: "
         f"{plan.settings.max_batch_size} sequences of up to {plan.max_sequence_length:,} tokens",
         f"node's memory    {gigabytes(plan.memory_request)}, of it while loading {gigabytes(plan.loading)}",
+        f"… the worker's   {gigabytes(plan.ready)} at READY; {_serving(plan)}; Java's: at most {gigabytes(JAVA_BYTES)}",
         f"node's disk      {gigabytes(plan.checkpoint_bytes)} for the archive, and in /tmp "
         f"{gigabytes(plan.disk_request())} for a .mar, {gigabytes(plan.disk_request('no-archive'))} for a folder",
     ]
@@ -55,6 +56,12 @@ def format_table(plan: Plan) -> str:
         nodes = f"{other.pipeline} such node{'s' if other.pipeline > 1 else ''}"
         lines.append(f"all on GPUs      {nodes}, {other.tensor} GPUs each, on vLLM: make manifest VARIANT=distributed")
     return "\n".join(lines)
+
+
+def _serving(plan: Plan) -> str:
+    """What the worker takes at most, by how many sequences it serves."""
+    counts = [f"{count} sequence{'s' if count > 1 else ''} {gigabytes(size)}" for count, size in plan.serving.items()]
+    return f"at most with {', with '.join(counts)}"
 
 
 def _aligned(rows: list[list[str]]) -> str:

@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,17 @@ from handler.settings import Settings
 from scripts.console import UserError, parse_gpus
 from scripts.plan import Bandwidth, make_plan
 from scripts.plan.__main__ import main
-from scripts.plan.make_plan import GPU_CONTEXT_BYTES, GPU_HOST_BYTES, RUNTIME_BYTES
+from scripts.plan.make_plan import (
+    CHECK_BYTES,
+    GPU_CONTEXT_BYTES,
+    GPU_HOST_BYTES,
+    RUNTIME_BYTES,
+    STREAMING_BYTES,
+    WORKER_BYTES,
+)
+from scripts.plan.plan import JAVA_BYTES
 from scripts.plan.remedies import remedies
+from server.torchserve import MEMORY
 from tests.models import save_bloom_7b1_config, train_tokenizer
 
 GB = 10**9
@@ -23,6 +35,7 @@ KV_BYTES_PER_TOKEN = 2 * 30 * 4096 * 2  # of BLOOM-7b1 in 16 bits: keys and valu
 NORM_BYTES = 2 * 4096 * 2  # of BLOOM-7b1's last norm
 LAYER_BYTES = 402_759_680  # of BLOOM-7b1: (12 h² + 13 h) weights of 2 bytes
 TOTAL_BYTES = 14_138_032_128  # 7,069,016,064 weights
+VOCABULARY = 250_880 * (360 + 11 * 72)  # in tokenizer and grammars, where there is no tokenizer.json
 
 
 @pytest.fixture
@@ -186,7 +199,8 @@ def test_the_plan_has_the_engines_own_limits(tmp_path):
     plan = make_plan(tmp_path, settings.model_copy(update={"kv_cache_memory": limits.kv_cache_bytes}), gpus=[])
     assert plan.max_sequence_length == limits.max_sequence_length == 4096
     assert plan.kv_cache == limits.kv_cache_bytes == 2 * 4096 * plan.kv_bytes_per_token
-    assert plan.cpu.workspace + plan.cpu.kv_copies == limits.activation_bytes + limits.kv_copy_bytes
+    kept = 300 * (360 + 11 * 72)
+    assert plan.cpu.workspace + plan.cpu.kv_copies == limits.activation_bytes + limits.kv_copy_bytes + kept
 
 
 def test_shared_heads_make_keys_and_values_small(tmp_path):
@@ -317,3 +331,45 @@ def test_the_small_files_of_a_checkpoint_are_enough(tiny, tmp_path):
     for name in ("config.json", "model.safetensors.index.json"):
         shutil.copy(tiny / name, tmp_path)
     assert make_plan(tmp_path, Settings(), []).weights == make_plan(tiny, Settings(), []).weights
+
+
+def test_memory_grows_from_ready_over_one_sequence_to_all_that_run_at_once(bloom_7b1):
+    limits = {"dtype": "bfloat16", "max_memory": {"cpu": 4 * GB}, "max_sequence_length": 64}
+    plan = make_plan(bloom_7b1, Settings(**limits), [])
+    largest = 2 * 4 * 4096 * 4096  # bytes of a matrix; two are in memory when one is computed with
+    assert plan.ready == plan.cpu.weights + WORKER_BYTES + VOCABULARY + 2 * largest + STREAMING_BYTES + CHECK_BYTES
+    # A row of 64 tokens has room for 96, and one sequence's prompt may ask for log-probabilities.
+    logits = 250_880 * (2 * 64 + 12 * 8)
+    kept = 96 * KV_BYTES_PER_TOKEN * 31 // 30 + logits + 64 * 600_000 - CHECK_BYTES
+    assert plan.serving[1] == pytest.approx(plan.ready + kept, abs=10)
+    assert plan.serving[32] == plan.cpu.needed - JAVA_BYTES > plan.serving[1] + 31 * 64 * KV_BYTES_PER_TOKEN
+    alone = make_plan(bloom_7b1, Settings(**limits, max_batch_size=1), [])
+    assert alone.serving == {1: alone.cpu.needed - JAVA_BYTES}
+    on_gpu = make_plan(bloom_7b1, sizes({0: 80 * GB}), [80 * GB])
+    assert set(on_gpu.serving.values()) == {on_gpu.cpu.needed - JAVA_BYTES}  # keys and values are the GPU's
+
+
+def test_a_vocabulary_takes_memory_by_its_text(bloom_7b1, tmp_path):
+    shutil.copy(bloom_7b1 / "config.json", tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b" " * 1000)
+    shorter = make_plan(bloom_7b1, Settings(), []).ready - make_plan(tmp_path, Settings(), []).ready
+    assert shorter == 11 * (72 * 250_880 - 1000)
+
+
+WORKER = """
+import pathlib, re, sys
+from handler.engine import Engine
+from handler.loading import load_model
+from handler.settings import Settings
+
+folder, settings = pathlib.Path(sys.argv[1]), Settings()
+loaded = load_model(folder, settings, folder)
+engine = Engine(loaded.model, loaded.tokenizer, settings)
+print(re.search(r"VmRSS:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_a_worker_without_a_model_to_speak_of_takes_what_is_planned(tiny):
+    command = [sys.executable, "-c", WORKER, str(tiny)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | MEMORY)
+    assert 0.85 < int(ended.stdout) * 1024 / make_plan(tiny, Settings(), []).ready <= 1

@@ -18,6 +18,7 @@ from handler.weights.placement import Placement, max_memory, settled_map, spread
 
 logger = logging.getLogger(__name__)
 
+JAVA_BYTES = 1_085_000_000  # of TorchServe's at most: 0.2 GB when the worker is READY; its heap may grow to 1 GiB
 RESERVE = 0.1  # of what is left, for fragmentation and what nobody foresees
 _PAGE_CACHE_RESERVE = 0.03  # of what the page cache could hold: what does not fit there pushes out what does
 _KV_CACHE_SHARE = 0.2  # of what is usable, at most, that the weights leave to keys and values when nobody set them
@@ -25,9 +26,9 @@ _LEAST_TOKENS = 128  # of keys and values, for a model that is worth serving
 
 
 def free_memory(gpus: int) -> dict[int | str, int]:
-    """Bytes that this process can still take on each of the first GPUs, and on the CPU."""
+    """Bytes that this process can take for good on each of the first GPUs, and on the CPU."""
     free: dict[int | str, int] = {index: torch.cuda.mem_get_info(index)[0] for index in range(gpus)}
-    return free | {"cpu": free_host_memory()}
+    return free | {"cpu": max(0, free_host_memory() - _java_growth())}
 
 
 def device_limits(model: PreTrainedModel, settings: Settings, free: Mapping[int | str, int]) -> dict[int | str, int]:
@@ -106,7 +107,7 @@ def kv_cache_budget(placement: Placement, capacity: Capacity) -> int:
     shares = []
     for device, count in layers.items():
         taken = capacity.activation_bytes + (placement.main_device_bytes if device == placement.main_device else 0)
-        free = free_host_memory() if device == "cpu" else torch.cuda.mem_get_info(int(device.split()[1]))[0]
+        free = free_memory(0)["cpu"] if device == "cpu" else torch.cuda.mem_get_info(int(device.split()[1]))[0]
         if count:
             usable = max(0, int((free - taken) * (1 - RESERVE)))
             shares.append(usable * sum(layers.values()) // (count + capacity.copied_layers))
@@ -120,13 +121,22 @@ def page_cache_room(engine: Engine) -> int:
 
 
 def free_host_memory() -> int:
-    """Bytes that this process can still take; pages of files count as free, but for those that it has mapped, such as
+    """Bytes that this process can take now; pages of files count as free, but for those that it has mapped, such as
     its libraries.
 
     Those of the machine, or of a control group that it is in, version 1 or 2, whichever has less.
     """
     free = min([psutil.virtual_memory().available, *_free_in_control_groups()])
     return max(0, free - getattr(psutil.Process().memory_info(), "shared", 0))  # only Linux tells
+
+
+def _java_growth() -> int:
+    """Bytes that TorchServe's Java, which has started this worker, may take besides: bodies of requests lie there."""
+    try:
+        parent = psutil.Process().parent()
+        return max(0, JAVA_BYTES - parent.memory_info().rss) if parent and parent.name() == "java" else 0
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def _free_in_control_groups(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> list[int]:

@@ -70,8 +70,8 @@ def _render(archive: Path, model_store: Path, metrics: Path, ports: dict[str, in
         "metrics_mode": "prometheus",
         "metrics_config": metrics,
         "model_metrics_auto_detect": "true",  # for a handler that is newer than that file
-        # Java would take up to a quarter of the machine's memory, and cores to compile its code a second time: the model
-        # needs both.
+        # The model needs the memory, of which Java would take up to a quarter, and the cores, on which it would compile
+        # its code a second time.
         "vmargs": "-Xmx1g -XX:TieredStopAtLevel=1",
         "job_queue_size": 1000,
         # TorchServe's worker parses JSON before the handler sees it, and nobody else is served meanwhile: 50 ms for the

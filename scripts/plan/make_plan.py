@@ -20,13 +20,13 @@ from handler.engine.draft_model import DraftModel
 from handler.engine.kv_cache import with_spare_columns
 from handler.errors import CheckpointError, LoadError
 from handler.loading import meta_model, read_config
-from handler.memory import RESERVE, device_limits, limits_beside_draft
+from handler.memory import JAVA_BYTES, RESERVE, device_limits, limits_beside_draft
 from handler.settings import Settings
 from handler.weights.files import weight_files
 from handler.weights.placement import Placement, Tier, max_memory, settled_map, weight_bytes
 from scripts.console import UserError
 
-from .plan import JAVA_BYTES, Bandwidth, Device, Plan
+from .plan import Bandwidth, Device, Plan
 
 # A worker without a model: 290 MB of its own, and 125 MB of libraries' pages.
 WORKER_BYTES = 415_000_000

@@ -7,7 +7,6 @@ from handler.settings import Settings
 from handler.weights.placement import Part
 
 SLACK_BYTES = 1_000_000_000  # of disk: code, logs, sockets
-JAVA_BYTES = 1_085_000_000  # of TorchServe: 0.2 GB when the worker is READY; its heap may grow to 1 GiB
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from handler.memory import JAVA_BYTES
+
 from .parallel import parallel
-from .plan import JAVA_BYTES, Plan, gigabytes
+from .plan import Plan, gigabytes
 
 
 def format_table(plan: Plan) -> str:

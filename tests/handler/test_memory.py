@@ -70,6 +70,25 @@ def test_a_real_group():
         group.rmdir()
 
 
+def test_javas_heap_has_room_to_grow(tmp_path):
+    """What weights, keys and values take is not given back when Java needs it; what the page cache takes is."""
+    code = (
+        "import psutil; from handler import memory; memory.free_host_memory = lambda: 2 * memory.JAVA_BYTES;"
+        "java = psutil.Process().parent(); left = memory.free_memory(0)['cpu'];"
+        "print(java.name(), left - memory.JAVA_BYTES, java.memory_info().rss)"
+    )
+    run = f"import subprocess; subprocess.run([{sys.executable!r}, '-c', {code!r}], check=True)"
+    (tmp_path / "java").symlink_to(Path(sys.executable).resolve())
+    for parent in (tmp_path / "java", sys.executable):
+        printed = subprocess.run([parent, "-c", run], capture_output=True, text=True, check=True).stdout.split()
+        name, beside_the_heap, taken = printed[0], *map(int, printed[1:])
+        if name == "java":
+            assert beside_the_heap == pytest.approx(taken, abs=MB)
+        else:
+            assert beside_the_heap == memory.JAVA_BYTES
+    assert name != "java"
+
+
 def needs(activation_bytes, copied_layers=0):
     return SimpleNamespace(activation_bytes=activation_bytes, copied_layers=copied_layers)
 

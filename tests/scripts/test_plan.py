@@ -12,7 +12,7 @@ from handler.engine import Engine
 from handler.engine.architecture import Architecture
 from handler.engine.capacity import Capacity
 from handler.loading import load_model, meta_model, read_config
-from handler.memory import RESERVE
+from handler.memory import JAVA_BYTES, RESERVE
 from handler.settings import Settings
 from scripts.console import UserError, parse_gpus
 from scripts.plan import Bandwidth, make_plan
@@ -25,7 +25,6 @@ from scripts.plan.make_plan import (
     STREAMING_BYTES,
     WORKER_BYTES,
 )
-from scripts.plan.plan import JAVA_BYTES
 from scripts.plan.remedies import remedies
 from server.torchserve import MEMORY
 from tests.models import save_bloom_7b1_config, train_tokenizer

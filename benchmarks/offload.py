@@ -72,6 +72,7 @@ def disk_reads():
     return int(re.search(r"read_bytes: (\\d+)", Path("/proc/self/io").read_text())[1])
 
 settings = Settings(**{"max_batch_size": 32, "max_sequence_length": 64, **options})
+make_plan(folder, settings, [])  # takes memory itself, which it does not give back
 plan = make_plan(folder, settings, [], free_host_memory() + RUNTIME_BYTES)
 started = time.perf_counter()
 loaded = load_model(folder, settings, folder.parent / "work")
@@ -90,7 +91,7 @@ def watch():
 
 threading.Thread(target=watch, daemon=True).start()
 parameters = {"min_new_tokens": new, "max_new_tokens": new, **json.loads(sys.argv[5])}
-prompt = settings.max_sequence_length - new  # so that rows are full, as a plan has them
+prompt = max(1, settings.max_sequence_length - new)  # so that rows are full, as a plan has them
 jobs = [engine.submit(Request([10 + (n + i) % 350 for i in range(prompt)], parameters)) for n in range(clients)]
 while not all(job.sequences[0].token_ids for job in jobs):
     engine.step()

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 _FALLBACK_LENGTH = 2048  # tokens, for a model whose config names no limit
 _MOST_DRAFTS = 32  # of all sequences in a step
 _IDLE_CHUNKS = 4  # times prefill_chunk, when there is nobody to be stalled
-# Logits that are sampled from at once: to sort rows of them, as typical_p asks, takes up to _SORT_BYTES for each.
-SAMPLED_LOGITS, _SORT_BYTES = 1 << 21, 50
+# Logits that are drawn from at once: to sort rows of them, as typical_p asks, takes up to _SORT_BYTES for each.
+DRAWN_LOGITS, _SORT_BYTES = 1 << 20, 50
 # Prompt positions whose logits are kept in a step, for log-probabilities, and of which float32 is made at once.
 PROMPT_LOGPROB_TOKENS, PROMPT_LOGPROB_ROWS = 128, 8
 # oneDNN keeps what it made for a matrix and a number of rows, 0.6 MB, and of these the last KERNELS (its own limit is
@@ -106,12 +106,12 @@ def activation_bytes(architecture: Architecture, rows: int, padded: int, cached:
         attention += 2 * item * max(BLOCK_SCORES, cached * architecture.num_attention_heads)
     # An activation function in steps has four of the inner size; 16-bit inputs are widened where the CPU lacks them.
     mlp = padded * (item * (5 * hidden + 4 * inner) + (4 * inner if item < 4 else 0))
-    # Logits of prompts, some of their rows in float32 with their logarithms; those that are sampled from, with theirs,
-    # or some of their rows sorted.
+    # Logits of prompts, some of their rows in float32 with their logarithms; those that are sampled from, in float32
+    # with theirs, or while some of their rows are sorted.
     positions, widened = min(padded, PROMPT_LOGPROB_TOKENS), min(padded, PROMPT_LOGPROB_ROWS)
     prompt = architecture.vocab_size * (item * positions + 12 * widened)
-    sorted_rows = min(rows, max(1, SAMPLED_LOGITS // architecture.vocab_size))
-    sampled = architecture.vocab_size * (item * (rows + _MOST_DRAFTS) + max(12 * rows, _SORT_BYTES * sorted_rows))
+    drawn = min(rows, max(1, DRAWN_LOGITS // architecture.vocab_size))
+    sampled = architecture.vocab_size * (item * (rows + _MOST_DRAFTS) + max(12 * rows, 4 * rows + _SORT_BYTES * drawn))
     return max(attention, mlp, prompt, sampled) + architecture.product_bytes + KERNELS * KERNEL_BYTES
 
 

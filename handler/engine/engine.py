@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from handler.settings import EngineConfig
 
 from .architecture import Architecture
-from .capacity import PROMPT_LOGPROB_ROWS, SAMPLED_LOGITS, Capacity
+from .capacity import PROMPT_LOGPROB_ROWS, Capacity
 from .detokenizer import Detokenizer
 from .errors import EngineError, InvalidRequest, OutOfMemory, QueueTimeout, as_engine_error
 from .forward_cost import ForwardCost
@@ -270,9 +270,7 @@ class Engine:
         """Sample from logits [sequences, vocab] and append to each sequence its token."""
         samplers = [sequence.sampler for sequence in sequences]
         token_ids = [sequence.all_token_ids if sequence.sampler.needs_tokens else [] for sequence in sequences]
-        step = max(1, SAMPLED_LOGITS // logits.shape[-1])
-        turns = [slice(at, at + step) for at in range(0, len(samplers), step)]
-        tokens = [token for turn in turns for token in sample(logits[turn], samplers[turn], token_ids[turn])]
+        tokens = sample(logits, samplers, token_ids)
         _report_logprobs(sequences, tokens, logits)
         for sequence, token in zip(sequences, tokens, strict=True):
             if sequence.finished:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor
 from transformers.generation import logits_process as library
 
+from .capacity import DRAWN_LOGITS
 from .errors import EngineError, InvalidRequest, ModelError
 from .grammar import Compilation, GrammarState, apply_grammars
 from .logits_processors import OpenAIPenalties, quick_equivalent
@@ -213,7 +214,15 @@ def _greedy(scores: torch.Tensor) -> tuple[list[int], list[bool]]:
 
 
 def _draw(scores: torch.Tensor, samplers: list[Sampler]) -> tuple[list[int], list[bool]]:
-    """Sample each row with its own generator, which gives one number for each token."""
+    """Sample each row with its own generator, in turns of as many rows as there is memory to sort."""
+    most = max(1, DRAWN_LOGITS // scores.shape[-1])
+    turns = [slice(at, at + most) for at in range(0, len(samplers), most)]
+    drawn = [_draw_at_once(scores[turn], samplers[turn]) for turn in turns]
+    return [token for chosen, _ in drawn for token in chosen], [is_valid for _, valid in drawn for is_valid in valid]
+
+
+def _draw_at_once(scores: torch.Tensor, samplers: list[Sampler]) -> tuple[list[int], list[bool]]:
+    """A generator gives one number for each token."""
     uniform = torch.cat([torch.rand(1, 1, generator=s.generator, device=scores.device) for s in samplers])
     chosen = torch.empty(len(samplers), dtype=torch.long, device=scores.device)
     valid = torch.ones(len(samplers), dtype=torch.bool, device=scores.device)

@@ -114,7 +114,8 @@ def _make_plan(
     shards = [path.stat().st_size for path in [*files, *(draft_files if draft else ())]]
     in_place = not files or files[0].suffix == ".safetensors"
     quantization = (getattr(model.config, "quantization_config", None) or {}).get("quant_method")
-    kept = _vocabulary(model_dir, architecture.vocab_size) + (INTEGERS_BYTES if quantization else 0)
+    computes = placement.main_device == "cpu"
+    kept = _vocabulary_bytes(model_dir, architecture.vocab_size) + (INTEGERS_BYTES if quantization and computes else 0)
     kept += STREAMING_BYTES if placement.read_ahead_bytes else 0
     devices = _devices(beside, capacity, gpus, cpu, kept)
     return Plan(
@@ -159,10 +160,12 @@ def _weight_files(model_dir: Path) -> list[Path]:
         return []
 
 
-def _vocabulary(model_dir: Path, vocab_size: int) -> int:
+def _vocabulary_bytes(model_dir: Path, vocab_size: int) -> int:
     """Bytes of the host's memory that tokenizer and grammars keep of a vocabulary."""
     file = model_dir / "tokenizer.json"
-    size = file.stat().st_size if file.is_file() else vocab_size * TOKENIZER_BYTES_A_TOKEN
+    size = file.stat().st_size if file.is_file() else 0
+    if size < vocab_size:  # not there yet, or a pointer to where it lies
+        size = vocab_size * TOKENIZER_BYTES_A_TOKEN
     return vocab_size * TOKEN_BYTES + size * TOKENIZER_GROWTH
 
 
@@ -232,21 +235,23 @@ def _devices(
 def _ready(placement: Placement, devices: Sequence[Device], kept: int) -> int:
     """Bytes of the host's memory that the worker takes when it is READY."""
     cpu = next(device for device in devices if device.name == "cpu")
-    return cpu.weights + cpu.runtime - JAVA_BYTES + placement.read_ahead_bytes + kept + CHECK_BYTES
+    check = CHECK_BYTES if placement.main_device == "cpu" else 0
+    return cpu.weights + cpu.runtime - JAVA_BYTES + placement.read_ahead_bytes + kept + check
 
 
 def _serving(
     placement: Placement, devices: Sequence[Device], architecture: Architecture, capacity: Capacity, settings: Settings
 ) -> dict[int, int]:
-    """Most bytes that it takes while it serves one sequence of full length, and as many as it serves at once."""
+    """Most bytes that it takes while it serves one sequence of full length, no prompts being kept, and while it serves
+    as many as it may and the plan's keys and values are full."""
     cpu = next(device for device in devices if device.name == "cpu")
     row = with_spare_columns(capacity.max_sequence_length) * architecture.kv_bytes_per_token
     alone = Capacity.of(architecture, settings.model_copy(update={"max_batch_size": 1}))
     kv_cache = min(row, capacity.kv_cache_bytes)
     serving = {1: cpu.needed - JAVA_BYTES, settings.max_batch_size: cpu.needed - JAVA_BYTES}
     if placement.main_device == "cpu" and settings.max_batch_size > 1:
-        kept = kv_cache + kv_copy_bytes(architecture, kv_cache) + alone.activation_bytes
-        serving[1] -= cpu.kv_cache + cpu.kv_copies + capacity.activation_bytes - kept
+        taken = kv_cache + kv_copy_bytes(architecture, kv_cache) + alone.activation_bytes
+        serving[1] -= cpu.kv_cache + cpu.kv_copies + capacity.activation_bytes - taken
     return serving
 
 

@@ -69,7 +69,7 @@ class Plan:
     parts: list[Part]
     devices: list[Device]
     ready: int  # of the node's memory, for the worker when it is READY
-    serving: dict[int, int]  # of the same at most, by how many sequences of full length it serves at once
+    serving: dict[int, int]  # of the same with one sequence of full length alone, and with all and full keys and values
     max_sequence_length: int
     kv_bytes_per_token: int
     largest_shard: int

@@ -26,7 +26,7 @@ def format_table(plan: Plan) -> str:
         f"keys and values  {tokens:,} tokens of {plan.kv_bytes_per_token:,} bytes: "
         f"{plan.settings.max_batch_size} sequences of up to {plan.max_sequence_length:,} tokens",
         f"node's memory    {gigabytes(plan.memory_request)}, of it while loading {gigabytes(plan.loading)}",
-        f"… the worker's   {gigabytes(plan.ready)} at READY; {_serving(plan)}; Java's: at most {gigabytes(JAVA_BYTES)}",
+        f"… the worker's   {_worker(plan)}; Java's {gigabytes(JAVA_BYTES)}, its heap full",
         f"node's disk      {gigabytes(plan.checkpoint_bytes)} for the archive, and in /tmp "
         f"{gigabytes(plan.disk_request())} for a .mar, {gigabytes(plan.disk_request('no-archive'))} for a folder",
     ]
@@ -60,10 +60,10 @@ def format_table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _serving(plan: Plan) -> str:
-    """What the worker takes at most, by how many sequences it serves."""
-    counts = [f"{count} sequence{'s' if count > 1 else ''} {gigabytes(size)}" for count, size in plan.serving.items()]
-    return f"at most with {', with '.join(counts)}"
+def _worker(plan: Plan) -> str:
+    """What the worker takes before it serves, with one sequence, and with all that there are keys and values for."""
+    ready, alone, full = map(gigabytes, (plan.ready, plan.serving[1], max(plan.serving.values())))
+    return f"{ready} at READY, {alone} with one sequence, {full} with all keys and values"
 
 
 def _aligned(rows: list[list[str]]) -> str:

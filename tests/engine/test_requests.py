@@ -6,8 +6,16 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from handler.engine import Engine, EngineConfig, InvalidRequest, PromptTooLong, QueueFull, QueueTimeout, Request
-from handler.engine import engine as engine_module
+from handler.engine import (
+    Engine,
+    EngineConfig,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+    QueueTimeout,
+    Request,
+    sampler,
+)
 
 from .conftest import CONTEXT, VOCAB, make_model, prompt_ids, reference
 
@@ -146,24 +154,28 @@ def test_a_sampling_parameter_turns_sampling_on(engine, parameters):
     assert len(texts) > 1
 
 
-def test_as_many_rows_are_sampled_at_once_as_there_is_memory_for(engine, monkeypatch):
-    """To sort many rows of a large vocabulary takes several times the logits' memory. What is drawn stays the same."""
+def test_as_many_rows_are_drawn_at_once_as_there_is_memory_for(engine, monkeypatch):
+    """To sort many rows of a large vocabulary takes several times the logits' memory. What is drawn stays the same,
+    also beside greedy rows, and of rows with penalties or a grammar."""
+    odd = [{}, {"do_sample": False}, {"repetition_penalty": 1.3}]
 
     def drawn():
-        parameters = [{"do_sample": True, "typical_p": 0.9, "top_k": 0, "seed": seed} for seed in range(5)]
-        jobs = [engine.submit(Request(PROMPT, values | {"max_new_tokens": 4})) for values in parameters]
+        jobs = []
+        for seed in range(9):
+            parameters = {"do_sample": True, "typical_p": 0.9, "top_k": 0, "seed": seed, "max_new_tokens": 4}
+            jobs.append(engine.submit(Request(PROMPT, parameters | odd[seed % 3], logprobs=2 if seed == 4 else None)))
         while engine.has_work:
             engine.step()
-        return [job.sequences[0].token_ids for job in jobs]
+        return [(job.sequences[0].token_ids, job.sequences[0].logprobs) for job in jobs]
 
-    expected, rows, sample = drawn(), [], engine_module.sample
+    expected, rows, draw = drawn(), [], sampler._draw_at_once
 
-    def counted(logits, *rest):
-        rows.append(len(logits))
-        return sample(logits, *rest)
+    def counted(scores, samplers):
+        rows.append(len(scores))
+        return draw(scores, samplers)
 
-    monkeypatch.setattr(engine_module, "sample", counted)
-    monkeypatch.setattr(engine_module, "SAMPLED_LOGITS", 2 * VOCAB)
+    monkeypatch.setattr(sampler, "_draw_at_once", counted)
+    monkeypatch.setattr(sampler, "DRAWN_LOGITS", 2 * VOCAB)
     assert drawn() == expected
     assert max(rows) == 2
 

@@ -79,14 +79,22 @@ def test_javas_heap_has_room_to_grow(tmp_path):
     )
     run = f"import subprocess; subprocess.run([{sys.executable!r}, '-c', {code!r}], check=True)"
     (tmp_path / "java").symlink_to(Path(sys.executable).resolve())
+    names = []
     for parent in (tmp_path / "java", sys.executable):
         printed = subprocess.run([parent, "-c", run], capture_output=True, text=True, check=True).stdout.split()
         name, beside_the_heap, taken = printed[0], *map(int, printed[1:])
-        if name == "java":
-            assert beside_the_heap == pytest.approx(taken, abs=MB)
-        else:
-            assert beside_the_heap == memory.JAVA_BYTES
-    assert name != "java"
+        names.append(name)
+        expected = taken if name == "java" else memory.JAVA_BYTES
+        assert beside_the_heap == pytest.approx(expected, abs=MB)
+    assert names[0] == "java" != names[1]
+
+
+def test_keys_and_values_leave_it_too(monkeypatch):
+    monkeypatch.setattr(memory, "free_host_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "_java_growth", lambda: 400)
+    assert memory.kv_cache_budget(Placement([Part("h.0", "cpu", 0)], "cpu"), needs(100)) == 450
+    monkeypatch.setattr(memory, "_java_growth", lambda: 4000)
+    assert memory.kv_cache_budget(Placement([Part("h.0", "cpu", 0)], "cpu"), needs(0)) == 0
 
 
 def needs(activation_bytes, copied_layers=0):

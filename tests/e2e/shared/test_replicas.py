@@ -112,7 +112,7 @@ def test_one_of_two_is_killed_under_load(replica, continuous, tmp_path):
         while done.acquire(blocking=False):  # those that had ended by then
             pass
         for _ in range(CLIENTS):
-            done.acquire()
+            assert done.acquire(timeout=120), "too few requests are left for this test"
         kill(replica)
         answers = list(answers)
     kept = [answer for status, answer in answers if status == 200]

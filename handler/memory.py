@@ -18,7 +18,7 @@ from handler.weights.placement import Placement, max_memory, settled_map, spread
 
 logger = logging.getLogger(__name__)
 
-JAVA_BYTES = 1_085_000_000  # of TorchServe's at most: 0.2 GB when the worker is READY; its heap may grow to 1 GiB
+JAVA_BYTES = 1_270_000_000  # of TorchServe's, measured with a full heap of 1 GiB; 0.2 GB when the worker is READY
 RESERVE = 0.1  # of what is left, for fragmentation and what nobody foresees
 _PAGE_CACHE_RESERVE = 0.03  # of what the page cache could hold: what does not fit there pushes out what does
 _KV_CACHE_SHARE = 0.2  # of what is usable, at most, that the weights leave to keys and values when nobody set them
@@ -26,7 +26,7 @@ _LEAST_TOKENS = 128  # of keys and values, for a model that is worth serving
 
 
 def free_memory(gpus: int) -> dict[int | str, int]:
-    """Bytes that this process can take for good on each of the first GPUs, and on the CPU."""
+    """Bytes that weights can take for good on each of the first GPUs, and on the CPU."""
     free: dict[int | str, int] = {index: torch.cuda.mem_get_info(index)[0] for index in range(gpus)}
     return free | {"cpu": max(0, free_host_memory() - _java_growth())}
 
@@ -107,7 +107,7 @@ def kv_cache_budget(placement: Placement, capacity: Capacity) -> int:
     shares = []
     for device, count in layers.items():
         taken = capacity.activation_bytes + (placement.main_device_bytes if device == placement.main_device else 0)
-        free = free_memory(0)["cpu"] if device == "cpu" else torch.cuda.mem_get_info(int(device.split()[1]))[0]
+        free = free_host_memory() if device == "cpu" else torch.cuda.mem_get_info(int(device.split()[1]))[0]
         if count:
             usable = max(0, int((free - taken) * (1 - RESERVE)))
             shares.append(usable * sum(layers.values()) // (count + capacity.copied_layers))

@@ -34,6 +34,7 @@ RUNTIME_BYTES = JAVA_BYTES + WORKER_BYTES
 # In tokenizer and grammars, for each token (355) and each byte of tokenizer.json (9.7 to 11), measured with 49,152 to
 # 250,680 tokens; and bytes of that file a token, where it is not there yet.
 TOKEN_BYTES, TOKENIZER_GROWTH, TOKENIZER_BYTES_A_TOKEN = 360, 11, 72
+_LEAST_TOKENIZER = 1024
 # When it is READY: what the check of the model's rows leaves, of two numbers of rows and up to eight kinds of matrix.
 CHECK_BYTES = 16 * KERNEL_BYTES
 STREAMING_BYTES = 25_000_000  # small tensors of the disk tier, which stay, threads that read, Accelerate's hooks
@@ -164,7 +165,7 @@ def _vocabulary_bytes(model_dir: Path, vocab_size: int) -> int:
     """Bytes of the host's memory that tokenizer and grammars keep of a vocabulary."""
     file = model_dir / "tokenizer.json"
     size = file.stat().st_size if file.is_file() else 0
-    if size < vocab_size:  # not there yet, or a pointer to where it lies
+    if size < _LEAST_TOKENIZER:  # not there yet, or a pointer to where it lies
         size = vocab_size * TOKENIZER_BYTES_A_TOKEN
     return vocab_size * TOKEN_BYTES + size * TOKENIZER_GROWTH
 

@@ -71,7 +71,7 @@ def test_a_real_group():
 
 
 def test_javas_heap_has_room_to_grow(tmp_path):
-    """What weights, keys and values take is not given back when Java needs it; what the page cache takes is."""
+    """What weights take is not given back when Java needs it; what the page cache takes is."""
     code = (
         "import psutil; from handler import memory; memory.free_host_memory = lambda: 2 * memory.JAVA_BYTES;"
         "java = psutil.Process().parent(); left = memory.free_memory(0)['cpu'];"
@@ -87,14 +87,6 @@ def test_javas_heap_has_room_to_grow(tmp_path):
         expected = taken if name == "java" else memory.JAVA_BYTES
         assert beside_the_heap == pytest.approx(expected, abs=MB)
     assert names[0] == "java" != names[1]
-
-
-def test_keys_and_values_leave_it_too(monkeypatch):
-    monkeypatch.setattr(memory, "free_host_memory", lambda: 1000)
-    monkeypatch.setattr(memory, "_java_growth", lambda: 400)
-    assert memory.kv_cache_budget(Placement([Part("h.0", "cpu", 0)], "cpu"), needs(100)) == 450
-    monkeypatch.setattr(memory, "_java_growth", lambda: 4000)
-    assert memory.kv_cache_budget(Placement([Part("h.0", "cpu", 0)], "cpu"), needs(0)) == 0
 
 
 def needs(activation_bytes, copied_layers=0):

@@ -119,6 +119,7 @@ def _make_plan(
     kept = _vocabulary_bytes(model_dir, architecture.vocab_size) + (INTEGERS_BYTES if quantization and computes else 0)
     kept += STREAMING_BYTES if placement.read_ahead_bytes else 0
     devices = _devices(beside, capacity, gpus, cpu, kept)
+    host = next(device for device in devices if device.name == "cpu")
     return Plan(
         model=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -127,8 +128,8 @@ def _make_plan(
         device_map=placed,
         parts=beside.parts,
         devices=devices,
-        ready=_ready(beside, devices, kept),
-        serving=_serving(beside, devices, architecture, capacity, settings),
+        ready=_ready(beside, host, kept),
+        serving=_serving(beside, host, architecture, capacity, settings),
         max_sequence_length=capacity.max_sequence_length,
         kv_bytes_per_token=architecture.kv_bytes_per_token,
         largest_shard=max(shards, default=min(weights, SHARD_BYTES)),
@@ -233,27 +234,26 @@ def _devices(
     return devices
 
 
-def _ready(placement: Placement, devices: Sequence[Device], kept: int) -> int:
+def _ready(placement: Placement, cpu: Device, kept: int) -> int:
     """Bytes of the host's memory that the worker takes when it is READY."""
-    cpu = next(device for device in devices if device.name == "cpu")
     check = CHECK_BYTES if placement.main_device == "cpu" else 0
     return cpu.weights + cpu.runtime - JAVA_BYTES + placement.read_ahead_bytes + kept + check
 
 
 def _serving(
-    placement: Placement, devices: Sequence[Device], architecture: Architecture, capacity: Capacity, settings: Settings
+    placement: Placement, cpu: Device, architecture: Architecture, capacity: Capacity, settings: Settings
 ) -> dict[int, int]:
     """Most bytes that it takes while it serves one sequence of full length, no prompts being kept, and while it serves
     as many as it may and the plan's keys and values are full."""
-    cpu = next(device for device in devices if device.name == "cpu")
+    full = cpu.needed - JAVA_BYTES
+    if placement.main_device != "cpu" or settings.max_batch_size == 1:
+        return {1: full, settings.max_batch_size: full}
     row = with_spare_columns(capacity.max_sequence_length) * architecture.kv_bytes_per_token
-    alone = Capacity.of(architecture, settings.model_copy(update={"max_batch_size": 1}))
     kv_cache = min(row, capacity.kv_cache_bytes)
-    serving = {1: cpu.needed - JAVA_BYTES, settings.max_batch_size: cpu.needed - JAVA_BYTES}
-    if placement.main_device == "cpu" and settings.max_batch_size > 1:
-        taken = kv_cache + kv_copy_bytes(architecture, kv_cache) + alone.activation_bytes
-        serving[1] -= cpu.kv_cache + cpu.kv_copies + capacity.activation_bytes - taken
-    return serving
+    alone = Capacity.of(architecture, settings.model_copy(update={"max_batch_size": 1}))
+    taken = kv_cache + kv_copy_bytes(architecture, kv_cache) + alone.activation_bytes
+    others = cpu.kv_cache + cpu.kv_copies + capacity.activation_bytes - taken
+    return {1: full - others, settings.max_batch_size: full}
 
 
 def _multiplied(model: PreTrainedModel, placement: Placement) -> int:

@@ -156,7 +156,7 @@ def test_a_sampling_parameter_turns_sampling_on(engine, parameters):
 
 def test_as_many_rows_are_drawn_at_once_as_there_is_memory_for(engine, monkeypatch):
     """To sort many rows of a large vocabulary takes several times the logits' memory. What is drawn stays the same,
-    also beside greedy rows, and of rows with penalties or a grammar."""
+    also beside greedy rows, and of rows with penalties."""
     odd = [{}, {"do_sample": False}, {"repetition_penalty": 1.3}]
 
     def drawn():

@@ -93,7 +93,7 @@ threading.Thread(target=watch, daemon=True).start()
 parameters = {"min_new_tokens": new, "max_new_tokens": new, **json.loads(sys.argv[5])}
 prompt = max(1, settings.max_sequence_length - new)  # so that rows are full, as a plan has them
 jobs = [engine.submit(Request([10 + (n + i) % 350 for i in range(prompt)], parameters)) for n in range(clients)]
-while not all(job.sequences[0].token_ids for job in jobs):
+while engine.has_work and not all(job.sequences[0].token_ids for job in jobs):
     engine.step()
 streamed, steps, read, started = loaded.streamed, 0, disk_reads(), time.perf_counter()
 tokens = -sum(len(job.sequences[0].token_ids) for job in jobs)
@@ -107,6 +107,9 @@ while engine.has_work:
         raw.append(_rate(streamed.reader.method, streamed._pieces, 1.0))
         measuring, measured = measuring + time.perf_counter() - began, measured + disk_reads() - of_steps
 seconds = time.perf_counter() - started - measuring
+for job in jobs:
+    if job.error:
+        raise job.error
 tokens += sum(len(job.sequences[0].token_ids) for job in jobs)
 on_disk = sum(part.bytes for part in loaded.placement.parts if part.device == "disk")
 report |= {

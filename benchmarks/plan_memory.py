@@ -80,10 +80,12 @@ def serve(folder, settings):
         return torch.randint(4, 300, (max(1, count),), generator=generator).tolist()
 
     def answer(prompts):
-        for prompt in prompts:
-            engine.submit(Request(prompt, {"max_new_tokens": 8, "min_new_tokens": 8}))
+        jobs = [engine.submit(Request(prompt, {"max_new_tokens": 8, "min_new_tokens": 8})) for prompt in prompts]
         while engine.has_work:
             engine.step()
+        for job in jobs:
+            if job.error:
+                raise job.error
 
     # Two texts of different length that fit beside rows which begin with one of them: all rows in one ragged forward.
     tail = min(engine.capacity.idle_prefill_chunk // rows, length // 4)

@@ -185,7 +185,7 @@ def _integer_product(packed: torch.Tensor, sums: torch.Tensor, module: Quantized
         output = multiply(input.reshape(-1, input.shape[-1]))
         if bias is not None:
             output += bias
-        return output.view(*input.shape[:-1], -1)
+        return output.view(*input.shape[:-1], output.shape[-1])
 
     return forward
 
@@ -198,7 +198,8 @@ def _product(packed: torch.Tensor, bias: torch.Tensor | None) -> _Forward:
         if (padded := padded_rows(rows)) == rows:
             return multiply(input, packed, bias, "none", [], "")
         inputs = pad(input.reshape(rows, -1), (0, 0, 0, padded - rows))
-        return multiply(inputs, packed, bias, "none", [], "")[:rows].view(*input.shape[:-1], -1)
+        output = multiply(inputs, packed, bias, "none", [], "")[:rows]
+        return output.view(*input.shape[:-1], output.shape[-1])
 
     return forward
 

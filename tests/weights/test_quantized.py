@@ -311,6 +311,12 @@ def test_packed_int8_gives_what_it_gave_to_rounding(checkpoints, tmp_path, monke
             assert torch.equal(*(embedding(ids) for embedding in words))
             given, expected = model(ids).logits, plain(ids).logits
         assert (given - expected).std() < 0.05 * expected.std()
+    # In a step that only begins with a prompt, nobody needs logits.
+    engine = Engine(model, make_tokenizer(), EngineConfig(max_batch_size=1, prefill_chunk=4))
+    job = engine.submit(Request(prompt_ids(0, 40), {"max_new_tokens": 1}))
+    while engine.has_work:
+        engine.step()
+    assert len(job.sequences[0].token_ids) == 1
 
 
 @pytest.fixture(scope="module")

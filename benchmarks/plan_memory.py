@@ -79,8 +79,10 @@ def serve(folder, settings):
     def tokens(count):
         return torch.randint(4, 300, (max(1, count),), generator=generator).tolist()
 
-    def answer(prompts):
-        jobs = [engine.submit(Request(prompt, {"max_new_tokens": 8, "min_new_tokens": 8})) for prompt in prompts]
+    def answer(prompts, of_first=8):
+        new = [of_first, *[8] * (len(prompts) - 1)]
+        parameters = [{"max_new_tokens": n, "min_new_tokens": n} for n in new]
+        jobs = [engine.submit(Request(*request)) for request in zip(prompts, parameters)]
         while engine.has_work:
             engine.step()
         for job in jobs:
@@ -95,6 +97,8 @@ def serve(folder, settings):
     # Full rows, and the longest chunk once more when all keys and values are there.
     answer([tokens(length - 8 - row) for row in range(rows)])
     answer([tokens(length - 8)])
+    # The widest forward of several rows behind a long one: it stands there when the short one does not decode any more.
+    answer([tokens(8), *(tokens(length - 8) for _ in range(rows - 1))], of_first=2)
 
 settings = Settings.model_validate_json(sys.argv[3])
 serve(pathlib.Path(sys.argv[1]), settings.model_copy(update={"max_memory": None, "max_batch_size": 2}))
@@ -139,6 +143,7 @@ def compare(model: str, dtype: str, rows: int, length: int, resident: float) -> 
         max_batch_size=rows,
         max_sequence_length=length,
         kv_cache_memory="1TB",
+        num_speculative_tokens=0,  # for the same forwards in each run
     )
     cpu = make_plan(folder, settings, []).cpu
     planned = cpu.needed - cpu.runtime
@@ -190,8 +195,8 @@ def main() -> None:
         results.append(compare(*case))
         print(" ".join(f"{key}={value}" for key, value in results[-1].items()), flush=True)
     ratios = [result["ratio"] for result in results]
-    print(f"planned / measured: {min(ratios)} to {max(ratios)}; never under, at most 15 % over: ", end="")
-    print("yes" if min(ratios) >= 1 and max(ratios) <= 1.15 else "no")
+    print(f"planned / measured: {min(ratios)} to {max(ratios)}; never under, at most a fifth over: ", end="")
+    print("yes" if min(ratios) >= 1 and max(ratios) <= 1.2 else "no")
 
 
 if __name__ == "__main__":

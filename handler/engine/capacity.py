@@ -4,6 +4,7 @@ The engine runs by these figures and `make plan` shows them; there is no second 
 """
 
 import logging
+import math
 from dataclasses import dataclass
 
 from handler.settings import EngineConfig
@@ -79,6 +80,15 @@ class Capacity:
             max_logits=config.max_batch_size + _MOST_DRAFTS,
         )
 
+    def max_width(self, rows: int, past: int) -> int:
+        """Most new columns of a forward with so many rows, the longest of which holds `past` tokens.
+
+        Attention sees past + width columns of each row, which may be more than any of them will ever have: of scores,
+        rows x width x (past + width), there are to be no more than where the longest chunk is a row's last one.
+        """
+        scores = self.padded_tokens * self.max_sequence_length // rows
+        return min(self.padded_tokens // rows, (math.isqrt(past**2 + 4 * scores) - past) // 2)
+
 
 def kv_copy_bytes(architecture: Architecture, kv_cache_bytes: int) -> int:
     """What attention copies of so many bytes of keys and values."""
@@ -95,15 +105,17 @@ def activation_bytes(architecture: Architecture, rows: int, padded: int, cached:
     """
     item, hidden, inner = architecture.itemsize, architecture.hidden_size, architecture.intermediate_size
     columns = min(length, cached)
-    # The residual and its norm, the product with the fused matrix and its parts; the mask as booleans and as numbers.
+    # The residual and its norm, the product with the fused matrix and its parts; the mask as booleans and as numbers;
+    # new keys and values behind copies of those in the cache.
     attention = padded * (item * (3 * hidden + 2 * architecture.qkv_size) + columns * (1 + item))
+    attention += kv_copy_bytes(architecture, padded * architecture.kv_bytes_per_token)
     if architecture.keeps_scores:
         # The last layer's probabilities, this one's scores, and the same masked; then their softmax in float32, for
         # which 16-bit scores are widened first.
         each = 3 * item + (4 if item == 4 else 8)
         attention += padded * columns * architecture.num_attention_heads * each
     elif item == 2:  # scores of a block of queries, and their softmax, in cpu_attention.py
-        attention += 2 * item * max(BLOCK_SCORES, cached * architecture.num_attention_heads)
+        attention += 2 * item * max(BLOCK_SCORES, (cached + padded) * architecture.num_attention_heads)
     # An activation function in steps has four of the inner size; 16-bit inputs are widened where the CPU lacks them.
     mlp = padded * (item * (5 * hidden + 4 * inner) + (4 * inner if item < 4 else 0))
     # Logits of prompts, some of their rows in float32 with their logarithms; those that are sampled from, in float32

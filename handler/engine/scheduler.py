@@ -138,8 +138,8 @@ class Scheduler:
             if not sequence.is_prefilling:
                 batch, count = (long if sequence.row < num_long else short), 1
             else:
-                beside = len(long.sequences) + len(short.sequences) if mixes else 0
-                batch, limit = prefill, min(budget, self._room(prefill, beside))
+                beside = long.sequences + short.sequences if mixes else []
+                batch, limit = prefill, min(budget, self._room(prefill, [*beside, sequence]))
                 if sequence.needs_prompt_logprobs:
                     limit = min(limit, reported)
                 if self._leader(sequence):
@@ -170,11 +170,11 @@ class Scheduler:
         padding = (len(self.running) - len(missing)) * (min(chunk, max(missing, default=1)) - 1)
         return self._mixed_batch and not self._cost.outweighs_reading(padding)
 
-    def _room(self, prefill: Batch, beside: int) -> int:
-        """Of how many tokens a prompt's next chunk may be in a forward that is padded to its longest row, with other
-        rows `beside` it."""
-        rows = 1 + len(prefill.sequences) + beside
-        room = self._capacity.padded_tokens // rows
+    def _room(self, prefill: Batch, more: list[Sequence]) -> int:
+        """Of how many tokens a prompt's next chunk may be in a forward that is padded to its longest row, with these
+        and `more` rows in it."""
+        rows = prefill.sequences + more
+        room = self._capacity.max_width(len(rows), max(sequence.num_cached_tokens for sequence in rows))
         return room if room >= max(prefill.num_scheduled_tokens, default=1) else 0
 
     def release_finished(self) -> None:

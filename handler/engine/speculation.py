@@ -115,17 +115,17 @@ class Speculator:
 
         def tokens_a_second(width: int) -> float:
             chains = {sequence: min(width, length) for sequence, length in lengths.items()}
-            padded = rows * max(1 + width, *batch.num_scheduled_tokens)
-            fits = padded <= self._capacity.padded_tokens and rows + sum(chains.values()) <= self._capacity.max_logits
-            if width and not fits:
+            widest = max(1 + width, *batch.num_scheduled_tokens)
+            if width and (widest > most or rows + sum(chains.values()) > self._capacity.max_logits):
                 return 0.0
             accepted = sum(
                 self._acceptance(s) ** depth for s, length in chains.items() for depth in range(1, length + 1)
             )
             guessing = seconds(width) if width else 0.0
-            return (rows + accepted) / max(self._cost.seconds(padded) + guessing, 1e-9)
+            return (rows + accepted) / max(self._cost.seconds(rows * widest) + guessing, 1e-9)
 
         rows = len(batch.sequences)
+        most = self._capacity.max_width(rows, max(sequence.num_cached_tokens for sequence in batch.sequences))
         rate, narrow = max((tokens_a_second(width), -width) for width in range(1 + max(lengths.values())))
         return rate, -narrow
 

@@ -168,5 +168,5 @@ def test_its_scores_are_planned_for():
     shape = {"max_length": 4096, "sliding_window": None, "kv_bytes_per_token": 64, "takes_position_ids": True}
     one, other = (Architecture(10, heads, **shape, keeps_scores=False, itemsize=2) for heads in (8, 16))
     planned = [Capacity.of(architecture, EngineConfig(max_batch_size=256)) for architecture in (one, other)]
-    scores = [2 * 2 * heads * capacity.kv_cache_tokens for heads, capacity in zip((8, 16), planned, strict=True)]
-    assert planned[1].activation_bytes - planned[0].activation_bytes == scores[1] - scores[0]
+    columns = planned[0].kv_cache_tokens + planned[0].padded_tokens
+    assert planned[1].activation_bytes - planned[0].activation_bytes == 2 * 2 * (16 - 8) * columns

@@ -153,6 +153,22 @@ def test_a_forward_is_padded_to_no_more_than_there_is_memory_for():
             step(scheduler)
 
 
+def test_attention_makes_no_more_scores_than_there_is_memory_for():
+    """New tokens come behind all that the longest row holds, more columns than any row will have: of 32 x 64 scores,
+    two rows behind 55 tokens have room for 14 each instead of 16, and four behind 60 for 7 instead of 8."""
+    scheduler, _ = make_scheduler(prefill_chunk=8, max_sequence_length=64)
+    scheduler.add([sequence(63), sequence(40)])
+    step(scheduler)
+    scheduler.running[0].num_cached_tokens = 55
+    assert plan(scheduler) == [[(0, 8), (1, 14)]]
+    scheduler, _ = make_scheduler(prefill_chunk=8, max_sequence_length=64, mixed_batch=True)
+    scheduler.add([sequence(2), sequence(2), sequence(61), sequence(9)])
+    scheduler.schedule()
+    for row, cached in enumerate((1, 1, 60)):
+        scheduler.running[row].num_cached_tokens = cached
+    assert plan(scheduler) == [[(0, 1), (1, 1), (2, 1), (3, 7)]]
+
+
 def test_decoding_and_prefilling_share_a_forward_where_weights_are_streamed():
     scheduler, _ = make_scheduler(prefill_chunk=4, mixed_batch=True)
     scheduler.add([sequence(3), sequence(9), sequence(9)])

@@ -5,10 +5,11 @@
 
 Of the hour, making the checkpoints takes most; they stay.
 
-For each format and number of clients: tokens a second of this package's engine, beside Accelerate's own `generate` of
-one client in 16 bits in the same group; bytes read a step over those of the disk tier; the rate of reading over that of
-raw reads of the same files between the steps. Nothing is guessed ahead: random weights repeat themselves, which would
-flatter. JSON goes to benchmarks/results/, where runs with other memory stay, and a plot to docs/.
+For each format and number of clients: tokens a second of this package's engine while all rows decode, beside those of
+Accelerate's own `generate` of one client in 16 bits in the same group; bytes read a step over those of the disk tier;
+the rate of reading over that of raw reads of the same files between the steps. Nothing is guessed ahead: random weights
+repeat themselves, which would flatter. JSON goes to benchmarks/results/, where runs with other memory stay, and a plot
+to docs/.
 """
 
 import argparse
@@ -99,7 +100,7 @@ streamed, steps, read, started = loaded.streamed, 0, disk_reads(), time.perf_cou
 tokens = -sum(len(job.sequences[0].token_ids) for job in jobs)
 waited, forward = streamed.wait_seconds if streamed else 0, engine.forward_seconds
 raw, measuring, measured = [], 0.0, 0  # between steps: the disk gives more for a while than it can for long
-while engine.has_work:
+while engine.has_work and not any(job.sequences[0].finished for job in jobs):  # all clients' rows decode
     engine.step()
     steps += 1
     if streamed and streamed.reader.method.direct and steps % 3 == 0:
@@ -107,10 +108,14 @@ while engine.has_work:
         raw.append(_rate(streamed.reader.method, streamed._pieces, 1.0))
         measuring, measured = measuring + time.perf_counter() - began, measured + disk_reads() - of_steps
 seconds = time.perf_counter() - started - measuring
+tokens += sum(len(job.sequences[0].token_ids) for job in jobs)
+read, waited = disk_reads() - read - measured, streamed.wait_seconds - waited if streamed else 0
+forward = engine.forward_seconds - forward
+while engine.has_work:
+    engine.step()
 for job in jobs:
     if job.error:
         raise job.error
-tokens += sum(len(job.sequences[0].token_ids) for job in jobs)
 on_disk = sum(part.bytes for part in loaded.placement.parts if part.device == "disk")
 report |= {
     "tokens_per_second": tokens / seconds,
@@ -122,14 +127,13 @@ report |= {
     "planned_on_cpu": plan.cpu.weights,
 }
 if streamed:
-    from_disk = disk_reads() - read - measured
     raw_rate = sum(raw) / len(raw) if raw else streamed.rate
     report |= {
-        "bytes_read_over_disk_tier": from_disk / steps / on_disk,
+        "bytes_read_over_disk_tier": read / steps / on_disk,
         "method": str(streamed.reader.method),
-        "read_rate_over_raw": from_disk / seconds / raw_rate,
+        "read_rate_over_raw": read / seconds / raw_rate,
         "raw_bytes_per_second": raw_rate,
-        "share_waited": (streamed.wait_seconds - waited) / (engine.forward_seconds - forward),
+        "share_waited": waited / forward,
     }
 print(json.dumps(report))
 """

@@ -227,8 +227,8 @@ def plot(runs: list[dict], path: Path) -> None:
         label = f"{'Accelerate, bfloat16' if name == 'accelerate' else name}, {clients} client{'s' * (clients > 1)}"
         memory = [run["memory"] / 1e9 for run in line]
         rates = [run["tokens_per_second"] for run in line]
+        label = f"{rates[-1]:.3g}: {label}"
         axes.plot(memory, rates, styles.get(clients, "o:"), color=colours[name], label=label)
-        axes.annotate(f"{rates[-1]:.3g}", (memory[-1], rates[-1]), xytext=(6, -3), textcoords="offset points")
     axes.set(
         yscale="log",
         xlabel="memory given, GB",
@@ -236,7 +236,8 @@ def plot(runs: list[dict], path: Path) -> None:
         title="BLOOM-7b1's shape, 7.1 billion weights",
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.08, 0.5), frameon=False)
+    most = max(run["memory"] for run in runs) / 1e9
+    axes.legend(title=f"in {most:g} GB", loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(path)
 

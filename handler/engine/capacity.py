@@ -118,13 +118,14 @@ def activation_bytes(architecture: Architecture, rows: int, padded: int, cached:
         attention += 2 * item * max(BLOCK_SCORES, (cached + padded) * architecture.num_attention_heads)
     # An activation function in steps has four of the inner size; 16-bit inputs are widened where the CPU lacks them.
     mlp = padded * (item * (5 * hidden + 4 * inner) + (4 * inner if item < 4 else 0))
-    # Logits of prompts, some of their rows in float32 with their logarithms; those that are sampled from, in float32
-    # with theirs, or while some of their rows are sorted.
-    positions, widened = min(padded, PROMPT_LOGPROB_TOKENS), min(padded, PROMPT_LOGPROB_ROWS)
-    prompt = architecture.vocab_size * (item * positions + 12 * widened)
+    # Logits of a prompt, and of what other rows sample from. Of the first some rows in float32 with their logarithms;
+    # then the others in float32 with theirs, or while some of their rows are sorted.
+    reported, sampled = min(padded, PROMPT_LOGPROB_TOKENS), rows + _MOST_DRAFTS
+    logits = item * (reported + sampled if rows > 1 else max(reported, sampled))
     drawn = min(rows, max(1, DRAWN_LOGITS // architecture.vocab_size))
-    sampled = architecture.vocab_size * (item * (rows + _MOST_DRAFTS) + max(12 * rows, 4 * rows + _SORT_BYTES * drawn))
-    return max(attention, mlp, prompt, sampled) + architecture.product_bytes + KERNELS * KERNEL_BYTES
+    widened = max(12 * min(padded, PROMPT_LOGPROB_ROWS), 12 * rows, 4 * rows + _SORT_BYTES * drawn)
+    head = architecture.vocab_size * (logits + widened)
+    return max(attention, mlp, head) + architecture.product_bytes + KERNELS * KERNEL_BYTES
 
 
 def _max_sequence_length(architecture: Architecture, config: EngineConfig) -> int:

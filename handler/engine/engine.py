@@ -152,10 +152,9 @@ class Engine:
         if not batches:  # whoever steps on and on would take the time to compile in
             futures = [job.compilation.future for job in self._jobs.values() if job.compilation]
             wait(futures, _COMPILE_WAIT, FIRST_COMPLETED)
-        results = [(batch, self._run(batch)) for batch in batches]
-        for batch, result in results:
+        for batch in batches:
             try:
-                self._postprocess(batch, result)
+                self._postprocess(batch, self._run(batch))  # whose logits are free before the next needs memory
             except Exception as error:  # a bug of ours, or no memory for float32 scores
                 for sequence in batch.sequences:
                     self._fail(sequence.job, error)
@@ -198,7 +197,7 @@ class Engine:
             for index, sampler in enumerate(samplers)
         ]
 
-    # step: run the scheduler's batches, then give each sequence what came of it
+    # step: run the scheduler's batches, and give each sequence what came of it
 
     def _schedule(self) -> list[Batch]:
         """This step's forwards; none where rows cannot be moved. Some may be then, so all are computed again."""

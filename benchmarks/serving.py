@@ -99,17 +99,19 @@ def measure(
     command += ["--data", f"kind=synthetic_text,prompt_tokens={PROMPT_TOKENS},{output}"]
     command += ["--output", f"kind=json,path={report}"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if ended.returncode:
+        raise RuntimeError(f"GuideLLM: {ended.stdout[-2000:]}{ended.stderr[-2000:]}")
     measured = json.loads(report.read_text())["benchmarks"][0]
     requests_done = measured["requests"]["successful"]
     started = min(request["request_start_time"] for request in requests_done)
-    ended = max(request["request_end_time"] for request in requests_done)
+    finished = max(request["request_end_time"] for request in requests_done)
     tokens = sum(request["output_tokens"] for request in requests_done)
     metrics = measured["metrics"]
     return {
         "requests": len(requests_done),
         "failed": len(measured["requests"]["errored"]),
-        "tokens_per_second": tokens / (ended - started),
+        "tokens_per_second": tokens / (finished - started),
         "time_to_first_token_ms": metrics["time_to_first_token_ms"]["successful"]["median"],
         "between_tokens_ms": metrics["inter_token_latency_ms"]["successful"]["median"],
     }

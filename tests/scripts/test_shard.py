@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from handler.weights.safetensors_format import DTYPES, read_header
 from scripts import console, shard
+from server.torchserve import MEMORY
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 50_000  # bytes: the embedding has 49,152
@@ -189,8 +190,8 @@ def test_a_bad_size_is_told_with_what_is_allowed(capsys, tmp_path, text) -> None
 
 def peak_memory(*command: str) -> int:
     """Bytes of anonymous memory that a Python process had at most, sampled all the time that it ran."""
-    # How many pools of freed memory the C library keeps depends on when threads meet.
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    # What the C library keeps of freed memory depends on when threads meet, and on the order of sizes.
+    environment = os.environ | MEMORY | {"MALLOC_ARENA_MAX": "1"}
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
     peak = 0
     while process.poll() is None:
@@ -242,7 +243,7 @@ def test_memory_does_not_grow_with_what_is_quantized(tmp_path, kind) -> None:
         BloomForCausalLM(BloomConfig(**shape, n_layer=layers)).save_pretrained(model)
         args = ["--model-dir", str(model), "--output-dir", str(output), "--max-shard-size", "5MB"]
         peaks.append(peak_memory("-m", "scripts.shard", *args, "--quantize", kind))
-    assert peaks[1] - peaks[0] <= 50 * MB  # of 200
+    assert peaks[1] - peaks[0] <= 25 * MB  # of 200
 
 
 # Integers. What models make of them: tests/weights/test_quantized.py.

@@ -1,6 +1,7 @@
 """What `make plan` says that a model needs on a CPU, against the peak that a process then has, over models, settings
 and tiers. Each in a process of its own, with a worker's environment, and the steps that take most: all rows at once
-behind long texts of different length, full rows, and the longest chunk while all keys and values are there.
+behind long texts of different length, full rows, the longest chunk while all keys and values are there, and the widest
+forward of two prompts behind most of a row.
 
 python -m benchmarks.plan_memory
 python -m benchmarks.plan_memory --worker models/SmolLM2-135M-Instruct --memory 5GB     # root

@@ -5,6 +5,7 @@ The engine runs by these figures and `make plan` shows them; there is no second 
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from handler.settings import EngineConfig
@@ -80,12 +81,14 @@ class Capacity:
             max_logits=config.max_batch_size + _MOST_DRAFTS,
         )
 
-    def max_width(self, rows: int, past: int) -> int:
-        """Most new columns of a forward with so many rows, the longest of which holds `past` tokens.
+    def max_width(self, lengths: Sequence[int]) -> int:
+        """Most new columns of a forward whose rows hold so many tokens.
 
-        Attention sees past + width columns of each row, which may be more than any of them will ever have: of scores,
-        rows x width x (past + width), there are to be no more than where the longest chunk is a row's last one.
+        Attention sees past + width columns of each row, past being the longest one's tokens, which may be more than any
+        of them will ever have: of scores, rows x width x (past + width), there are to be no more than where the longest
+        chunk is a row's last one.
         """
+        rows, past = len(lengths), max(lengths)
         scores = self.padded_tokens * self.max_sequence_length // rows
         return min(self.padded_tokens // rows, (math.isqrt(past**2 + 4 * scores) - past) // 2)
 

@@ -173,8 +173,7 @@ class Scheduler:
     def _room(self, prefill: Batch, more: list[Sequence]) -> int:
         """Of how many tokens a prompt's next chunk may be in a forward that is padded to its longest row, with these
         and `more` rows in it."""
-        rows = prefill.sequences + more
-        room = self._capacity.max_width(len(rows), max(sequence.num_cached_tokens for sequence in rows))
+        room = self._capacity.max_width([sequence.num_cached_tokens for sequence in prefill.sequences + more])
         return room if room >= max(prefill.num_scheduled_tokens, default=1) else 0
 
     def release_finished(self) -> None:

@@ -125,7 +125,7 @@ class Speculator:
             return (rows + accepted) / max(self._cost.seconds(rows * widest) + guessing, 1e-9)
 
         rows = len(batch.sequences)
-        most = self._capacity.max_width(rows, max(sequence.num_cached_tokens for sequence in batch.sequences))
+        most = self._capacity.max_width([sequence.num_cached_tokens for sequence in batch.sequences])
         rate, narrow = max((tokens_a_second(width), -width) for width in range(1 + max(lengths.values())))
         return rate, -narrow
 

@@ -56,6 +56,7 @@ ENGINE = """
 import json, re, sys, threading, time
 from functools import partial
 from pathlib import Path
+from benchmarks.running import finish
 from handler.engine import Engine, Request
 from handler.loading import load_model
 from handler.memory import free_host_memory, page_cache_room, with_kv_cache_limit
@@ -111,11 +112,7 @@ seconds = time.perf_counter() - started - measuring
 tokens += sum(len(job.sequences[0].token_ids) for job in jobs)
 read, waited = disk_reads() - read - measured, streamed.wait_seconds - waited if streamed else 0
 forward = engine.forward_seconds - forward
-while engine.has_work:
-    engine.step()
-for job in jobs:
-    if job.error:
-        raise job.error
+finish(engine, jobs)
 on_disk = sum(part.bytes for part in loaded.placement.parts if part.device == "disk")
 report |= {
     "tokens_per_second": tokens / seconds,
@@ -224,10 +221,10 @@ def plot(runs: list[dict], path: Path) -> None:
             name = run["format"] if run["engine"] == "ours" else run["engine"]
             lines.setdefault((name, run["clients"]), []).append(run)
     for (name, clients), line in sorted(lines.items(), key=lambda item: -item[1][-1]["tokens_per_second"]):
-        label = f"{'Accelerate, bfloat16' if name == 'accelerate' else name}, {clients} client{'s' * (clients > 1)}"
         memory = [run["memory"] / 1e9 for run in line]
         rates = [run["tokens_per_second"] for run in line]
-        label = f"{rates[-1]:.3g}: {label}"
+        engine = "Accelerate, bfloat16" if name == "accelerate" else name
+        label = f"{rates[-1]:.3g} in {memory[-1]:g} GB: {engine}, {clients} client{'s' * (clients > 1)}"
         axes.plot(memory, rates, styles.get(clients, "o:"), color=colours[name], label=label)
     axes.set(
         yscale="log",
@@ -236,8 +233,7 @@ def plot(runs: list[dict], path: Path) -> None:
         title="BLOOM-7b1's shape, 7.1 billion weights",
     )
     axes.grid(alpha=0.3)
-    most = max(run["memory"] for run in runs) / 1e9
-    axes.legend(title=f"in {most:g} GB", loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(path)
 

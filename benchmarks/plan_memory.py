@@ -62,6 +62,7 @@ CASES = [
 CHILD = """
 import ctypes, gc, json, pathlib, re, sys
 import torch
+from benchmarks.running import finish
 from handler.engine import Engine, Request
 from handler.loading import load_model
 from handler.settings import Settings
@@ -81,14 +82,11 @@ def serve(folder, settings):
         return torch.randint(4, 300, (max(1, count),), generator=generator).tolist()
 
     def answer(prompts, of_first=8):
-        new = [of_first, *[8] * (len(prompts) - 1)]
-        parameters = [{"max_new_tokens": n, "min_new_tokens": n} for n in new]
-        jobs = [engine.submit(Request(*request)) for request in zip(prompts, parameters)]
-        while engine.has_work:
-            engine.step()
-        for job in jobs:
-            if job.error:
-                raise job.error
+        jobs = []
+        for prompt in prompts:
+            new = 8 if jobs else of_first
+            jobs.append(engine.submit(Request(prompt, {"max_new_tokens": new, "min_new_tokens": new})))
+        finish(engine, jobs)
 
     # Two texts of different length that fit beside rows which begin with one of them: all rows in one ragged forward.
     tail = min(engine.capacity.idle_prefill_chunk // rows, length // 4)

@@ -30,6 +30,7 @@ from scripts.demo_model import NAME, demo_model
 LOAD = """
 import json, statistics, sys, time
 from pathlib import Path
+from benchmarks.running import finish
 from handler.engine import Engine, Request
 from handler.engine.draft_model import DraftModel
 from handler.loading import load_model
@@ -72,11 +73,10 @@ NEW = 32
 def run(engine, prompts, parameters):
     parameters = {"max_new_tokens": NEW, "min_new_tokens": NEW} | parameters
     jobs = [engine.submit(Request(prompt, parameters, add_special_tokens=False)) for prompt in prompts]
-    while not all(job.sequences[0].token_ids for job in jobs):
+    while engine.has_work and not all(job.sequences[0].token_ids for job in jobs):
         engine.step()
     tokens, started = -sum(len(job.sequences[0].token_ids) for job in jobs), time.perf_counter()
-    while engine.has_work:
-        engine.step()
+    finish(engine, jobs)
     texts = [job.sequences[0].token_ids for job in jobs]
     return (tokens + sum(map(len, texts))) / (time.perf_counter() - started), texts
 
@@ -115,11 +115,8 @@ engine = Engine(loaded.model, loaded.tokenizer, Settings(max_sequence_length=600
 
 def measured(prompt):
     time.sleep(1)
-    waited, started, steps = engine._runner.wait_seconds, time.perf_counter(), 0
-    job = engine.submit(Request(prompt, {"max_new_tokens": 1}))
-    while not job.finished:
-        engine.step()
-        steps += 1
+    waited, started = engine._runner.wait_seconds, time.perf_counter()
+    steps = finish(engine, [engine.submit(Request(prompt, {"max_new_tokens": 1}))])
     return time.perf_counter() - started, engine._runner.wait_seconds - waited, steps
 
 prefixes = [[100 + 7 * i % 5000 + number for i in range(512)] for number in range(6)]

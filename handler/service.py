@@ -181,7 +181,8 @@ class LargeModelHandler(BaseHandler):
         self.free_cores.match()
         while self.engine.has_work and time.monotonic() < deadline:
             if any(job.finished or len(job.sequences[0].token_ids) == 1 for job in self.engine.step()):
-                return
+                break
+        self.free_cores.rest()
 
     def _send_parts(self, requests: list[OpenRequest]) -> None:
         """Plain mode: send what streams have to say in the middle of a batch, and nothing to the others."""

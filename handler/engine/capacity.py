@@ -12,6 +12,7 @@ from handler.settings import EngineConfig
 
 from .architecture import Architecture
 from .cpu_attention import BLOCK_SCORES
+from .heap import HEAP_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ def activation_bytes(architecture: Architecture, rows: int, padded: int, cached:
     drawn = min(rows, max(1, DRAWN_LOGITS // architecture.vocab_size))
     widened = max(12 * min(padded, PROMPT_LOGPROB_ROWS), 12 * rows, 4 * rows + _SORT_BYTES * drawn)
     head = architecture.vocab_size * (logits + widened)
-    return max(attention, mlp, head) + architecture.product_bytes + KERNELS * KERNEL_BYTES
+    most = max(attention, mlp, head)
+    return most + min(most * 3 // 4, HEAP_BYTES) + architecture.product_bytes + KERNELS * KERNEL_BYTES
 
 
 def _max_sequence_length(architecture: Architecture, config: EngineConfig) -> int:

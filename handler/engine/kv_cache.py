@@ -15,6 +15,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from .heap import mapping_blocks
 from .prefix_cache import Prefix, PrefixCache
 
 # The store has more columns than are needed now, so that it is not copied at every step: the next multiple of
@@ -257,7 +258,8 @@ class RowLayer(CacheLayerMixin):
 
 def _resized(store: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """A store of that size with the same content in the same place; zero elsewhere, as in `zero_row`."""
-    fresh = store.new_zeros(rows, store.shape[1], columns, store.shape[3])
+    with mapping_blocks():
+        fresh = store.new_zeros(rows, store.shape[1], columns, store.shape[3])
     common_rows, common_columns = min(rows, store.shape[0]), min(columns, store.shape[2])
     fresh[:common_rows, :, :common_columns] = store[:common_rows, :, :common_columns]
     return fresh

@@ -14,7 +14,7 @@ from handler.weights.placement import align_hooks
 from .architecture import Architecture
 from .attention import UNSEEN, gpt_neo_sees, key_positions, longrope_by_row, window_masks
 from .capacity import activation_bytes, kv_copy_bytes
-from .heap import release_freed_memory
+from .heap import release_freed_memory, reusing_blocks
 from .kv_cache import ForwardContext, KVCache
 from .scheduler import Batch
 
@@ -89,6 +89,7 @@ class ModelRunner:
             # Padding gets position 0, which every model has.
             inputs["position_ids"] = torch.where(new < count, length + new, 0).to(self.device)
         with ExitStack() as during:
+            during.enter_context(reusing_blocks())
             during.enter_context(self._head_sees_only(keep))
             during.enter_context(self._products())
             inputs["attention_mask"] = self._attention_mask(length, count, context, during)

@@ -27,10 +27,15 @@ class FreeCores:
         self._most = torch.get_num_threads()
         self._used, self._clock = used or _used, clock
         self._last = (clock(), *self._used())
+        self._resting_since: float | None = None
 
     def match(self) -> None:
         """Set the number of threads, now and then. Cheap enough for each step."""
         now = self._clock()
+        rested_long = self._resting_since is not None and now - self._resting_since >= _PERIOD
+        self._resting_since = None
+        if rested_long:
+            self._last = now, *self._used()
         then, busy_then, own_then = self._last
         if now - then < _PERIOD:
             return
@@ -40,6 +45,11 @@ class FreeCores:
         threads = min(self._most, max(1, int(len(self._cores) - others + _SPARE)))
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
+
+    def rest(self) -> None:
+        """Nothing is computed until the next `match`. What others do in a long rest says nothing of what they do after
+        it: clients get their requests ready then."""
+        self._resting_since = self._clock()
 
 
 def _cores() -> set[int]:

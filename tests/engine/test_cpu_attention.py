@@ -166,7 +166,7 @@ def test_whoever_loads_a_model_gets_it(bloom, tmp_path, monkeypatch):
 
 def test_its_scores_are_planned_for():
     shape = {"max_length": 4096, "sliding_window": None, "kv_bytes_per_token": 64, "takes_position_ids": True}
-    one, other = (Architecture(10, heads, **shape, keeps_scores=False, itemsize=2) for heads in (8, 16))
+    one, other = (Architecture(10, heads, **shape, keeps_scores=False, itemsize=2) for heads in (16, 32))
     planned = [Capacity.of(architecture, EngineConfig(max_batch_size=256)) for architecture in (one, other)]
     columns = planned[0].kv_cache_tokens + planned[0].padded_tokens
-    assert planned[1].activation_bytes - planned[0].activation_bytes == 2 * 2 * (16 - 8) * columns
+    assert planned[1].activation_bytes - planned[0].activation_bytes == 2 * 2 * (32 - 16) * columns

@@ -9,18 +9,22 @@ from handler.weights.threads import FreeCores
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(others, own): a second passes in which others and this process keep so many of four cores busy; the
-    threads then."""
+    """machine(others, own): a second passes in which others and this process keep so many of four cores busy, maybe
+    others all of them while this one rests; the threads then."""
     seconds = {"clock": 0.0, "busy": 0.0, "own": 0.0}
     monkeypatch.setattr(threads, "_cores", lambda: {0, 1, 2, 3})
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     cores = FreeCores(lambda: (seconds["busy"], seconds["own"]), lambda: seconds["clock"])
 
-    def after(others: float, own: float, passed: float = 1.0) -> int:
+    def after(others: float, own: float, passed: float = 1.0, rested: float = 0.0) -> int:
         seconds["clock"] += passed
         seconds["busy"] += passed * (others + own)
         seconds["own"] += passed * own
+        if rested:
+            cores.rest()
+            seconds["clock"] += rested
+            seconds["busy"] += rested * 4
         cores.match()
         return torch.get_num_threads()
 
@@ -40,6 +44,18 @@ def test_threads_leave_cores_that_others_use_and_come_back(machine):
 
 def test_short_steps_measure_nothing(machine):
     assert [machine(4, 0, 0.2) for _ in range(3)] == [4, 4, 4]
+
+
+def test_what_others_do_while_nothing_is_computed_takes_no_thread_away(machine):
+    assert machine(0, 4, rested=9) == 4  # clients get ready
+    assert machine(0, 4) == 4
+    assert machine(1, 3) == 3
+    assert machine(4, 0, 0.1, rested=9) == 3
+    assert machine(0, 3) == 4
+
+
+def test_a_short_rest_is_counted(machine):
+    assert machine(0, 4, 0.5, rested=0.9) == 1
 
 
 def test_no_more_threads_than_at_the_beginning(machine):

@@ -27,7 +27,7 @@ class FreeCores:
         self._most = torch.get_num_threads()
         self._used, self._clock = used or _used, clock
         self._last = (clock(), *self._used())
-        self._resting_since: float | None = None
+        self._resting_since: float | None = clock()
 
     def match(self) -> None:
         """Set the number of threads, now and then. Cheap enough for each step."""

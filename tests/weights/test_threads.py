@@ -17,6 +17,8 @@ def machine(monkeypatch):
     torch.set_num_threads(4)
     cores = FreeCores(lambda: (seconds["busy"], seconds["own"]), lambda: seconds["clock"])
 
+    cores.match()
+
     def after(others: float, own: float, passed: float = 1.0, rested: float = 0.0) -> int:
         seconds["clock"] += passed
         seconds["busy"] += passed * (others + own)
@@ -54,13 +56,24 @@ def test_what_others_do_while_nothing_is_computed_takes_no_thread_away(machine):
     assert machine(0, 3) == 4
 
 
+def test_nor_what_they_did_before_anything_was_computed():
+    before, clock = torch.get_num_threads(), iter([0.0, 0.0, 5.0])
+    torch.set_num_threads(2)
+    cores = FreeCores(iter([(0.0, 0.0), (99.0, 0.0)]).__next__, clock.__next__)
+    cores.match()
+    threads_then = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert threads_then == 2
+
+
 def test_a_short_rest_is_counted(machine):
     assert machine(0, 4, 0.5, rested=0.9) == 1
 
 
 def test_no_more_threads_than_at_the_beginning(machine):
     torch.set_num_threads(2)
-    cores = FreeCores(lambda: (0.0, 0.0), iter([0.0, 2.0]).__next__)
+    cores = FreeCores(lambda: (0.0, 0.0), iter([0.0, 0.0, 0.0, 2.0]).__next__)
+    cores.match()
     cores.match()
     assert torch.get_num_threads() == 2
 

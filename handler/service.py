@@ -17,11 +17,13 @@ from ts.context import Context
 from ts.handler_utils.utils import send_intermediate_predict_response
 from ts.metrics.caching_metric import CachingMetric
 from ts.metrics.metric_type_enum import MetricTypes
+from ts.protocol import otf_message_handler
 from ts.torch_handler.base_handler import BaseHandler
 
 from handler.checkpoint import open_checkpoint, open_draft, work_folder
 from handler.engine import Engine
 from handler.engine.draft_model import DraftModel
+from handler.field_reader import FieldReader
 from handler.loading import load_model
 from handler.memory import page_cache_room, with_kv_cache_limit
 from handler.metrics import CLIENT_GONE, Metric, Metrics
@@ -72,6 +74,7 @@ class LargeModelHandler(BaseHandler):
         self.metrics.report()
         threading.Thread(target=self.metrics.report_forever, args=[METRICS_PERIOD], daemon=True).start()
         self.free_cores = FreeCores()
+        otf_message_handler._retrieve_buffer = FieldReader()
         # What is loaded stays: without this the collector walks over all of it now and then, for 150 ms.
         gc.collect()
         gc.freeze()

@@ -37,6 +37,7 @@ _WARPERS = (
     library.InfNanRemoveLogitsProcessor,
     library.LogitNormalization,
 )
+_BLOCK = 1024  # scores of which the largest is found at once
 _NUCLEUS = 1024  # candidates in which top_p looks first; a flatter row's whole vocabulary is sorted
 _TIES = 64  # candidates beyond top_k: the library keeps what ties with the k-th, in bfloat16 often many
 
@@ -208,9 +209,19 @@ def _processed(
 
 
 def _greedy(scores: torch.Tensor) -> tuple[list[int], list[bool]]:
-    # max resolves ties as argmax does, and is several times faster on bfloat16.
-    best = scores.max(dim=-1)
-    return best.indices.tolist(), (best.values > -math.inf).tolist()  # which no NaN is
+    """The first of the largest scores in each row, as argmax does. Looked for in the block that has it: without
+    positions to keep a CPU finds what is largest three times as fast (max) to twenty times (argmax, bfloat16)."""
+    vocab_size, blocks = scores.shape[1], scores.shape[1] // _BLOCK
+    in_blocks = blocks * _BLOCK
+    largest = scores[:, :in_blocks].unflatten(1, (blocks, _BLOCK)).amax(-1)
+    if in_blocks < vocab_size:
+        largest = torch.cat([largest, scores[:, in_blocks:].amax(-1, keepdim=True)], dim=1)
+    best = largest.max(dim=-1)
+    columns = best.indices.unsqueeze(1) * _BLOCK + torch.arange(_BLOCK, device=scores.device)
+    # Beyond the last one it is the last one's turn again.
+    at = scores.gather(1, columns.clamp(max=vocab_size - 1)).max(dim=-1).indices
+    chosen = columns.gather(1, at.unsqueeze(1)).squeeze(1)
+    return chosen.tolist(), (best.values > -math.inf).tolist()  # which no NaN is
 
 
 def _draw(scores: torch.Tensor, samplers: list[Sampler]) -> tuple[list[int], list[bool]]:

@@ -164,9 +164,20 @@ def test_what_is_impossible_is_never_drawn(monkeypatch, number):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_ties_go_to_the_lowest_token(dtype, rows):
-    logits = torch.randn(rows, 70001).to(dtype).clamp(max=1.0)
+@pytest.mark.parametrize("vocab_size", [3, 1023, 1024, 1025, 70001])
+def test_ties_go_to_the_lowest_token(dtype, rows, vocab_size):
+    logits = torch.randn(rows, vocab_size).to(dtype).clamp(max=1.0)
     assert sampled(logits, *[Sampler()] * rows) == logits.float().argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [3, 1024, 5000])
+def test_the_only_number_is_found_wherever_it_is(vocab_size):
+    places = [0, 1, vocab_size // 2, vocab_size - 1]
+    logits = torch.full((len(places), vocab_size), -torch.inf)
+    logits[range(len(places)), places] = -3
+    assert sampled(logits, *[Sampler()] * len(places)) == places
+    logits[1, vocab_size - 1] = torch.nan
+    assert [isinstance(token, Exception) for token in sampled(logits, *[Sampler()] * len(places))] == [0, 1, 0, 0]
 
 
 def test_scores_that_are_not_numbers_fail_their_row_only():

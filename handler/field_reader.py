@@ -26,7 +26,7 @@ class FieldReader:
         if connection is not self._connection:
             unbuffered = connection.makefile("rb", buffering=0)
             self._connection, self._buffered = connection, BufferedReader(unbuffered, _BUFFER)
-        data = self._buffered.read(length)
+        data = self._buffered.read(max(0, length))
         if len(data) < length:
             logger.info("Frontend disconnected.")
             sys.exit(0)

@@ -182,10 +182,12 @@ class LargeModelHandler(BaseHandler):
         for request in requests:
             request.poll(0 if self.engine.has_work else seconds)
         self.free_cores.match()
-        while self.engine.has_work and time.monotonic() < deadline:
-            if any(job.finished or len(job.sequences[0].token_ids) == 1 for job in self.engine.step()):
-                break
-        self.free_cores.rest()
+        try:
+            while self.engine.has_work and time.monotonic() < deadline:
+                if any(job.finished or len(job.sequences[0].token_ids) == 1 for job in self.engine.step()):
+                    return
+        finally:
+            self.free_cores.rest()
 
     def _send_parts(self, requests: list[OpenRequest]) -> None:
         """Plain mode: send what streams have to say in the middle of a batch, and nothing to the others."""

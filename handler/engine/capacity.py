@@ -130,6 +130,7 @@ def activation_bytes(architecture: Architecture, rows: int, padded: int, cached:
     widened = max(12 * min(padded, PROMPT_LOGPROB_ROWS), 12 * rows, 4 * rows + _SORT_BYTES * drawn)
     head = architecture.vocab_size * (logits + widened)
     most = max(attention, mlp, head)
+    # Holes are as those that benchmarks.plan_memory meets: of what lies around them three quarters, and no more.
     return most + min(most * 3 // 4, HEAP_BYTES) + architecture.product_bytes + KERNELS * KERNEL_BYTES
 
 

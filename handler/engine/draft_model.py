@@ -108,7 +108,7 @@ class DraftModel:
         for_all = len(rows), max(row.num_cached_tokens + count for row, count in zip(rows, counts, strict=True))
         batch = Batch(cast("list[Sequence]", rows), counts, for_all)
         logits: torch.Tensor = self._runner.forward(batch)
-        tokens = logits[:, : self._vocab_size].argmax(-1).tolist()
+        tokens = logits[:, : self._vocab_size].max(-1).indices.tolist()  # in bfloat16 several times as fast as argmax
         for row, count in zip(rows, counts, strict=True):
             row.num_cached_tokens += count
         self._cost.record(batch.num_positions, time.monotonic() - start)

@@ -5,8 +5,8 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# mallopt(3)'s M_TRIM_THRESHOLD, bytes that are kept at the heap's end, and M_MMAP_THRESHOLD, from which on blocks are
-# no part of the heap: they go back when they are freed, but the kernel zeroes each new one.
+# mallopt(3)'s M_TRIM_THRESHOLD, bytes that are kept at the heap's end, and M_MMAP_THRESHOLD: for larger blocks the heap
+# does not grow; they go back when they are freed, but the kernel zeroes each new one.
 _PARAMETERS = (-1, -3)
 OUTSIDE = (8 << 20, 1 << 20)  # as server/torchserve.py sets them for the time before the first forward
 _INSIDE = (128 << 20, 9 << 20)  # bfloat16, 4,096 wide for 1,024 positions, is not mapped
@@ -28,8 +28,8 @@ def reusing_blocks() -> Iterator[None]:
 
 @contextmanager
 def mapping_blocks() -> Iterator[None]:
-    """For tensors of a MiB or more that stay, also where a forward makes them: the heap does not grow for them, and
-    freed they leave no hole there that their successors, which are larger, do not fit in."""
+    """For tensors of a MiB or more that stay, also where a forward makes them: the heap, unless it has room, does not
+    grow for them, to be left with holes that their successors, which are larger, do not fit in."""
     before = _now
     _set(OUTSIDE)
     try:

@@ -218,8 +218,8 @@ def _greedy(scores: torch.Tensor) -> tuple[list[int], list[bool]]:
         largest = torch.cat([largest, scores[:, in_blocks:].amax(-1, keepdim=True)], dim=1)
     best = largest.max(dim=-1)
     columns = best.indices.unsqueeze(1) * _BLOCK + torch.arange(_BLOCK, device=scores.device)
-    # Beyond the last one it is the last one's turn again.
-    at = scores.gather(1, columns.clamp(max=vocab_size - 1)).max(dim=-1).indices
+    columns = columns.clamp(max=vocab_size - 1)  # beyond the last one it is the last one's turn again
+    at = scores.gather(1, columns).max(dim=-1).indices
     chosen = columns.gather(1, at.unsqueeze(1)).squeeze(1)
     return chosen.tolist(), (best.values > -math.inf).tolist()  # which no NaN is
 

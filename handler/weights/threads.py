@@ -34,8 +34,6 @@ class FreeCores:
         now = self._clock()
         rested_long = self._resting_since is not None and now - self._resting_since >= _PERIOD
         self._resting_since = None
-        if rested_long:
-            self._last = now, *self._used()
         then, busy_then, own_then = self._last
         if now - then < _PERIOD:
             return
@@ -43,12 +41,14 @@ class FreeCores:
         self._last = now, busy, own
         others = max(0.0, (busy - busy_then) - (own - own_then)) / (now - then)
         threads = min(self._most, max(1, int(len(self._cores) - others + _SPARE)))
+        if rested_long:
+            threads = max(threads, torch.get_num_threads())
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
 
     def rest(self) -> None:
-        """Nothing is computed until the next `match`. What others do in a long rest says nothing of what they do after
-        it: clients get their requests ready then."""
+        """Nothing is computed until the next `match`. What others do in a long rest takes no thread away, as clients
+        get their requests ready then; but what they leave is taken back."""
         self._resting_since = self._clock()
 
 

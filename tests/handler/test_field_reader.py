@@ -50,7 +50,7 @@ def test_messages_are_the_same_as_torchserve_reads_them(connection, monkeypatch)
     for reader in (TORCHSERVES, FieldReader()):
         monkeypatch.setattr(otf_message_handler, "_retrieve_buffer", reader)
         sender = threading.Thread(
-            target=lambda: [theirs.sendall(m[i : i + 777]) for m in sent for i in range(0, len(m), 777)]
+            target=lambda: [theirs.sendall(m[i : i + 777]) for m in sent for i in range(0, len(m), 777)], daemon=True
         )
         sender.start()
         read.append([texts(otf_message_handler.retrieve_msg(ours)) for _ in sent])

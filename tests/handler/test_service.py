@@ -9,9 +9,11 @@ import time
 
 import pytest
 from ts.context import Context, RequestProcessor
+from ts.protocol import otf_message_handler
 
 from handler import service
 from handler.engine import speculation
+from handler.field_reader import FieldReader
 from handler.service import LargeModelHandler
 from handler.settings import Settings
 from handler.weights import streaming
@@ -39,6 +41,7 @@ def continuous(request):
 @pytest.fixture
 def make_handler(model_dir, monkeypatch):
     monkeypatch.setattr(service, "METRICS_PERIOD", 10**6)  # reports come when a test asks for them
+    monkeypatch.setattr(otf_message_handler, "_retrieve_buffer", None)  # which a handler replaces
 
     def make_handler(continuous):
         manifest = {"model": {"modelVersion": "1.0"}}
@@ -100,6 +103,11 @@ class Frontend:
 
 def instances(*prompts, **parameters):
     return {"instances": list(prompts), "parameters": parameters}
+
+
+def test_torchserves_messages_come_out_of_a_buffer(make_handler):
+    make_handler(True)
+    assert isinstance(otf_message_handler._retrieve_buffer, FieldReader)
 
 
 def test_answers_are_the_same_alone_and_together(make_handler, continuous):

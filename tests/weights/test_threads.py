@@ -19,14 +19,14 @@ def machine(monkeypatch):
 
     cores.match()
 
-    def after(others: float, own: float, passed: float = 1.0, rested: float = 0.0) -> int:
+    def after(others: float, own: float, passed: float = 1.0, rested: float = 0.0, others_resting: float = 4.0) -> int:
         seconds["clock"] += passed
         seconds["busy"] += passed * (others + own)
         seconds["own"] += passed * own
         if rested:
             cores.rest()
             seconds["clock"] += rested
-            seconds["busy"] += rested * 4
+            seconds["busy"] += rested * others_resting
         cores.match()
         return torch.get_num_threads()
 
@@ -56,14 +56,24 @@ def test_what_others_do_while_nothing_is_computed_takes_no_thread_away(machine):
     assert machine(0, 3) == 4
 
 
-def test_nor_what_they_did_before_anything_was_computed():
-    before, clock = torch.get_num_threads(), iter([0.0, 0.0, 5.0])
-    torch.set_num_threads(2)
-    cores = FreeCores(iter([(0.0, 0.0), (99.0, 0.0)]).__next__, clock.__next__)
-    cores.match()
-    threads_then = torch.get_num_threads()
-    torch.set_num_threads(before)
-    assert threads_then == 2
+def test_nor_what_they_did_before_anything_was_computed(monkeypatch):
+    seconds = {"clock": 0.0, "busy": 0.0}
+    monkeypatch.setattr(threads, "_cores", lambda: {0, 1})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    cores = FreeCores(lambda: (seconds["busy"], 0.0), lambda: seconds["clock"])
+    for expected in ([], [1]):  # first before, then while something is computed
+        seconds["clock"] += 5
+        seconds["busy"] += 10
+        cores.match()
+        assert taken == expected
+
+
+def test_what_others_leave_is_taken_back_however_short_the_requests_are(machine):
+    assert machine(4, 0) == 1
+    assert machine(0, 1, 0.5) == 1
+    assert machine(0, 1, 0.2, rested=2, others_resting=0) == 4
 
 
 def test_a_short_rest_is_counted(machine):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 # does not grow; they go back when they are freed, but the kernel zeroes each new one.
 _PARAMETERS = (-1, -3)
 OUTSIDE = (8 << 20, 1 << 20)  # as server/torchserve.py sets them for the time before the first forward
-_INSIDE = (128 << 20, 9 << 20)  # bfloat16, 4,096 wide for 1,024 positions, is not mapped
+_INSIDE = (32 << 20, 5 << 20)  # of 1,024 positions in bfloat16, what is up to 2,560 wide is kept
 HEAP_BYTES = 40_000_000  # of freed blocks that lie between others during a forward
 
 _now = OUTSIDE

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 _PARAMETERS = (-1, -3)
 OUTSIDE = (8 << 20, 1 << 20)  # as server/torchserve.py sets them for the time before the first forward
 _INSIDE = (32 << 20, 5 << 20)  # of 1,024 positions in bfloat16, what is up to 2,560 wide is kept
-HEAP_BYTES = 40_000_000  # of freed blocks that lie between others during a forward
+HEAP_BYTES = 32_000_000  # of freed blocks that lie between others during a forward
 
 _now = OUTSIDE
 

@@ -29,7 +29,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from benchmarks.checkpoints import WORK
 from benchmarks.machine import processor
 from benchmarks.peers import MODELS, checkpoint
-from handler.engine import Engine, Request
+from benchmarks.running import finish
+from handler.engine import Engine, Job, Request
 from handler.engine.cpu_attention import attention
 from handler.loading import load_model
 from handler.settings import Settings
@@ -38,12 +39,11 @@ from handler.weights import packed
 PROMPT_TOKENS, NEW_TOKENS, ROWS, LONG_PROMPT, ROUNDS = 32, 64, (1, 8, 32), 1000, 3
 
 
-def start(engine: Engine, rows: int, tokens: int, new: int, generator: torch.Generator | None = None) -> None:
+def start(engine: Engine, rows: int, tokens: int, new: int, generator: torch.Generator | None = None) -> list[Job]:
     """Submit prompts: the same ones each time, unless a generator that goes on makes others."""
     generator = generator or torch.Generator().manual_seed(rows)
-    for _ in range(rows):
-        ids = torch.randint(10, 300, (tokens,), generator=generator).tolist()
-        engine.submit(Request(ids, {"max_new_tokens": new}, ignore_eos=True))
+    prompts = [torch.randint(10, 300, (tokens,), generator=generator).tolist() for _ in range(rows)]
+    return [engine.submit(Request(ids, {"max_new_tokens": new}, ignore_eos=True)) for ids in prompts]
 
 
 def decode(engine: Engine, rows: int, clock: Callable[[], float]) -> float:
@@ -75,11 +75,10 @@ def closed_loop(engine: Engine, clients: int, clock: Callable[[], float]) -> flo
 
 def prefill(engine: Engine, clock: Callable[[], float]) -> float:
     """Seconds of a prompt that nothing is known of."""
-    start(engine, 1, LONG_PROMPT, 1)
+    jobs = start(engine, 1, LONG_PROMPT, 1)
     engine._scheduler._cache.prefixes.shrink(0)
     began = clock()
-    while engine.has_work:
-        engine.step()
+    finish(engine, jobs)
     engine.stats.generated_tokens = 0
     return clock() - began
 

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 # mallopt(3)'s M_TRIM_THRESHOLD, bytes that are kept at the heap's end, and M_MMAP_THRESHOLD: for larger blocks the heap
 # does not grow; they go back when they are freed, but the kernel zeroes each new one.
@@ -15,33 +15,32 @@ HEAP_BYTES = 32_000_000  # of freed blocks that lie between others during a forw
 _now = OUTSIDE
 
 
-@contextmanager
-def reusing_blocks() -> Iterator[None]:
+def reusing_blocks() -> AbstractContextManager[None]:
     """For a forward, whose tensors are of the same sizes in each layer: to map each of them anew takes as long as half
     of a prompt's products."""
-    _set(_INSIDE)
-    try:
-        yield
-    finally:
-        _set(OUTSIDE)
+    return _during(_INSIDE)
 
 
-@contextmanager
-def mapping_blocks() -> Iterator[None]:
+def mapping_blocks() -> AbstractContextManager[None]:
     """For tensors of a MiB or more that stay, also where a forward makes them: the heap, unless it has room, does not
     grow for them, to be left with holes that their successors, which are larger, do not fit in."""
-    before = _now
-    _set(OUTSIDE)
-    try:
-        yield
-    finally:
-        _set(before)
+    return _during(OUTSIDE)
 
 
 def release_freed_memory() -> None:
     """Give it back to the system, also what lies between blocks in use: about a millisecond."""
     if trim := _c_function("malloc_trim"):
         trim(0)
+
+
+@contextmanager
+def _during(thresholds: tuple[int, int]) -> Iterator[None]:
+    before = _now
+    _set(thresholds)
+    try:
+        yield
+    finally:
+        _set(before)
 
 
 def _set(thresholds: tuple[int, int]) -> None:

@@ -31,7 +31,7 @@ from benchmarks.machine import processor
 from benchmarks.peers import MODELS, checkpoint
 from benchmarks.running import finish
 from handler.engine import Engine, Job, Request
-from handler.engine.cpu_attention import attention
+from handler.engine.block_attention import attention
 from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import packed
@@ -107,7 +107,7 @@ def main() -> None:
     print(json.dumps({"processor": processor(), "threads": torch.get_num_threads()}))
     for model in [args.only] if args.only else MODELS:
         engines = {}
-        for kind, find in (("as it is", packed.shared_inputs), ("apart", lambda _: [])):
+        for kind, find in (("as it is", packed.shared_inputs), ("apart", lambda calls: [])):
             with mock.patch.object(packed, "shared_inputs", find):
                 loaded = load_model(checkpoint(model), Settings(), WORK)
             settings = Settings(max_batch_size=max(ROWS), num_speculative_tokens=0)

@@ -19,14 +19,14 @@ from transformers import (
 from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from handler.engine.cpu_attention import use_cpu_attention
+from handler.engine.block_attention import use_block_attention
+from handler.engine.bloom import mend_bloom
 from handler.engine.draft_model import DraftModel
 from handler.errors import LoadError, first_line
 from handler.memory import device_limits, free_memory, limits_beside_draft
 from handler.settings import Settings
 from handler.weights.cpu_linear import cpu_lacks
 from handler.weights.files import weight_files
-from handler.weights.fused_gelu import fuse_gelu
 from handler.weights.packed import own_resident_weights, pack_weights, products_of
 from handler.weights.placement import Placement, device_map, max_memory, weight_bytes
 from handler.weights.quantized import quantize_modules
@@ -113,8 +113,8 @@ def _from_pretrained(folder: Path, settings: Settings, **places: Any) -> PreTrai
         **places,
     )
     model.eval()
-    fuse_gelu(model)
-    use_cpu_attention()
+    mend_bloom(model)
+    use_block_attention()
     return model
 
 

@@ -13,6 +13,7 @@ from .errors import UnsupportedModel
 _LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 _MLP_NAMES = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _POSITIONS_FROM_MASK = ("bloom",)  # no position_ids: ALiBi counts the ones in the 2D attention mask
+_ATTENTION_BY_BLOCKS = ("bloom",)  # in any dtype: bloom.py; others' in 16 bits, block_attention.py
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Architecture:
         that it goes to), and in queries, keys and values of one layer.
     copied_layers: layers' worth of the keys and values that attention copies at most: those of rows that are put
         beside new tokens, and once more for each query head where several share one.
-    keeps_scores: whether attention's scores become tensors, as in "eager" attention; SDPA makes them in pieces.
+    keeps_scores: whether all of a layer's scores become tensors, as in "eager" attention; SDPA makes them in pieces.
+    keeps_blocks: whether those of a block of queries do.
     itemsize: bytes of a number in activations.
     product_bytes: what products with integers make on their way.
     """
@@ -48,6 +50,7 @@ class Architecture:
     qkv_size: int = 0
     copied_layers: int = 1
     keeps_scores: bool = True
+    keeps_blocks: bool = False
     itemsize: int = 4
     product_bytes: int = 0
 
@@ -92,7 +95,8 @@ class Architecture:
             intermediate_size=max(_intermediate_size(layer) for layer in layers),
             qkv_size=heads_size + 2 * max(kv_widths, default=0),
             copied_layers=1 + (shared_by if shared_by > 1 else 0),
-            keeps_scores=config._attn_implementation == "eager",
+            keeps_scores=config._attn_implementation == "eager" and config.model_type not in _ATTENTION_BY_BLOCKS,
+            keeps_blocks=config.model_type in _ATTENTION_BY_BLOCKS or model.dtype.itemsize == 2,
             itemsize=model.dtype.itemsize,
             product_bytes=BYTES_AT_ONCE if getattr(model.config, "quantization_config", None) else 0,
         )

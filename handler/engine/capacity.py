@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from handler.settings import EngineConfig
 
 from .architecture import Architecture
-from .cpu_attention import BLOCK_SCORES
+from .block_attention import BLOCK_BYTES
 from .heap import HEAP_BYTES
 
 logger = logging.getLogger(__name__)
@@ -118,8 +118,9 @@ def activation_bytes(architecture: Architecture, rows: int, padded: int, cached:
         # which 16-bit scores are widened first.
         each = 3 * item + (4 if item == 4 else 8)
         attention += padded * columns * architecture.num_attention_heads * each
-    elif item == 2:  # scores of a block of queries, and their softmax, in cpu_attention.py
-        attention += 2 * item * max(BLOCK_SCORES, (cached + padded) * architecture.num_attention_heads)
+    elif architecture.keeps_blocks:  # of scores, and their softmax, in block_attention.py
+        scores = item * architecture.num_attention_heads
+        attention += 2 * min(max(BLOCK_BYTES, scores * (cached + padded)), scores * padded * columns)
     # An activation function in steps has four of the inner size; 16-bit inputs are widened where the CPU lacks them.
     mlp = padded * (item * (5 * hidden + 4 * inner) + (4 * inner if item < 4 else 0))
     # Logits of a prompt, and of what other rows sample from. Of the first some rows in float32 with their logarithms;

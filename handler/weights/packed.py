@@ -7,6 +7,8 @@ module: a tensor of its shape and dtype whose numbers only oneDNN's products can
 Matrices that are multiplied by the same tensor one after the other are packed as one: each product costs some ten
 microseconds besides its reading, and small ones leave threads waiting.
 
+An activation function that gets a product as it is becomes a part of it: what it reads is in registers then.
+
 A tied embedding looks its rows up in the packed head. A block of `height` rows lies there column by column, `depth`
 columns together: [out / height, in / depth, height, depth]; with AVX512 that has no bfloat16 all rows are one block of
 these. oneDNN does not say so; it is tried, and every number compared, before the rows are thrown away.
@@ -20,23 +22,26 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
+from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from handler.weights.byte_linear import multiplies_bytes, pack_bytes, packed_byte_product
+from handler.weights.call_order import activations, shared_inputs, watch
 from handler.weights.cpu_linear import cpu_lacks, padded_rows
-from handler.weights.placement import align_hooks
+from handler.weights.placement import align_hooks, replace_forward
 from handler.weights.quantized import QuantizedConv1D, QuantizedEmbedding, QuantizedLinear, matrices, scaled
-from handler.weights.shared_inputs import shared_inputs
 
 _Forward = Callable[[torch.Tensor], torch.Tensor]
+_Function = tuple[str, list[float], str]  # of a product, in oneDNN's words: its name, its numbers, its algorithm
 
 _ROWS = 256  # in a product, that the order is chosen for: also the fastest for one (python -m benchmarks.packed)
 _LEAST_INT8 = 1 << 21  # bytes; in smaller matrices splitting the inputs costs more than the product
 _HEIGHTS, _DEPTHS = (64, 48, 32, 24, 16, 8), (1, 2, 4)
 _INT8_WIDTH = 64  # columns of int8 matrices come in so many
 _COMPARED_ROWS = 4096  # at a time
+_NO_FUNCTION: _Function = ("none", [], "")
+_GELU_BY_TANH = (NewGELUActivation, FastGELUActivation, GELUTanh)
 
 
 @torch.no_grad()
@@ -59,15 +64,17 @@ def pack_weights(model: PreTrainedModel) -> int:
         for weight, modules in users.items()
         if len(modules) == 1 and weight.dtype != torch.int8 and _can_pack(weight, modules[0])
     }
-    packed = 0
-    for names in shared_inputs(model) if alone else ():
+    packed, calls = 0, watch(model) if alone else []
+    for names in shared_inputs(calls):
         group = [module for name in names if (module := model.get_submodule(name)) in alone]
         if len(group) > 1 and len({cast(nn.Parameter, module.weight).dtype for module in group}) == 1:
             for module in group:
                 del users[cast(nn.Parameter, module.weight)]
             packed += _pack_joined(group)
+    next_to = {model.get_submodule(one): model.get_submodule(other) for one, other in activations(calls).items()}
     while users:  # nothing holds on to what is packed: of another dtype than the file's, it is in memory
-        packed += _pack(*users.popitem())
+        weight, modules = users.popitem()
+        packed += _pack(weight, modules, next_to.get(modules[0]) if modules[0] in alone else None)
     return packed
 
 
@@ -99,8 +106,10 @@ def products_of(model: PreTrainedModel, main_device: str, packed: int) -> str:
     return f"{dtype}, of many rows in blocks of float32" if cpu_lacks(model.dtype) else dtype
 
 
-def _pack(weight: nn.Parameter, users: list[nn.Module]) -> int:
-    """Pack a matrix for all modules that use it, or none; its bytes, or 0."""
+def _pack(weight: nn.Parameter, users: list[nn.Module], activation: nn.Module | None = None) -> int:
+    """Pack a matrix for all modules that use it, or none; its bytes, or 0.
+
+    activation: what its only user's product goes to, and nothing else does."""
     linear = [module for module in users if not isinstance(module, nn.Embedding)]
     if not linear or not _can_pack(weight, linear[0]):
         return 0
@@ -117,11 +126,14 @@ def _pack(weight: nn.Parameter, users: list[nn.Module]) -> int:
     for module in users:
         module.weight = parameter
         if blocks is not None and module not in linear:
-            _replace_forward(module, _lookup(packed, blocks, cast(nn.Embedding, module)))
+            replace_forward(module, _lookup(packed, blocks, cast(nn.Embedding, module)))
         elif rows.dtype == torch.int8:
-            _replace_forward(module, _integer_product(packed, sums, cast(QuantizedLinear, module)))
+            replace_forward(module, _integer_product(packed, sums, cast(QuantizedLinear, module)))
         else:
-            _replace_forward(module, _product(packed, cast(torch.Tensor | None, module.bias)))
+            function = _function(activation)
+            replace_forward(module, _product(packed, cast(torch.Tensor | None, module.bias), function))
+            if activation is not None and function is not _NO_FUNCTION:
+                replace_forward(activation, lambda input: input)
     return torch.ops.mkldnn._nbytes(packed)
 
 
@@ -137,7 +149,7 @@ def _pack_joined(modules: list[nn.Module]) -> int:
     product = _JointProduct(_product(packed, bias), [len(r) for r in rows])
     for index, module in enumerate(modules):
         module.weight = nn.Parameter(torch.empty_like(cast(nn.Parameter, module.weight), device="meta"), False)
-        _replace_forward(module, partial(product.part, index))
+        replace_forward(module, partial(product.part, index))
     return torch.ops.mkldnn._nbytes(packed)
 
 
@@ -190,15 +202,28 @@ def _integer_product(packed: torch.Tensor, sums: torch.Tensor, module: Quantized
     return forward
 
 
-def _product(packed: torch.Tensor, bias: torch.Tensor | None) -> _Forward:
+def _function(module: nn.Module | None) -> _Function:
+    """What the module does to each number, if oneDNN can do the same."""
+    match module:
+        case nn.GELU():
+            return "gelu", [], module.approximate
+        case GELUActivation():
+            return "gelu", [], "none"
+        case nn.ReLU():
+            return "relu", [], ""
+    return ("gelu", [], "tanh") if isinstance(module, _GELU_BY_TANH) else _NO_FUNCTION
+
+
+def _product(packed: torch.Tensor, bias: torch.Tensor | None, function: _Function = _NO_FUNCTION) -> _Forward:
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(input: torch.Tensor) -> torch.Tensor:
         rows = input.numel() // input.shape[-1]
         if (padded := padded_rows(rows)) == rows:
-            return multiply(input, packed, bias, "none", [], "")
-        inputs = pad(input.reshape(rows, -1), (0, 0, 0, padded - rows))
-        output = multiply(inputs, packed, bias, "none", [], "")[:rows]
+            return multiply(input, packed, bias, *function)
+        inputs = input.new_empty(padded, input.shape[-1])  # what is in the rows beyond is in nobody's product
+        inputs[:rows] = input.reshape(rows, -1)
+        output = multiply(inputs, packed, bias, *function)[:rows]
         return output.view(*input.shape[:-1], output.shape[-1])
 
     return forward
@@ -242,8 +267,3 @@ def _compared(blocks: torch.Tensor, rows: torch.Tensor) -> Iterator[tuple[torch.
         part = blocks[start : start + step].transpose(1, 2).flatten(0, 1).flatten(1)[:, : rows.shape[1]]
         theirs = rows[start * blocks.shape[2] :][: len(part)]
         yield part[: len(theirs)], theirs
-
-
-def _replace_forward(module: nn.Module, forward: _Forward) -> None:
-    """Below Accelerate's hook, where there is one."""
-    setattr(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward", forward)

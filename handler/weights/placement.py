@@ -3,8 +3,9 @@
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -231,3 +232,8 @@ def align_hooks(module: torch.nn.Module) -> Iterator:
     for one in getattr(hook, "hooks", [hook]):
         if hasattr(one, "offload") and hasattr(one, "execution_device"):
             yield one
+
+
+def replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> None:
+    """Below Accelerate's hook, where there is one."""
+    setattr(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward", forward)

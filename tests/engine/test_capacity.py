@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
 from handler.engine import Engine, EngineConfig, Request
 from handler.engine.capacity import KERNEL_BYTES, KERNELS
@@ -69,7 +69,7 @@ def test_logits_of_a_reported_prompt_beside_those_that_are_sampled_from(dtype, m
 def test_scores_of_new_tokens_that_come_behind_a_long_row():
     """The first row's prompt is nearly through when nobody decodes any more: what is left of it and the second row's
     are then as wide as there is memory for."""
-    config = BloomConfig(vocab_size=384, hidden_size=64, n_layer=2, n_head=16)
+    config = GPTJConfig(vocab_size=384, n_embd=64, n_layer=2, n_head=16, rotary_dim=4)  # keeps all scores
     settings = EngineConfig(max_batch_size=3, max_sequence_length=512, prefill_chunk=96, num_speculative_tokens=0)
     engine = Engine(AutoModelForCausalLM.from_config(config), make_tokenizer(), settings)
     short = engine.submit(Request([5], {"max_new_tokens": 3, "min_new_tokens": 3}))

@@ -148,9 +148,9 @@ def bloom_560m():
 WEIGHTS = 1_118_425_088  # of BLOOM-560m
 KEPT = 64 * 600_000  # oneDNN's kernels
 HEAP = 32_000_000  # freed blocks between others
-# Of 1024 tokens: 14 bytes for each score of BLOOM-560m's 16 heads, 3 for the mask, what a token is on its way, and its
-# keys and values behind those of one layer that are copied.
-WORKSPACE = 1024 * (2048 * (16 * 14 + 3) + 2 * (3 * 1024 + 2 * 3 * 1024) + 2 * 2 * 1024) + HEAP + KEPT
+# Of BLOOM-560m's words: logits of 128 tokens of a prompt, of 32 rows, and of as many drafts; the rows' three times in
+# float32.
+WORKSPACE = 250_880 * (2 * (128 + 32 + 32) + 3 * 4 * 32) + HEAP + KEPT
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from handler.engine import Engine, EngineConfig, Request, cpu_attention
+from handler.engine import Engine, EngineConfig, Request, block_attention
 from handler.engine.architecture import Architecture
+from handler.engine.block_attention import attention
 from handler.engine.capacity import Capacity
-from handler.engine.cpu_attention import attention
 from handler.loading import load_model
 from handler.settings import Settings
 
@@ -23,9 +23,9 @@ def counted(monkeypatch):
     """How often SDPA is asked instead."""
     calls = []
     monkeypatch.setattr(
-        cpu_attention, "sdpa_attention_forward", lambda *a, **k: calls.append(1) or sdpa_attention_forward(*a, **k)
+        block_attention, "sdpa_attention_forward", lambda *a, **k: calls.append(1) or sdpa_attention_forward(*a, **k)
     )
-    monkeypatch.setattr(cpu_attention, "_FEW_KEYS", 0)
+    monkeypatch.setattr(block_attention, "_FEW_KEYS", 0)
     return calls
 
 
@@ -56,24 +56,25 @@ def test_a_chunk_behind_others(counted, monkeypatch, kind, block):
 
 
 def compare(counted, monkeypatch, heads, kv_heads, new, columns, kind, block):
-    monkeypatch.setattr(cpu_attention, "_BLOCK_QUERIES", block)
+    monkeypatch.setattr(block_attention, "_BLOCK_QUERIES", block)
     module, *tensors, mask = inputs(3, heads, kv_heads, new, columns, kind)
     query, key, value = (tensor.bfloat16() for tensor in tensors)
     exact, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, scaling=0.3)
-    ours, _ = attention(module, query, key, value, mask if kind != "added" else mask.bfloat16(), scaling=0.3)
-    assert not counted and ours.dtype == torch.bfloat16 and ours.shape == exact.shape
-    torch.testing.assert_close(ours.float(), exact, rtol=0.02, atol=0.02)
+    for keys in (key, key.contiguous()):  # with gaps between heads, and without
+        ours, _ = attention(module, query, keys, value, mask if kind != "added" else mask.bfloat16(), scaling=0.3)
+        assert not counted and ours.dtype == torch.bfloat16 and ours.shape == exact.shape
+        torch.testing.assert_close(ours.float(), exact, rtol=0.02, atol=0.02)
 
 
 def test_scores_of_a_block_are_bounded(counted, monkeypatch):
-    monkeypatch.setattr(cpu_attention, "BLOCK_SCORES", 3 * 4 * 9 * 2)
+    monkeypatch.setattr(block_attention, "BLOCK_BYTES", 2 * 3 * 4 * 9 * 2)
     made = []
-    mask_scores = cpu_attention._mask
+    mask_scores = block_attention._mask
     monkeypatch.setattr(
-        cpu_attention, "_mask", lambda scores, *rest: made.append(scores.numel()) or mask_scores(scores, *rest)
+        block_attention, "_mask", lambda scores, *rest: made.append(scores.numel()) or mask_scores(scores, *rest)
     )
     compare(counted, monkeypatch, 4, 2, 9, 9, "bool", 256)
-    assert len(made) == 5 and max(made) <= 3 * 4 * 9 * 2
+    assert len(made) == 2 * 5 and max(made) <= 3 * 4 * 9 * 2
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_who_sees_nothing_gets_numbers_and_the_others_what_they_get_anyway(count
 
 
 def test_a_mask_for_all_queries_alike_is_left_to_sdpa(counted, monkeypatch):
-    monkeypatch.setattr(cpu_attention, "_BLOCK_QUERIES", 3)
+    monkeypatch.setattr(block_attention, "_BLOCK_QUERIES", 3)
     module, *tensors, _ = inputs(3, 4, 4, 7, 9, "none")
     mask = torch.ones(3, 1, 1, 9, dtype=torch.bool)
     mask[1, ..., :4] = False
@@ -121,26 +122,26 @@ def test_a_mask_for_all_queries_alike_is_left_to_sdpa(counted, monkeypatch):
 )
 def test_small_blocks_of_many_keys_are_left_to_sdpa(counted, monkeypatch, kv_heads, new, scores, left):
     """Unless it would copy the keys for all heads that share one."""
-    monkeypatch.setattr(cpu_attention, "BLOCK_SCORES", 3 * 4 * 12 * scores)
+    monkeypatch.setattr(block_attention, "BLOCK_BYTES", 2 * 3 * 4 * 12 * scores)
     module, *tensors, mask = inputs(3, 4, kv_heads, new, 12, "bool")
     attention(module, *(tensor.bfloat16() for tensor in tensors), mask)
     assert bool(counted) == left
 
 
 def test_few_keys_are_left_to_sdpa(counted, monkeypatch):
-    monkeypatch.setattr(cpu_attention, "_FEW_KEYS", 1024)
+    monkeypatch.setattr(block_attention, "_FEW_KEYS", 1024)
     module, query, key, value, mask = inputs(1, 4, 4, 1, 100, "bool")
     attention(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), mask)
     assert counted
 
 
-@pytest.mark.skipif(cpu_attention.cpu_lacks(torch.bfloat16), reason="no bfloat16 here")
+@pytest.mark.skipif(block_attention.cpu_lacks(torch.bfloat16), reason="no bfloat16 here")
 def test_an_engine_in_bfloat16_is_as_near_to_float32_as_with_sdpa(counted, monkeypatch):
     """Rows of different length, prompts in chunks; off by the standard deviation of log-probabilities."""
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa_attention_forward)  # put back afterwards
     exact = prompt_logprobs(torch.float32)
     theirs = (prompt_logprobs(torch.bfloat16) - exact).std()
-    cpu_attention.use_cpu_attention()
+    block_attention.use_block_attention()
     assert torch.equal(prompt_logprobs(torch.float32), exact) and counted
     counted.clear()
     ours = (prompt_logprobs(torch.bfloat16) - exact).std()
@@ -157,16 +158,32 @@ def prompt_logprobs(dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor([entry[1] for job in jobs for entry in job.prompt_logprobs[1:]])
 
 
-@pytest.mark.skipif(cpu_attention.cpu_lacks(torch.bfloat16), reason="no bfloat16 here")
+@pytest.mark.skipif(block_attention.cpu_lacks(torch.bfloat16), reason="no bfloat16 here")
 def test_whoever_loads_a_model_gets_it(bloom, tmp_path, monkeypatch):
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa_attention_forward)  # put back afterwards
     load_model(bloom, Settings(), tmp_path)
     assert AttentionInterface._global_mapping["sdpa"] is attention
 
 
+@pytest.mark.parametrize("transposes", [{torch.bfloat16: 32}, {}])
+def test_scores_with_a_bias_whichever_side_is_transposed(monkeypatch, transposes):
+    monkeypatch.setattr(block_attention, "_FEW_TO_TRANSPOSE", transposes)
+    _, query, key, _, _ = inputs(3, 4, 4, 5, 9, "none")
+    queries, keys = query.flatten(0, 1).bfloat16(), key.flatten(0, 1).bfloat16()
+    bias = torch.randn(12, 1, 9, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = 0.3 * queries.float() @ keys.float().mT
+    for added in (bias, None):
+        ours = block_attention._scores(queries, keys, 0.3, added)
+        expected = exact if added is None else exact + added.float()
+        assert ours.shape == (12, 5, 9) and ours.is_contiguous()
+        torch.testing.assert_close(ours.float(), expected, rtol=0.01, atol=0.01)
+
+
 def test_its_scores_are_planned_for():
     shape = {"max_length": 4096, "sliding_window": None, "kv_bytes_per_token": 64, "takes_position_ids": True}
-    one, other = (Architecture(10, heads, **shape, keeps_scores=False, itemsize=2) for heads in (16, 32))
+    one, other = (
+        Architecture(10, heads, **shape, keeps_scores=False, keeps_blocks=True, itemsize=2) for heads in (16, 32)
+    )
     planned = [Capacity.of(architecture, EngineConfig(max_batch_size=256)) for architecture in (one, other)]
     columns = planned[0].kv_cache_tokens + planned[0].padded_tokens
     assert planned[1].activation_bytes - planned[0].activation_bytes == 2 * 2 * (32 - 16) * columns

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import packed
-from handler.weights.shared_inputs import _in_succession, shared_inputs
+from handler.weights.call_order import Call, activations, shared_inputs, watch
 from tests.engine.architectures import RUNS
 from tests.engine.conftest import make_model
 from tests.models import train_tokenizer
@@ -18,7 +18,7 @@ from tests.models import train_tokenizer
 
 def found(model_type: str) -> list[list[str]]:
     model = next(case for case in RUNS if case.model_type == model_type).make_model()
-    return [[name.rpartition(".")[2] for name in group] for group in shared_inputs(model)]
+    return [[name.rpartition(".")[2] for name in group] for group in shared_inputs(watch(model))]
 
 
 def test_they_are_found_by_what_runs_and_not_by_names():
@@ -34,14 +34,43 @@ def test_code_that_cannot_run_so_shares_nothing():
             mlp, input = self.model.layers[0].mlp, torch.ones(2, 32, device="meta", dtype=torch.bfloat16)
             return mlp.gate_proj(input).view(-1) + mlp.up_proj(input).view(-1)
 
-    assert shared_inputs(Flat(make_model("llama").config)) == []
+    assert watch(Flat(make_model("llama").config)) == []
+
+
+def shared(*calls: tuple[str, torch.Tensor, int]) -> list[list[str]]:
+    return shared_inputs([Call(*call, torch.zeros(1)) for call in calls])
 
 
 def test_only_the_same_unchanged_tensor_in_succession_is_shared():
     x, y = torch.zeros(1), torch.zeros(1)
-    assert _in_succession([("a", x, 0), ("b", x, 0), ("c", y, 0), ("d", x, 0)]) == [["a", "b"], ["c"], ["d"]]
-    assert _in_succession([("a", x, 0), ("b", x, 1)]) == [["a"], ["b"]]
-    assert _in_succession([("a", x, 0), ("b", x, 0), ("a", y, 0), ("c", y, 0)]) == [["b"], ["c"]]
+    assert shared(("a", x, 0), ("b", x, 0), ("c", y, 0), ("d", x, 0)) == [["a", "b"]]
+    assert shared(("a", x, 0), ("b", x, 1)) == []
+    assert shared(("a", x, 0), ("b", x, 0), ("a", y, 0), ("c", y, 0)) == []
+
+
+def test_only_what_is_called_next_on_an_unchanged_output_is_an_activation():
+    x, y = torch.zeros(1), torch.zeros(1)
+    linear, function = Call("a", x, 0, y), Call("b", y, 0, None)
+    assert activations([linear, function]) == {"a": "b"}
+    assert activations([linear, function._replace(version=1)]) == {}
+    assert activations([linear, Call("c", x, 0, None), function]) == {}
+    assert activations([linear, function, function._replace(input=x)]) == {}
+    assert activations([linear, function, linear, function]) == {}
+
+
+@pytest.mark.parametrize(
+    "model_type, names",
+    [
+        ("bloom", ("mlp.dense_h_to_4h", "mlp.gelu_impl")),
+        ("gpt2", ("mlp.c_fc", "mlp.act")),
+        ("opt", ("fc1", "activation_fn")),
+        ("llama", ("mlp.gate_proj", "mlp.act_fn")),
+    ],
+)
+def test_activations_are_found_in_every_layer(model_type, names):
+    model = next(case for case in RUNS if case.model_type == model_type).make_model()
+    found = activations(watch(model))
+    assert sum((a.endswith(names[0]), b.endswith(names[1])) == (True, True) for a, b in found.items()) == 4
 
 
 @pytest.fixture

@@ -1,0 +1,118 @@
+"""Attention as two products of matrices, a block of queries at a time: of scores there never is more than a block's.
+
+In bfloat16, on a CPU that has instructions for it, PyTorch's SDPA takes as long as in float32: twice what these take,
+for a prompt and for rows that decode. Scores are rounded to the dtype between the products, as in the library's "eager"
+attention; the softmax counts in float32 (python -m benchmarks.step).
+"""
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from handler.weights.cpu_linear import cpu_lacks
+
+_FEW_KEYS = 1024  # of all rows and heads: SDPA is through with so few before two products have begun
+_BLOCK_QUERIES = 256
+_FEW_QUERIES = 16  # in a block that has many keys: they are read so often that SDPA is faster, if it need not copy them
+_NOT_HERE = ("softcap", "cache", "position_bias", "is_causal")  # what only some models ask SDPA for
+BLOCK_BYTES = 4 << 20  # of the scores of a block of more than one query a row
+# Up to so many queries of a key head are transposed in place of keys, if those have gaps between their heads: oneDNN
+# copies such keys, which takes two to four times as long as reading them.
+_FEW_TO_TRANSPOSE = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 4}
+
+
+def use_block_attention() -> None:
+    """Let models that are to use SDPA use this where it can and is faster; all of the process's, as the library has one
+    table."""
+    if not cpu_lacks(torch.bfloat16):
+        AttentionInterface.register("sdpa", attention)
+
+
+def attention(module, query, key, value, attention_mask, **kwargs):
+    """The library's attention function. query [rows, heads, new, size]; key, value [rows, kv heads, columns, size];
+    attention_mask [rows or 1, heads or 1, new, columns], booleans or what is to be added; None: causality by column.
+    Returns [rows, new, heads, size], and None for weights."""
+    if not _is_for_products(module, query, key, attention_mask, kwargs):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return in_blocks(query, key, value, attention_mask, scaling, causal=attention_mask is None), None
+
+
+def in_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    *,
+    causal: bool,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention's output, [rows, new, heads, size]; tensors and mask as of `attention`.
+
+    causal: whether a query may be kept from columns of later ones, mask or not.
+    bias: what is added to scores, [rows * heads, 1, columns], of heads that share no keys.
+    """
+    rows, heads, new, size = query.shape
+    kv_heads, columns = key.shape[1:3]
+    keys, values = key.flatten(0, 1), value.flatten(0, 1)
+    output = query.new_empty(rows, new, heads, value.shape[-1])
+    block = max(1, min(_BLOCK_QUERIES, _most_scores(query) // (rows * heads * columns)))
+    for start in range(0, new, block):
+        end = min(start + block, new)
+        seen = columns - new + end if causal else columns
+        queries = query[:, :, start:end].reshape(rows * kv_heads, -1, size)  # those that share a key head
+        scores = _scores(queries, keys[:, :seen], scaling, None if bias is None else bias[..., :seen])
+        _mask(scores.view(rows, heads, end - start, seen), mask, start)
+        part = torch.bmm(scores.softmax(-1), values[:, :seen])
+        output[:, start:end] = part.view(rows, heads, end - start, -1).transpose(1, 2)
+    return output
+
+
+def _scores(queries: torch.Tensor, keys: torch.Tensor, scaling: float, bias: torch.Tensor | None) -> torch.Tensor:
+    """queries [matrices, queries, size], keys [matrices, columns, size], bias [matrices, 1, columns] or None; returns
+    [matrices, queries, columns]."""
+    beta = 0 if bias is None else 1
+    bias = queries.new_empty(1) if bias is None else bias
+    if queries.shape[1] > _FEW_TO_TRANSPOSE.get(queries.dtype, 0) or keys.is_contiguous():
+        return torch.baddbmm(bias, queries, keys.transpose(1, 2), beta=beta, alpha=scaling)
+    scores = torch.baddbmm(bias.mT if beta else bias, keys, queries.transpose(1, 2), beta=beta, alpha=scaling)
+    return scores.transpose(1, 2).contiguous()
+
+
+def _most_scores(query: torch.Tensor) -> int:
+    return BLOCK_BYTES // query.itemsize
+
+
+def _is_for_products(module, query, key, mask, kwargs) -> bool:
+    rows, heads, new, _ = query.shape
+    kv_heads, columns = key.shape[1:3]
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or 0 in query.shape:
+        return False
+    if kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _NOT_HERE):
+        return False
+    if new == 1:
+        return rows * kv_heads * columns > _FEW_KEYS
+    if mask is not None and mask.shape[2] != new:  # one for all queries
+        return False
+    if heads == kv_heads and _most_scores(query) // (rows * heads * columns) < min(new, _FEW_QUERIES):
+        return False
+    # Without a mask the library means other columns where there are more of them than queries.
+    return mask is not None or (new == columns and getattr(module, "is_causal", True))
+
+
+def _mask(scores: torch.Tensor, mask: torch.Tensor | None, start: int) -> None:
+    """Hide scores [rows, heads, queries, seen columns] of the queries from `start` on. Not infinitely: whoever sees
+    nothing sees everything alike."""
+    queries, seen = scores.shape[2:]
+    least = torch.finfo(scores.dtype).min
+    if mask is None:
+        later = torch.ones(queries, queries, dtype=torch.bool, device=scores.device).triu(1)
+        scores[..., seen - queries :].masked_fill_(later, least)
+        return
+    mask = mask[:, :, start : start + queries, :seen]
+    if mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, least)
+    else:
+        scores.add_(mask.clamp_min(least))

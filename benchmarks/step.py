@@ -5,6 +5,7 @@ with SDPA, in turns; and where they go.
     python -m benchmarks.step                       # SmolLM2-135M and BLOOM-560m's shape in bfloat16
     python -m benchmarks.step --cpu-time            # of one thread, on a machine that has other things to do
     python -m benchmarks.step --only SmolLM2-135M --profile
+    python -m benchmarks.step --of prompt           # a minute
 
 Beside a prompt's time stands that of its linear layers alone, on as many rows.
 """
@@ -32,6 +33,7 @@ from benchmarks.peers import MODELS, checkpoint
 from benchmarks.running import finish
 from handler.engine import Engine, Job, Request
 from handler.engine.block_attention import attention
+from handler.engine.heap import reusing_blocks
 from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import packed
@@ -90,14 +92,16 @@ def products(engine: Engine, clock: Callable[[], float]) -> float:
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
     inputs = {layer.in_features: torch.zeros(1, LONG_PROMPT, layer.in_features, dtype=model.dtype) for layer in layers}
     began = clock()
-    for layer in layers:
-        layer(inputs[layer.in_features])
+    with reusing_blocks():  # as in a forward
+        for layer in layers:
+            layer(inputs[layer.in_features])
     return clock() - began
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", choices=MODELS)
+    parser.add_argument("--of", default="", help="what to measure: a part of its name in what is printed")
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
@@ -117,9 +121,9 @@ def main() -> None:
         for clients in ROWS:
             name = f"1,000 tokens of {clients} clients"
             measures[name] = lambda engine, clients=clients: closed_loop(engine, clients, clock)
-        measures[f"{LONG_PROMPT} tokens"] = lambda engine: prefill(engine, clock)
-        measures["its products"] = lambda engine: products(engine, clock)
-        for name, measure in measures.items():
+        measures[f"a prompt of {LONG_PROMPT} tokens"] = lambda engine: prefill(engine, clock)
+        measures["that prompt's products"] = lambda engine: products(engine, clock)
+        for name, measure in ((name, measure) for name, measure in measures.items() if args.of in name):
             seconds: dict[str, list[float]] = {kind: [] for kind in engines}
             for round in range(1 + ROUNDS):  # the first one warms up
                 for kind in list(engines)[:: 1 if round % 2 else -1]:

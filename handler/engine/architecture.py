@@ -8,12 +8,12 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from handler.weights.byte_linear import BYTES_AT_ONCE
 
+from .bloom import is_mended
 from .errors import UnsupportedModel
 
 _LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 _MLP_NAMES = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _POSITIONS_FROM_MASK = ("bloom",)  # no position_ids: ALiBi counts the ones in the 2D attention mask
-_ATTENTION_BY_BLOCKS = ("bloom",)  # in any dtype: bloom.py; others' in 16 bits, block_attention.py
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Architecture:
     copied_layers: layers' worth of the keys and values that attention copies at most: those of rows that are put
         beside new tokens, and once more for each query head where several share one.
     keeps_scores: whether all of a layer's scores become tensors, as in "eager" attention; SDPA makes them in pieces.
-    keeps_blocks: whether those of a block of queries do.
+    is_mended: whether bloom.py's code takes the place of the library's, which keeps scores.
     itemsize: bytes of a number in activations.
     product_bytes: what products with integers make on their way.
     """
@@ -50,7 +50,7 @@ class Architecture:
     qkv_size: int = 0
     copied_layers: int = 1
     keeps_scores: bool = True
-    keeps_blocks: bool = False
+    is_mended: bool = False
     itemsize: int = 4
     product_bytes: int = 0
 
@@ -95,8 +95,8 @@ class Architecture:
             intermediate_size=max(_intermediate_size(layer) for layer in layers),
             qkv_size=heads_size + 2 * max(kv_widths, default=0),
             copied_layers=1 + (shared_by if shared_by > 1 else 0),
-            keeps_scores=config._attn_implementation == "eager" and config.model_type not in _ATTENTION_BY_BLOCKS,
-            keeps_blocks=config.model_type in _ATTENTION_BY_BLOCKS or model.dtype.itemsize == 2,
+            keeps_scores=config._attn_implementation == "eager" and not is_mended(model),
+            is_mended=is_mended(model),
             itemsize=model.dtype.itemsize,
             product_bytes=BYTES_AT_ONCE if getattr(model.config, "quantization_config", None) else 0,
         )

@@ -15,7 +15,7 @@ _FEW_KEYS = 1024  # of all rows and heads: SDPA is through with so few before tw
 _BLOCK_QUERIES = 256
 _FEW_QUERIES = 16  # in a block that has many keys: they are read so often that SDPA is faster, if it need not copy them
 _NOT_HERE = ("softcap", "cache", "position_bias", "is_causal")  # what only some models ask SDPA for
-BLOCK_BYTES = 4 << 20  # of the scores of a block of more than one query a row
+BLOCK_BYTES = 4 << 20  # of the scores of a block of more than the fewest queries
 # Up to so many queries of a key head are transposed in place of keys, if those have gaps between their heads: oneDNN
 # copies such keys, which takes two to four times as long as reading them.
 _FEW_TO_TRANSPOSE = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 4}
@@ -36,7 +36,7 @@ def attention(module, query, key, value, attention_mask, **kwargs):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return in_blocks(query, key, value, attention_mask, scaling, causal=attention_mask is None), None
+    return in_blocks(query, key, value, attention_mask, scaling), None
 
 
 def in_blocks(
@@ -46,22 +46,26 @@ def in_blocks(
     mask: torch.Tensor | None,
     scaling: float,
     *,
-    causal: bool,
+    causal: bool = False,
     bias: torch.Tensor | None = None,
+    fewest: int = 1,
 ) -> torch.Tensor:
     """Attention's output, [rows, new, heads, size]; tensors and mask as of `attention`.
 
-    causal: whether a query may be kept from columns of later ones, mask or not.
+    causal: whether a mask shows no query the columns of later ones, so that these can be left out.
     bias: what is added to scores, [rows * heads, 1, columns], of heads that share no keys.
+    fewest: queries of a row in a block, unless there are fewer.
     """
     rows, heads, new, size = query.shape
     kv_heads, columns = key.shape[1:3]
     keys, values = key.flatten(0, 1), value.flatten(0, 1)
     output = query.new_empty(rows, new, heads, value.shape[-1])
-    block = max(1, min(_BLOCK_QUERIES, _most_scores(query) // (rows * heads * columns)))
+    block = max(fewest, min(_BLOCK_QUERIES, _most_scores(query) // (rows * heads * columns)))
+    # A part of the columns has gaps between heads. That costs more than it spares where most columns are everyone's.
+    cuts = mask is None or (causal and new >= columns // 2)
     for start in range(0, new, block):
         end = min(start + block, new)
-        seen = columns - new + end if causal else columns
+        seen = columns - new + end if cuts else columns
         queries = query[:, :, start:end].reshape(rows * kv_heads, -1, size)  # those that share a key head
         scores = _scores(queries, keys[:, :seen], scaling, None if bias is None else bias[..., :seen])
         _mask(scores.view(rows, heads, end - start, seen), mask, start)
@@ -75,7 +79,8 @@ def _scores(queries: torch.Tensor, keys: torch.Tensor, scaling: float, bias: tor
     [matrices, queries, columns]."""
     beta = 0 if bias is None else 1
     bias = queries.new_empty(1) if bias is None else bias
-    if queries.shape[1] > _FEW_TO_TRANSPOSE.get(queries.dtype, 0) or keys.is_contiguous():
+    few = _FEW_TO_TRANSPOSE.get(queries.dtype, 0) if queries.device.type == "cpu" else 0
+    if queries.shape[1] > few or keys.is_contiguous():
         return torch.baddbmm(bias, queries, keys.transpose(1, 2), beta=beta, alpha=scaling)
     scores = torch.baddbmm(bias.mT if beta else bias, keys, queries.transpose(1, 2), beta=beta, alpha=scaling)
     return scores.transpose(1, 2).contiguous()

@@ -10,13 +10,23 @@ from handler.weights.placement import replace_forward
 
 from .block_attention import in_blocks
 
+FEWEST_QUERIES = 8  # of a block: for each, all keys and values are read again
+
+
+def is_mended(model: PreTrainedModel) -> bool:
+    """Whether `mend_bloom` mends the model, or would."""
+    attention = [module for module in model.modules() if type(module) is BloomAttention]
+    return bool(attention) and not any(module.pretraining_tp > 1 and module.slow_but_exact for module in attention)
+
 
 def mend_bloom(model: PreTrainedModel) -> None:
     """Let attention go by blocks of queries, and PyTorch's GELU do what BLOOM's does in eight passes over the
     activations, rounding after each: the same formula, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (Hendrycks and
     Gimpel, arXiv:1606.08415)."""
+    if not is_mended(model):
+        return
     for module in list(model.modules()):
-        if isinstance(module, BloomAttention) and not (module.pretraining_tp > 1 and module.slow_but_exact):
+        if type(module) is BloomAttention:
             replace_forward(module, MethodType(_attention, module))
         for name, child in module.named_children():
             if isinstance(child, BloomGelu):
@@ -38,5 +48,6 @@ def _attention(
     query, key, value = self._reshape(self.query_key_value(hidden_states))
     if layer_past is not None:
         key, value = layer_past.update(key, value, self.layer_idx)
-    context = in_blocks(query, key, value, attention_mask, self.inv_norm_factor, causal=True, bias=alibi)
+    options = {"causal": True, "bias": alibi, "fewest": FEWEST_QUERIES}
+    context = in_blocks(query, key, value, attention_mask, self.inv_norm_factor, **options)
     return residual + self.dense(context.flatten(2)), None

@@ -12,6 +12,7 @@ from handler.settings import EngineConfig
 
 from .architecture import Architecture
 from .block_attention import BLOCK_BYTES
+from .bloom import FEWEST_QUERIES
 from .heap import HEAP_BYTES
 
 logger = logging.getLogger(__name__)
@@ -118,11 +119,14 @@ def activation_bytes(architecture: Architecture, rows: int, padded: int, cached:
         # which 16-bit scores are widened first.
         each = 3 * item + (4 if item == 4 else 8)
         attention += padded * columns * architecture.num_attention_heads * each
-    elif architecture.keeps_blocks:  # of scores, and their softmax, in block_attention.py
-        scores = item * architecture.num_attention_heads
-        attention += 2 * min(max(BLOCK_BYTES, scores * (cached + padded)), scores * padded * columns)
-    # An activation function in steps has four of the inner size; 16-bit inputs are widened where the CPU lacks them.
-    mlp = padded * (item * (5 * hidden + 4 * inner) + (4 * inner if item < 4 else 0))
+    elif architecture.is_mended or item == 2:  # scores of a block of queries, and their softmax, in block_attention.py
+        scores, fewest = item * architecture.num_attention_heads, FEWEST_QUERIES if architecture.is_mended else 1
+        attention += 2 * min(max(BLOCK_BYTES, scores * fewest * (cached + padded)), scores * padded * columns)
+        attention += scores * cached if architecture.is_mended else 0  # what ALiBi adds
+    # Four tensors of the inner size, if an activation function goes in steps.
+    inner_tensors = 2 if architecture.is_mended else 4
+    # 16-bit inputs are widened where the CPU lacks them.
+    mlp = padded * (item * (5 * hidden + inner_tensors * inner) + (4 * inner if item < 4 else 0))
     # Logits of a prompt, and of what other rows sample from. Of the first some rows in float32 with their logarithms;
     # then the others in float32 with theirs, or while some of their rows are sorted.
     reported, sampled = min(padded, PROMPT_LOGPROB_TOKENS), rows + _MOST_DRAFTS

@@ -5,11 +5,14 @@ weights run, whatever its modules are called."""
 import copy
 import logging
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from handler.weights.quantized import matrices
@@ -18,50 +21,74 @@ logger = logging.getLogger(__name__)
 
 
 class Call(NamedTuple):
-    """Of a linear layer, or of a module that has no parameters.
+    """Of a linear layer, or of a function: a module that has no parameters.
 
     version: how often its input had been changed. output: of a linear layer.
+    is_read: whether anything but functions reads that output.
     """
 
     name: str
     input: torch.Tensor
     version: int
-    output: torch.Tensor | None
+    output: torch.Tensor | None = None
+    is_read: bool = False
 
 
 @torch.no_grad()  # not inference mode, where tensors do not count their changes
 def watch(model: PreTrainedModel) -> list[Call]:
     """Calls in a forward, in their order; none of a model whose code cannot run without numbers, or with outputs that
     have gaps between rows."""
-    calls: list[Call] = []
-
-    def watched(name: str, is_linear: bool):
-        def hook(module, args, output):
-            if is_linear:
-                output = torch.cat([output, output], dim=-1)[..., : output.shape[-1]]
-            if args and isinstance(args[0], torch.Tensor):
-                calls.append(Call(name, args[0], args[0]._version, output if is_linear else None))
-            return output
-
-        return hook
-
+    ids = torch.zeros(2, 3, dtype=torch.long, device="meta")
     # As attention uses a mask: at the numbers of any other most models would look. BLOOM and OPT count in it.
     mask = torch.zeros(2, 1, 3, 3, dtype=torch.bfloat16, device="meta")
     for attention_mask in (mask, None):
-        calls.clear()
         try:
             with torch.device("meta"):
                 twin = type(model)(copy.deepcopy(model.config)).bfloat16().eval()  # what experts want on this device
-            linear = [n for n in matrices(twin, None) if not isinstance(twin.get_submodule(n), nn.Embedding)]
-            functions = [n for n, m in twin.named_modules() if not any(m.children()) and not m._parameters]
-            for name in linear + functions:
-                twin.get_submodule(name).register_forward_hook(watched(name, name in linear))
-            ids = torch.zeros(2, 3, dtype=torch.long, device="meta")
-            twin(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-            return calls
+            with _Watch(twin) as watched:
+                twin(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+            return watched.calls()
         except Exception as error:  # of the model's own code
             logger.debug("the order of its products is not known: %s", error)
     return []
+
+
+class _Watch(TorchDispatchMode):
+    """Hooks on a model's linear layers and functions, and on all operations."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self._calls: list[Call] = []
+        self._read: list[torch.Tensor] = []  # by operations outside of functions
+        self._depth = 0  # in functions
+        linear = [n for n in matrices(model, None) if not isinstance(model.get_submodule(n), nn.Embedding)]
+        for name in linear:
+            model.get_submodule(name).register_forward_hook(partial(self._linear, name))
+        for name, module in model.named_modules():
+            if name not in linear and not any(module.children()) and not module._parameters:
+                module.register_forward_pre_hook(self._begin)
+                module.register_forward_hook(partial(self._end, name))
+
+    def calls(self) -> list[Call]:
+        return [call._replace(is_read=any(call.output is one for one in self._read)) for call in self._calls]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not self._depth:
+            self._read += [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        return function(*args, **(kwargs or {}))
+
+    def _linear(self, name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        with_gaps = torch.cat([output, output], dim=-1)[..., : output.shape[-1]]
+        self._calls.append(Call(name, args[0], args[0]._version, with_gaps))
+        return with_gaps
+
+    def _begin(self, module: nn.Module, args: tuple) -> None:
+        self._depth += 1
+
+    def _end(self, name: str, module: nn.Module, args: tuple, output: object) -> None:
+        self._depth -= 1
+        if args and isinstance(args[0], torch.Tensor):
+            self._calls.append(Call(name, args[0], args[0]._version))
 
 
 def shared_inputs(calls: list[Call]) -> list[list[str]]:
@@ -82,10 +109,12 @@ def shared_inputs(calls: list[Call]) -> list[list[str]]:
 
 
 def activations(calls: list[Call]) -> dict[str, str]:
-    """Names of linear layers, and of what is called next on their unchanged output, where both run once."""
+    """Names of linear layers, and of the function that is called next on their unchanged output and alone reads it. Each
+    runs once."""
     times = Counter(call.name for call in calls)
     return {
         one.name: other.name
         for one, other in pairwise(calls)
-        if one.output is other.input and not other.version and times[one.name] == times[other.name] == 1
+        if one.output is other.input and not (one.is_read or other.version)
+        if times[one.name] == times[other.name] == 1
     }

@@ -204,14 +204,12 @@ def _integer_product(packed: torch.Tensor, sums: torch.Tensor, module: Quantized
 
 def _function(module: nn.Module | None) -> _Function:
     """What the module does to each number, if oneDNN can do the same."""
-    match module:
-        case nn.GELU():
-            return "gelu", [], module.approximate
-        case GELUActivation():
-            return "gelu", [], "none"
-        case nn.ReLU():
-            return "relu", [], ""
-    return ("gelu", [], "tanh") if isinstance(module, _GELU_BY_TANH) else _NO_FUNCTION
+    kind = type(module)  # a subclass may do something else
+    if isinstance(module, nn.GELU) and kind is nn.GELU:
+        return "gelu", [], module.approximate
+    if kind is GELUActivation:
+        return "gelu", [], "none"
+    return ("gelu", [], "tanh") if kind in _GELU_BY_TANH else _NO_FUNCTION
 
 
 def _product(packed: torch.Tensor, bias: torch.Tensor | None, function: _Function = _NO_FUNCTION) -> _Forward:

@@ -60,10 +60,15 @@ def compare(counted, monkeypatch, heads, kv_heads, new, columns, kind, block):
     module, *tensors, mask = inputs(3, heads, kv_heads, new, columns, kind)
     query, key, value = (tensor.bfloat16() for tensor in tensors)
     exact, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, scaling=0.3)
-    for keys in (key, key.contiguous()):  # with gaps between heads, and without
+    for keys in (key, with_gaps(key)):
         ours, _ = attention(module, query, keys, value, mask if kind != "added" else mask.bfloat16(), scaling=0.3)
         assert not counted and ours.dtype == torch.bfloat16 and ours.shape == exact.shape
         torch.testing.assert_close(ours.float(), exact, rtol=0.02, atol=0.02)
+
+
+def with_gaps(keys: torch.Tensor) -> torch.Tensor:
+    """As the cache gives them where it has more columns."""
+    return torch.cat([keys, keys.new_full(keys.shape, torch.nan)], dim=2)[:, :, : keys.shape[2]]
 
 
 def test_scores_of_a_block_are_bounded(counted, monkeypatch):
@@ -165,25 +170,26 @@ def test_whoever_loads_a_model_gets_it(bloom, tmp_path, monkeypatch):
     assert AttentionInterface._global_mapping["sdpa"] is attention
 
 
-@pytest.mark.parametrize("transposes", [{torch.bfloat16: 32}, {}])
-def test_scores_with_a_bias_whichever_side_is_transposed(monkeypatch, transposes):
-    monkeypatch.setattr(block_attention, "_FEW_TO_TRANSPOSE", transposes)
+@pytest.mark.parametrize("most, transposed", [(5, True), (4, False)])
+def test_scores_with_a_bias_whichever_side_is_transposed(monkeypatch, most, transposed):
+    monkeypatch.setattr(block_attention, "_FEW_TO_TRANSPOSE", {torch.bfloat16: most})
+    multiply, left = torch.baddbmm, []
+    monkeypatch.setattr(torch, "baddbmm", lambda bias, one, *a, **k: left.append(one) or multiply(bias, one, *a, **k))
     _, query, key, _, _ = inputs(3, 4, 4, 5, 9, "none")
-    queries, keys = query.flatten(0, 1).bfloat16(), key.flatten(0, 1).bfloat16()
+    queries, keys = query.flatten(0, 1).bfloat16(), with_gaps(key.bfloat16()).flatten(0, 1)
     bias = torch.randn(12, 1, 9, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact = 0.3 * queries.float() @ keys.float().mT
     for added in (bias, None):
         ours = block_attention._scores(queries, keys, 0.3, added)
         expected = exact if added is None else exact + added.float()
         assert ours.shape == (12, 5, 9) and ours.is_contiguous()
+        assert left.pop() is (keys if transposed else queries)
         torch.testing.assert_close(ours.float(), expected, rtol=0.01, atol=0.01)
 
 
 def test_its_scores_are_planned_for():
     shape = {"max_length": 4096, "sliding_window": None, "kv_bytes_per_token": 64, "takes_position_ids": True}
-    one, other = (
-        Architecture(10, heads, **shape, keeps_scores=False, keeps_blocks=True, itemsize=2) for heads in (16, 32)
-    )
+    one, other = (Architecture(10, heads, **shape, keeps_scores=False, itemsize=2) for heads in (16, 32))
     planned = [Capacity.of(architecture, EngineConfig(max_batch_size=256)) for architecture in (one, other)]
     columns = planned[0].kv_cache_tokens + planned[0].padded_tokens
     assert planned[1].activation_bytes - planned[0].activation_bytes == 2 * 2 * (32 - 16) * columns

@@ -9,12 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, BloomForCausalLM
 from transformers.models.bloom.modeling_bloom import BloomAttention
 
-from handler.engine import EngineConfig, block_attention
+from handler.engine import Engine, EngineConfig, Request, block_attention
 from handler.engine.architecture import Architecture
-from handler.engine.bloom import _attention, mend_bloom
+from handler.engine.bloom import FEWEST_QUERIES, _attention, mend_bloom
 from handler.engine.capacity import Capacity
 
-from .conftest import make_model
+from .conftest import make_model, make_tokenizer, prompt_ids
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,6 +59,7 @@ class Largest(TorchDispatchMode):
 @torch.no_grad()
 def test_no_tensor_holds_all_scores(monkeypatch):
     monkeypatch.setattr(block_attention, "BLOCK_BYTES", 4 * 16 * 200 * 10)
+    assert FEWEST_QUERIES < 10
     model = BloomForCausalLM(BloomConfig(vocab_size=10, hidden_size=16, n_layer=1, n_head=16)).eval()
     ids = torch.zeros(1, 200, dtype=torch.long)
     with Largest() as before:
@@ -67,6 +68,34 @@ def test_no_tensor_holds_all_scores(monkeypatch):
     with Largest() as after:
         model(ids)
     assert before.numbers == 16 * 200 * 200 and after.numbers <= 200 * 200  # that is the mask's
+
+
+@pytest.mark.parametrize("block", [4 << 20, 1])
+def test_rows_that_come_and_go_get_what_generate_gives_each_alone(monkeypatch, block):
+    monkeypatch.setattr(block_attention, "BLOCK_BYTES", block)
+    library = make_model("bloom")
+    model = copy.deepcopy(library)
+    mend_bloom(model)
+    engine = Engine(model, make_tokenizer(), EngineConfig(prefill_chunk=7, max_batch_size=4))
+    prompts = [prompt_ids(seed, length) for seed, length in enumerate((20, 3, 33, 90, 1, 41))]
+    jobs = [
+        engine.submit(Request(prompt, {"max_new_tokens": 9 + n}, ignore_eos=True)) for n, prompt in enumerate(prompts)
+    ]
+    while engine.has_work:
+        engine.step()
+    for n, (prompt, job) in enumerate(zip(prompts, jobs, strict=True)):
+        options = {"max_new_tokens": 9 + n, "min_new_tokens": 9 + n, "do_sample": False}
+        expected = library.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        assert job.sequences[0].token_ids == expected
+
+
+def test_slow_but_exact_products_stay_as_they_are_and_are_planned_for():
+    with torch.device("meta"):
+        config = BloomConfig(vocab_size=10, hidden_size=32, n_layer=1, n_head=4, pretraining_tp=2, slow_but_exact=True)
+        slow, fast = BloomForCausalLM(config), BloomForCausalLM(BloomConfig(**config.to_dict() | {"pretraining_tp": 1}))
+    mend_bloom(slow)
+    assert not any(isinstance(module, torch.nn.GELU) for module in slow.modules())
+    assert Architecture.of(slow).keeps_scores and not Architecture.of(fast).keeps_scores
 
 
 def test_memory_for_scores_does_not_grow_with_a_long_prompt():

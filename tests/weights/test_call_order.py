@@ -25,6 +25,7 @@ def test_they_are_found_by_what_runs_and_not_by_names():
     assert found("llama") == [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]] * 4
     assert found("ctrl") == [["Wq", "Wk", "Wv"]] * 4
     assert found("qwen3_moe")  # experts and all
+    assert found("opt") == [["q_proj", "k_proj", "v_proj"]] * 4
     assert found("gpt2") == found("bloom") == []
 
 
@@ -41,6 +42,29 @@ def shared(*calls: tuple[str, torch.Tensor, int]) -> list[list[str]]:
     return shared_inputs([Call(*call, torch.zeros(1)) for call in calls])
 
 
+def test_a_product_that_is_read_besides_has_no_activation():
+    class Gated(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.up, self.down = nn.Linear(32, 40), nn.Linear(40, 32)
+            self.act = nn.GELU()
+
+        def forward(self, x):
+            up = self.up(x)
+            return self.down(self.act(up) * up)
+
+    class Model(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.mlp = Gated(config)
+
+    model = Model(make_model("llama").config)
+    calls, layers = watch(model), len(model.model.layers)
+    assert sum(call.name.endswith("mlp.act") for call in calls) == layers
+    assert not activations(calls) and len(shared_inputs(calls)) == layers
+
+
 def test_only_the_same_unchanged_tensor_in_succession_is_shared():
     x, y = torch.zeros(1), torch.zeros(1)
     assert shared(("a", x, 0), ("b", x, 0), ("c", y, 0), ("d", x, 0)) == [["a", "b"]]
@@ -53,6 +77,7 @@ def test_only_what_is_called_next_on_an_unchanged_output_is_an_activation():
     linear, function = Call("a", x, 0, y), Call("b", y, 0, None)
     assert activations([linear, function]) == {"a": "b"}
     assert activations([linear, function._replace(version=1)]) == {}
+    assert activations([linear._replace(is_read=True), function]) == {}
     assert activations([linear, Call("c", x, 0, None), function]) == {}
     assert activations([linear, function, function._replace(input=x)]) == {}
     assert activations([linear, function, linear, function]) == {}
@@ -63,7 +88,7 @@ def test_only_what_is_called_next_on_an_unchanged_output_is_an_activation():
     [
         ("bloom", ("mlp.dense_h_to_4h", "mlp.gelu_impl")),
         ("gpt2", ("mlp.c_fc", "mlp.act")),
-        ("opt", ("fc1", "activation_fn")),
+        ("phi", ("mlp.fc1", "mlp.activation_fn")),
         ("llama", ("mlp.gate_proj", "mlp.act_fn")),
     ],
 )

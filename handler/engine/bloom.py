@@ -48,6 +48,7 @@ def _attention(
     query, key, value = self._reshape(self.query_key_value(hidden_states))
     if layer_past is not None:
         key, value = layer_past.update(key, value, self.layer_idx)
-    options = {"causal": True, "bias": alibi, "fewest": FEWEST_QUERIES}
-    context = in_blocks(query, key, value, attention_mask, self.inv_norm_factor, **options)
+    context = in_blocks(
+        query, key, value, attention_mask, self.inv_norm_factor, causal=True, bias=alibi, fewest=FEWEST_QUERIES
+    )
     return residual + self.dense(context.flatten(2)), None

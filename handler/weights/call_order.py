@@ -109,7 +109,7 @@ def shared_inputs(calls: list[Call]) -> list[list[str]]:
 
 
 def activations(calls: list[Call]) -> dict[str, str]:
-    """Names of linear layers, and of the function that is called next on their unchanged output and alone reads it. Each
+    """Names of linear layers, and of a function that is called next on their unchanged output and alone reads it; each
     runs once."""
     times = Counter(call.name for call in calls)
     return {

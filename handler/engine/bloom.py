@@ -14,9 +14,12 @@ FEWEST_QUERIES = 8  # of a block: for each, all keys and values are read again
 
 
 def is_mended(model: PreTrainedModel) -> bool:
-    """Whether `mend_bloom` mends the model, or would."""
-    attention = [module for module in model.modules() if type(module) is BloomAttention]
-    return bool(attention) and not any(module.pretraining_tp > 1 and module.slow_but_exact for module in attention)
+    """Whether `mend_bloom` mends the model: loading does, and a plan is for what is loaded."""
+    attention = [module for module in model.modules() if isinstance(module, BloomAttention)]
+    return bool(attention) and all(
+        type(module) is BloomAttention and not (module.pretraining_tp > 1 and module.slow_but_exact)
+        for module in attention
+    )
 
 
 def mend_bloom(model: PreTrainedModel) -> None:
@@ -29,7 +32,7 @@ def mend_bloom(model: PreTrainedModel) -> None:
         if type(module) is BloomAttention:
             replace_forward(module, MethodType(_attention, module))
         for name, child in module.named_children():
-            if isinstance(child, BloomGelu):
+            if type(child) is BloomGelu:
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 

@@ -24,14 +24,14 @@ class Call(NamedTuple):
     """Of a linear layer, or of a function: a module that has no parameters.
 
     version: how often its input had been changed. output: of a linear layer.
-    is_read: whether anything but functions reads that output.
+    readers: what reads that output: functions, by their names, and None for all else.
     """
 
     name: str
     input: torch.Tensor
     version: int
     output: torch.Tensor | None = None
-    is_read: bool = False
+    readers: frozenset[str | None] = frozenset()
 
 
 @torch.no_grad()  # not inference mode, where tensors do not count their changes
@@ -59,22 +59,25 @@ class _Watch(TorchDispatchMode):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self._calls: list[Call] = []
-        self._read: list[torch.Tensor] = []  # by operations outside of functions
-        self._depth = 0  # in functions
+        self._read: dict[int, torch.Tensor] = {}  # by their addresses; kept, so that each stays one tensor's
+        self._readers: dict[int, set[str | None]] = {}
+        self._within: str | None = None  # a function; one that raises stays here, and nothing after it is fused
         linear = [n for n in matrices(model, None) if not isinstance(model.get_submodule(n), nn.Embedding)]
         for name in linear:
             model.get_submodule(name).register_forward_hook(partial(self._linear, name))
         for name, module in model.named_modules():
             if name not in linear and not any(module.children()) and not module._parameters:
-                module.register_forward_pre_hook(self._begin)
+                module.register_forward_pre_hook(partial(self._begin, name))
                 module.register_forward_hook(partial(self._end, name))
 
     def calls(self) -> list[Call]:
-        return [call._replace(is_read=any(call.output is one for one in self._read)) for call in self._calls]
+        return [call._replace(readers=frozenset(self._readers.get(id(call.output), ()))) for call in self._calls]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not self._depth:
-            self._read += [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        for one in tree_leaves((args, kwargs)):
+            if isinstance(one, torch.Tensor):
+                self._read[id(one)] = one
+                self._readers.setdefault(id(one), set()).add(self._within)
         return function(*args, **(kwargs or {}))
 
     def _linear(self, name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -82,11 +85,11 @@ class _Watch(TorchDispatchMode):
         self._calls.append(Call(name, args[0], args[0]._version, with_gaps))
         return with_gaps
 
-    def _begin(self, module: nn.Module, args: tuple) -> None:
-        self._depth += 1
+    def _begin(self, name: str, module: nn.Module, args: tuple) -> None:
+        self._within = name
 
     def _end(self, name: str, module: nn.Module, args: tuple, output: object) -> None:
-        self._depth -= 1
+        self._within = None
         if args and isinstance(args[0], torch.Tensor):
             self._calls.append(Call(name, args[0], args[0]._version))
 
@@ -115,6 +118,6 @@ def activations(calls: list[Call]) -> dict[str, str]:
     return {
         one.name: other.name
         for one, other in pairwise(calls)
-        if one.output is other.input and not (one.is_read or other.version)
+        if one.output is other.input and one.readers <= {other.name} and not other.version
         if times[one.name] == times[other.name] == 1
     }

@@ -7,7 +7,7 @@ module: a tensor of its shape and dtype whose numbers only oneDNN's products can
 Matrices that are multiplied by the same tensor one after the other are packed as one: each product costs some ten
 microseconds besides its reading, and small ones leave threads waiting.
 
-An activation function that gets a product as it is becomes a part of it: what it reads is in registers then.
+A GELU that takes a product unchanged is computed in it, while its numbers are in registers.
 
 A tied embedding looks its rows up in the packed head. A block of `height` rows lies there column by column, `depth`
 columns together: [out / height, in / depth, height, depth]; with AVX512 that has no bfloat16 all rows are one block of

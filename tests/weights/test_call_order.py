@@ -1,6 +1,7 @@
 """Products that share an input are made as one: which are found, and that the parts are right whoever asks."""
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -42,22 +43,45 @@ def shared(*calls: tuple[str, torch.Tensor, int]) -> list[list[str]]:
     return shared_inputs([Call(*call, torch.zeros(1)) for call in calls])
 
 
-def test_a_product_that_is_read_besides_has_no_activation():
+class Times(nn.Module):
+    def forward(self, one, other):
+        return one * other
+
+
+class Refuses(nn.Module):
+    def forward(self, input):
+        raise ValueError
+
+
+GATES = {
+    "by an operation": lambda mlp, up: mlp.act(up) * up,
+    "by another function": lambda mlp, up: mlp.act(up) * mlp.sigmoid(up),
+    "as a second argument": lambda mlp, up: mlp.times(mlp.act(up), up),
+    "by its name": lambda mlp, up: mlp.times(mlp.act(up), other=up),
+    "after a function that has failed": lambda mlp, up: mlp.refused() or mlp.act(up) * up,
+}
+
+
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES.keys())
+def test_a_product_that_is_read_besides_has_no_activation(gate):
     class Gated(nn.Module):
-        def __init__(self, config):
+        def __init__(self):
             super().__init__()
             self.up, self.down = nn.Linear(32, 40), nn.Linear(40, 32)
-            self.act = nn.GELU()
+            self.act, self.sigmoid, self.times, self.refuses = nn.GELU(), nn.Sigmoid(), Times(), Refuses()
+
+        def refused(self):
+            with suppress(ValueError):
+                self.refuses(0)
 
         def forward(self, x):
-            up = self.up(x)
-            return self.down(self.act(up) * up)
+            return self.down(gate(self, self.up(x)))
 
     class Model(LlamaForCausalLM):
         def __init__(self, config):
             super().__init__(config)
             for layer in self.model.layers:
-                layer.mlp = Gated(config)
+                layer.mlp = Gated()
 
     model = Model(make_model("llama").config)
     calls, layers = watch(model), len(model.model.layers)
@@ -77,7 +101,8 @@ def test_only_what_is_called_next_on_an_unchanged_output_is_an_activation():
     linear, function = Call("a", x, 0, y), Call("b", y, 0, None)
     assert activations([linear, function]) == {"a": "b"}
     assert activations([linear, function._replace(version=1)]) == {}
-    assert activations([linear._replace(is_read=True), function]) == {}
+    for readers in ({"b", None}, {"b", "c"}):
+        assert activations([linear._replace(readers=frozenset(readers)), function]) == {}
     assert activations([linear, Call("c", x, 0, None), function]) == {}
     assert activations([linear, function, function._replace(input=x)]) == {}
     assert activations([linear, function, linear, function]) == {}

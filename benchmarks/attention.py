@@ -5,8 +5,6 @@ products with weights, the least of five, in turns. Keys have no gaps between he
 """
 
 import json
-import time
-from collections.abc import Callable
 from types import MethodType
 
 import torch
@@ -15,6 +13,7 @@ from transformers import BloomConfig
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
 from benchmarks.machine import processor
+from benchmarks.running import seconds
 from handler.engine.bloom import _attention
 
 HEADS, HIDDEN, TURNS = 16, 1024, 5
@@ -45,15 +44,9 @@ def milliseconds(rows: int, new: int, columns: int, dtype: torch.dtype) -> dict[
     best = dict.fromkeys(code, float("inf"))
     for _ in range(1 + TURNS):  # the first one warms up
         for name, forward in code.items():
-            seconds = timed(lambda forward=forward: forward(fused, residual, alibi, mask, layer_past=past))
-            best[name] = min(best[name], seconds * 1000)
-    return {name: round(value, 1) for name, value in best.items()}
-
-
-def timed(action: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
+            took = seconds(lambda forward=forward: forward(fused, residual, alibi, mask, layer_past=past))
+            best[name] = min(best[name], took)
+    return {name: round(value * 1000, 1) for name, value in best.items()}
 
 
 def main() -> None:

@@ -7,20 +7,13 @@ import json
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.checkpoints import WORK, bloom_560m
+from benchmarks.running import seconds
 from scripts.archive import ROOT, archive
 from scripts.zip import files_in, zip_checkpoint
 from server.torchserve import TorchServe, free_port
-
-
-def seconds(action: Callable[[], object]) -> float:
-    started = time.monotonic()
-    action()
-    return time.monotonic() - started
 
 
 def sample_zip(folder: Path) -> None:

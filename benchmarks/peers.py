@@ -32,6 +32,7 @@ from safetensors import safe_open
 
 from benchmarks.checkpoints import WORK, bloom_560m
 from benchmarks.machine import commit, processor
+from benchmarks.running import seconds
 from benchmarks.serving import CLIENTS, measure, mixed, served, static_generate
 from handler.weights.cpu_linear import cpu_lacks
 from handler.weights.files import weight_files
@@ -132,14 +133,8 @@ def peer(folder: Path, dtype: str) -> dict[str, Any]:
 def bandwidth() -> float:
     """Bytes a second that all cores read, the best of some rounds."""
     numbers = torch.ones(1 << 28)
-    best = min(_seconds(numbers.sum) for _ in range(8))
+    best = min(seconds(numbers.sum) for _ in range(8))
     return numbers.nbytes / best
-
-
-def _seconds(action: Any) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
 
 
 def compare(model: str, with_vllm: bool) -> dict[str, Any]:

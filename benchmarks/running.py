@@ -1,6 +1,7 @@
-"""What benchmarks share that step an engine themselves."""
+"""What benchmarks share that step an engine themselves, or time what they call."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from handler.engine import Engine, Job
 
@@ -18,3 +19,10 @@ def finish(engine: Engine, jobs: Sequence[Job]) -> int:
         if job.error:
             raise job.error
     return steps
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long a call takes."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started

@@ -123,7 +123,8 @@ def main() -> None:
             measures[name] = lambda engine, clients=clients: closed_loop(engine, clients, clock)
         measures[f"a prompt of {LONG_PROMPT} tokens"] = lambda engine: prefill(engine, clock)
         measures["that prompt's products"] = lambda engine: products(engine, clock)
-        for name, measure in ((name, measure) for name, measure in measures.items() if args.of in name):
+        for name in (name for name in measures if args.of in name):
+            measure = measures[name]
             seconds: dict[str, list[float]] = {kind: [] for kind in engines}
             for round in range(1 + ROUNDS):  # the first one warms up
                 for kind in list(engines)[:: 1 if round % 2 else -1]:

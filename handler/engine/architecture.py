@@ -81,6 +81,7 @@ class Architecture:
         limits = [getattr(config, limit, None) for limit in _LENGTH_NAMES]
         kv_widths = [_kv_width(layer) for layer in storing]
         heads_size = max(layer.num_attention_heads * _head_size(layer) for layer in layers)
+        mended = is_mended(model)
         shared_by = heads_size // max(1, max(kv_widths, default=1))
         return cls(
             vocab_size=config.vocab_size,
@@ -95,8 +96,8 @@ class Architecture:
             intermediate_size=max(_intermediate_size(layer) for layer in layers),
             qkv_size=heads_size + 2 * max(kv_widths, default=0),
             copied_layers=1 + (shared_by if shared_by > 1 else 0),
-            keeps_scores=config._attn_implementation == "eager" and not is_mended(model),
-            is_mended=is_mended(model),
+            keeps_scores=config._attn_implementation == "eager" and not mended,
+            is_mended=mended,
             itemsize=model.dtype.itemsize,
             product_bytes=BYTES_AT_ONCE if getattr(model.config, "quantization_config", None) else 0,
         )

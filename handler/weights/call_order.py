@@ -5,6 +5,7 @@ weights run, whatever its modules are called."""
 import copy
 import logging
 from collections import Counter
+from collections.abc import Set
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -31,7 +32,7 @@ class Call(NamedTuple):
     input: torch.Tensor
     version: int
     output: torch.Tensor | None = None
-    readers: frozenset[str | None] = frozenset()
+    readers: Set[str | None] = frozenset()
 
 
 @torch.no_grad()  # not inference mode, where tensors do not count their changes
@@ -47,7 +48,7 @@ def watch(model: PreTrainedModel) -> list[Call]:
                 twin = type(model)(copy.deepcopy(model.config)).bfloat16().eval()  # what experts want on this device
             with _Watch(twin) as watched:
                 twin(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-            return watched.calls()
+            return watched.calls
         except Exception as error:  # of the model's own code
             logger.debug("the order of its products is not known: %s", error)
     return []
@@ -58,9 +59,8 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self._calls: list[Call] = []
-        self._read: dict[int, torch.Tensor] = {}  # by their addresses; kept, so that each stays one tensor's
-        self._readers: dict[int, set[str | None]] = {}
+        self.calls: list[Call] = []
+        self._readers: dict[int, set[str | None]] = {}  # by the ids of outputs, which calls keep
         self._within: str | None = None  # a function; one that raises stays here, and nothing after it is fused
         linear = [n for n in matrices(model, None) if not isinstance(model.get_submodule(n), nn.Embedding)]
         for name in linear:
@@ -70,19 +70,16 @@ class _Watch(TorchDispatchMode):
                 module.register_forward_pre_hook(partial(self._begin, name))
                 module.register_forward_hook(partial(self._end, name))
 
-    def calls(self) -> list[Call]:
-        return [call._replace(readers=frozenset(self._readers.get(id(call.output), ()))) for call in self._calls]
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for one in tree_leaves((args, kwargs)):
-            if isinstance(one, torch.Tensor):
-                self._read[id(one)] = one
-                self._readers.setdefault(id(one), set()).add(self._within)
+            if (readers := self._readers.get(id(one))) is not None:
+                readers.add(self._within)
         return function(*args, **(kwargs or {}))
 
     def _linear(self, name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         with_gaps = torch.cat([output, output], dim=-1)[..., : output.shape[-1]]
-        self._calls.append(Call(name, args[0], args[0]._version, with_gaps))
+        readers = self._readers[id(with_gaps)] = set()
+        self.calls.append(Call(name, args[0], args[0]._version, with_gaps, readers))
         return with_gaps
 
     def _begin(self, name: str, module: nn.Module, args: tuple) -> None:
@@ -91,7 +88,7 @@ class _Watch(TorchDispatchMode):
     def _end(self, name: str, module: nn.Module, args: tuple, output: object) -> None:
         self._within = None
         if args and isinstance(args[0], torch.Tensor):
-            self._calls.append(Call(name, args[0], args[0]._version))
+            self.calls.append(Call(name, args[0], args[0]._version))
 
 
 def shared_inputs(calls: list[Call]) -> list[list[str]]:

@@ -12,7 +12,7 @@ TOPS = ("handler", "server", "scripts")
 FILES = {str(path.relative_to(ROOT)): path for top in TOPS for path in (ROOT / top).rglob("*.py")}
 MOST_LINES_OF_A_FILE = 300
 # Lines of code of each room of handler/. A room that needs more says why in docs/architecture.md, or is split.
-MOST_LINES = {"engine": 2580, "protocols": 1200, "weights": 1295, "": 800}
+MOST_LINES = {"engine": 2590, "protocols": 1200, "weights": 1295, "kernels": 640, "": 800}
 
 
 def imports(path: Path) -> set[str]:
@@ -47,6 +47,10 @@ def lines_of_code(path: Path) -> int:
         ("handler/", ("scripts", "server")),
         ("handler/engine/", ("handler.protocols", "handler.service", "handler.loading", "handler.checkpoint")),
         ("handler/weights/", ("handler.engine", "handler.protocols", "handler.loading", "handler.checkpoint")),
+        (
+            "handler/kernels/",
+            ("handler.engine", "handler.weights", "handler.protocols", "handler.loading", "handler.checkpoint"),
+        ),
         ("handler/protocols/", ("handler.service", "handler.weights", "handler.loading")),
         ("server/", ("handler", "scripts")),
     ],

@@ -12,6 +12,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from handler.kernels.decode_attention import can_decode, decode_attention
+from handler.kernels.machine_code import lanes
 from handler.weights.cpu_linear import cpu_lacks
 
 _FEW_KEYS = 1024  # of all rows and heads: SDPA is through with so few before two products have begun
@@ -27,7 +29,7 @@ _FEW_TO_TRANSPOSE = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 4}
 def use_block_attention() -> None:
     """Let models that are to use SDPA use this where it can and is faster; all of the process's, as the library has one
     table."""
-    if not cpu_lacks(torch.bfloat16):
+    if lanes() or not cpu_lacks(torch.bfloat16):
         AttentionInterface.register("sdpa", attention)
 
 
@@ -35,11 +37,14 @@ def attention(module, query, key, value, attention_mask, **kwargs):
     """The library's attention function. query [rows, heads, new, size]; key, value [rows, kv heads, columns, size];
     attention_mask [rows or 1, heads or 1, new, columns], booleans or what is to be added; None: causality by column.
     Returns [rows, new, heads, size], and None for weights."""
-    if not _is_for_products(module, query, key, attention_mask, kwargs):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return in_blocks(query, key, value, attention_mask, scaling), None
+    plain = not kwargs.get("dropout") and all(kwargs.get(name) is None for name in _NOT_HERE)
+    if plain and (
+        can_decode(query, key, value, attention_mask) or _is_for_products(module, query, key, attention_mask)
+    ):
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return in_blocks(query, key, value, attention_mask, scaling), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def in_blocks(
@@ -59,6 +64,8 @@ def in_blocks(
     bias: what is added to scores, [rows * heads, 1, columns], of heads that share no keys.
     fewest: queries of a row in a block, unless there are fewer.
     """
+    if can_decode(query, key, value, mask):
+        return decode_attention(query, key, value, mask, scaling, bias)
     rows, heads, new, size = query.shape
     kv_heads, columns = key.shape[1:3]
     keys, values = key.flatten(0, 1), value.flatten(0, 1)
@@ -93,12 +100,10 @@ def _most_scores(query: torch.Tensor) -> int:
     return BLOCK_BYTES // query.itemsize
 
 
-def _is_for_products(module, query, key, mask, kwargs) -> bool:
+def _is_for_products(module, query, key, mask) -> bool:
     rows, heads, new, _ = query.shape
     kv_heads, columns = key.shape[1:3]
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or 0 in query.shape:
-        return False
-    if kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _NOT_HERE):
         return False
     if new == 1:
         return rows * kv_heads * columns > _FEW_KEYS

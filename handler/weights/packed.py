@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from handler.kernels.packed_linear import with_few_rows
 from handler.weights.byte_linear import multiplies_bytes, pack_bytes, packed_byte_product
 from handler.weights.call_order import activations, shared_inputs, watch
 from handler.weights.cpu_linear import cpu_lacks, padded_rows
@@ -224,7 +225,7 @@ def _product(packed: torch.Tensor, bias: torch.Tensor | None, function: _Functio
         output = multiply(inputs, packed, bias, *function)[:rows]
         return output.view(*input.shape[:-1], output.shape[-1])
 
-    return forward
+    return with_few_rows(forward, packed, bias, None if function is _NO_FUNCTION else function[-1])
 
 
 def _lookup(packed: torch.Tensor, blocks: torch.Tensor, module: nn.Embedding) -> _Forward:

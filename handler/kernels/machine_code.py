@@ -1,0 +1,399 @@
+"""Functions that LLVM compiles for this very CPU when the worker starts, run by the threads that PyTorch computes in.
+
+They do what no operator of PyTorch does, and are written in Python as LLVM's instructions, because a pod has no
+compiler. Each takes 64-bit numbers, and is run by every thread of a parallel region of PyTorch's own OpenMP: threads
+that have just computed for PyTorch still spin, and start at once.
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from llvmlite import binding, ir
+
+LINE = 64  # bytes of the CPU's caches
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_F32, _POINTER = ir.FloatType(), ir.PointerType()
+_LOG2_E = math.log2(math.e)
+# 2^f for |f| <= 1/2 as a polynomial in f, the greatest power first: its Taylor series, off by 1.2e-7 at most.
+_EXP2 = tuple(math.log(2) ** power / math.factorial(power) for power in range(6, -1, -1))
+# erf(x) = 1 - (a1 t + ... + a5 t^5) e^-x^2 with t = 1 / (1 + p x), off by 1.5e-7 at most; Abramowitz and Stegun 7.1.26.
+_ERF_P, _ERF_A = 0.3275911, (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0)
+
+
+class _BFloat(ir.Type):
+    """What llvmlite has no class for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+_BF16 = _BFloat()
+_MEMORY = {torch.float32: _F32, torch.bfloat16: _I16, torch.bool: _I8}
+
+
+@functools.cache
+def lanes() -> int:
+    """float32 numbers in a vector; 0 where nothing is compiled: a CPU other than an x86 with AVX2, another OpenMP than
+    GNU's interface, or PyTorch told to leave instructions out."""
+    return {"AVX2": 8, "AVX512": 16}.get(torch.backends.cpu.get_cpu_capability(), 0) if _parallel() else 0
+
+
+@functools.cache
+def has_code_for(dtype: torch.dtype) -> bool:
+    """Whether products in that dtype can be written: float32, and bfloat16 with AVX512-BF16."""
+    if dtype == torch.bfloat16:
+        return lanes() == 16 and cpu_has("avx512bf16")
+    return dtype == torch.float32 and lanes() > 0
+
+
+@functools.cache
+def cpu_has(feature: str) -> bool:
+    """By LLVM's name."""
+    return bool(binding.get_host_cpu_features().get(feature))
+
+
+class Value:
+    """What an instruction gives: an integer of 64 bits, or a vector with a float32 in each lane. Operators write more
+    instructions; Python's numbers may stand on their right. Comparisons of vectors are for `Code.where`."""
+
+    def __init__(self, code: "Code", of: ir.Value):
+        self.code, self.of = code, of
+
+    def __add__(self, other: "Value | float") -> "Value":
+        return self._written("add", other)
+
+    def __sub__(self, other: "Value | float") -> "Value":
+        return self._written("sub", other)
+
+    def __mul__(self, other: "Value | float") -> "Value":
+        return self._written("mul", other)
+
+    def __truediv__(self, other: "Value | float") -> "Value":
+        return self._written("div", other)
+
+    def __floordiv__(self, other: "Value | int") -> "Value":
+        return Value(self.code, self.code.ir.udiv(self.of, self._like(other)))
+
+    def __mod__(self, other: "Value | int") -> "Value":
+        return Value(self.code, self.code.ir.urem(self.of, self._like(other)))
+
+    def __lt__(self, other: "Value | float") -> "Value":
+        return self._compared("<", other)
+
+    def __gt__(self, other: "Value | float") -> "Value":
+        return self._compared(">", other)
+
+    def _written(self, name: str, other: "Value | float") -> "Value":
+        write = getattr(self.code.ir, f"f{name}" if self._is_float else name)
+        return Value(self.code, write(self.of, self._like(other)))
+
+    def _compared(self, sign: str, other: "Value | float") -> "Value":
+        compare = self.code.ir.fcmp_ordered if self._is_float else self.code.ir.icmp_signed
+        return Value(self.code, compare(sign, self.of, self._like(other)))
+
+    @property
+    def _is_float(self) -> bool:
+        return self.of.type == self.code.floats
+
+    def _like(self, other: "Value | float") -> ir.Value:
+        if isinstance(other, Value):
+            return other.of
+        return (self.code.number(other) if self._is_float else self.code.integer(int(other))).of
+
+
+class Variable:
+    """A value that changes; LLVM makes it a register."""
+
+    def __init__(self, code: "Code", value: Value):
+        self._code = code
+        with code.ir.goto_entry_block():
+            self._place = code.ir.alloca(value.of.type)
+        self.set(value)
+
+    def get(self) -> Value:
+        return Value(self._code, self._code.ir.load(self._place))
+
+    def set(self, value: Value) -> None:
+        self._code.ir.store(value.of, self._place)
+
+
+class Place:
+    """An address of numbers of a dtype. `place[index]` is the address of the index-th."""
+
+    def __init__(self, code: "Code", of: ir.Value, dtype: torch.dtype):
+        self._code, self.of, self.dtype = code, of, dtype
+
+    def __getitem__(self, index: Value | int) -> "Place":
+        index = index.of if isinstance(index, Value) else _I64(index)
+        return Place(self._code, self._code.ir.gep(self.of, [index], source_etype=_MEMORY[self.dtype]), self.dtype)
+
+    def as_dtype(self, dtype: torch.dtype) -> "Place":
+        return Place(self._code, self.of, dtype)
+
+    def bits(self) -> Value:
+        """A vector as it lies there, of float32 or of pairs of bfloat16."""
+        return Value(self._code, self._code.ir.load(self.of, typ=self._code.floats, align=self.dtype.itemsize))
+
+    def spread_bits(self) -> Value:
+        """The first float32, or pair of bfloat16, in every lane."""
+        return self._code.same(self._code.ir.load(self.of, typ=_F32, align=self.dtype.itemsize))
+
+    def floats(self, within: Value) -> Value:
+        """A vector of the numbers that lie there, in the lanes that are true; 0 in others, whose memory is not read."""
+        code = self._code
+        if self.dtype == torch.float32:
+            return self._masked("f32", within, code.number(0.0).of)
+        integers = ir.VectorType(_I32, lanes())
+        halves = self._masked("i16", within, ir.Constant(ir.VectorType(_I16, lanes()), None))
+        shifted = code.ir.shl(code.ir.zext(halves.of, integers), ir.Constant(integers, [16] * lanes()))
+        return Value(code, code.ir.bitcast(shifted, code.floats))
+
+    def booleans(self, within: Value) -> Value:
+        none = ir.Constant(ir.VectorType(_I8, lanes()), None)
+        return Value(self._code, self._code.ir.icmp_unsigned("!=", self._masked("i8", within, none).of, none))
+
+    def _masked(self, kind: str, within: Value, otherwise: ir.Value) -> Value:
+        name = f"llvm.masked.load.v{lanes()}{kind}.p0"
+        return self._code.intrinsic(name, otherwise.type, self.of, _I32(self.dtype.itemsize), within.of, otherwise)
+
+    def store(self, values: Value, within: Value | None = None) -> None:
+        """A vector, in this place's dtype; within: of those lanes alone."""
+        code, of, kind = self._code, values.of, "f32"
+        if self.dtype == torch.bfloat16:
+            of, kind = code.ir.fptrunc(of, ir.VectorType(_BF16, lanes())), "bf16"
+        if within is None:
+            code.ir.store(of, self.of, align=self.dtype.itemsize)
+        else:
+            name, align = f"llvm.masked.store.v{lanes()}{kind}.p0", _I32(self.dtype.itemsize)
+            code.intrinsic(name, ir.VoidType(), of, self.of, align, within.of)
+
+    def fetch(self, size: int) -> None:
+        """Have so many bytes from here on brought into the cache while other things go on."""
+        read, second_level, data = _I32(0), _I32(2), _I32(1)
+        for at in range(0, size, LINE):
+            line = self._code.ir.gep(self.of, [_I64(at)], source_etype=_I8)
+            self._code.intrinsic("llvm.prefetch.p0", ir.VoidType(), line, read, second_level, data)
+
+
+class Code:
+    """A function's instructions."""
+
+    def __init__(self, function: ir.Function):
+        self.ir = ir.IRBuilder(function.append_basic_block())
+
+    @property
+    def floats(self) -> ir.VectorType:
+        return ir.VectorType(_F32, lanes())
+
+    def integer(self, value: int) -> Value:
+        return Value(self, _I64(value))
+
+    def number(self, value: float) -> Value:
+        """In every lane."""
+        return Value(self, ir.Constant(self.floats, [value] * lanes()))
+
+    def place(self, address: Value, dtype: torch.dtype) -> Place:
+        return Place(self, self.ir.inttoptr(address.of, _POINTER), dtype)
+
+    def room(self, floats: int) -> Place:
+        """For so many float32, on the thread's stack."""
+        with self.ir.goto_entry_block():
+            place = self.ir.alloca(self.floats, _I64(-(-floats // lanes())))
+        place.type = _POINTER  # llvmlite's own says of what
+        return Place(self, place, torch.float32)
+
+    @contextmanager
+    def loop(self, start: Value | int, stop: Value | int, step: int = 1) -> Iterator[Value]:
+        """What is written inside runs for each number from `start` to below `stop`, which is what it gets."""
+        start, stop = (self.integer(end) if isinstance(end, int) else end for end in (start, stop))
+        counter = Variable(self, start)
+        with self.loop_while(lambda: counter.get() < stop):
+            index = counter.get()
+            yield index
+            counter.set(index + step)
+
+    @contextmanager
+    def loop_while(self, write_test: Callable[[], Value]) -> Iterator[None]:
+        test, body, end = (self.ir.append_basic_block() for _ in range(3))
+        self.ir.branch(test)
+        self.ir.position_at_end(test)
+        goes_on = write_test().of
+        self.ir.cbranch(goes_on, body, end)
+        self.ir.position_at_end(body)
+        yield
+        self.ir.branch(test)
+        self.ir.position_at_end(end)
+
+    @contextmanager
+    def when(self, condition: Value) -> Iterator[None]:
+        with self.ir.if_then(condition.of):
+            yield
+
+    def call_one(self, functions: Sequence[ir.Function], number: Value, arguments: Sequence[Value | Place]) -> None:
+        """Call the first function if the number is 1, the second if it is 2, and so on."""
+        done = self.ir.append_basic_block()
+        switch = self.ir.switch(number.of, done)
+        for count, function in enumerate(functions, start=1):
+            switch.add_case(_I64(count), case := self.ir.append_basic_block())
+            self.ir.position_at_end(case)
+            self.ir.call(function, [argument.of for argument in arguments])
+            self.ir.branch(done)
+        self.ir.position_at_end(done)
+
+    def function(self, name: str, arguments: Sequence[torch.dtype | None], write: Callable[..., None]) -> ir.Function:
+        """Another function, which this one calls. arguments: the dtype of what lies at a place, or None for an integer;
+        `write` gets its code and these."""
+        kinds = [_I64 if dtype is None else _POINTER for dtype in arguments]
+        function = ir.Function(self.ir.module, ir.FunctionType(ir.VoidType(), kinds), name)
+        function.linkage = "internal"
+        function.attributes.add("noinline")
+        code = Code(function)
+        given = zip(function.args, arguments, strict=True)
+        write(code, *(Value(code, of) if dtype is None else Place(code, of, dtype) for of, dtype in given))
+        code.ir.ret_void()
+        return function
+
+    def where(self, condition: Value, one: Value, other: Value) -> Value:
+        return Value(self, self.ir.select(condition.of, one.of, other.of))
+
+    def least(self, one: Value, other: Value) -> Value:
+        """Of vectors, in each lane; NaN if the first is."""
+        return self.where(one > other, other, one)
+
+    def most(self, one: Value, other: Value) -> Value:
+        return self.where(one < other, other, one)
+
+    def first_lanes(self, count: Value) -> Value:
+        """Booleans, true in the first `count` lanes, or in all."""
+        numbers = ir.Constant(ir.VectorType(_I32, lanes()), list(range(lanes())))
+        count = self.same(self.ir.trunc(self.least(count, self.integer(lanes())).of, _I32))
+        return Value(self, self.ir.icmp_signed("<", numbers, count.of))
+
+    def float_of_bits(self, bits: Value) -> Value:
+        """The float32 with the integer's lower bits, in every lane."""
+        return self.same(self.ir.bitcast(self.ir.trunc(bits.of, _I32), _F32))
+
+    def same(self, value: ir.Value) -> Value:
+        kind = ir.VectorType(value.type, lanes())
+        nothing, first = ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(_I32, lanes()), None)
+        return Value(self, self.ir.shuffle_vector(self.ir.insert_element(nothing, value, _I32(0)), nothing, first))
+
+    def shuffle(self, one: Value, other: Value, order: Sequence[int]) -> Value:
+        """Lanes of two vectors, counted through both."""
+        order = ir.Constant(ir.VectorType(_I32, len(order)), list(order))
+        return Value(self, self.ir.shuffle_vector(one.of, other.of, order))
+
+    def shuffle_halves(self, one: Value, other: Value, order: Sequence[int]) -> Value:
+        """The same of 16 bits each, twice as many."""
+        kind = ir.VectorType(_I16, 2 * lanes())
+        first, second = (Value(self, self.ir.bitcast(value.of, kind)) for value in (one, other))
+        return Value(self, self.ir.bitcast(self.shuffle(first, second, order).of, self.floats))
+
+    def intrinsic(self, name: str, result: ir.Type, *values: ir.Value, fastmath: tuple[str, ...] = ()) -> Value:
+        kind = ir.FunctionType(result, [value.type for value in values])
+        function = self.ir.module.globals.get(name) or ir.Function(self.ir.module, kind, name)
+        return Value(self, self.ir.call(function, values, fastmath=fastmath))
+
+    def multiply_add(self, one: Value, other: Value, sum: Value, dtype: torch.dtype = torch.float32) -> Value:
+        """one * other + sum in each lane. In bfloat16 a lane of `one` and `other` is two numbers, whose products go to
+        one sum."""
+        if dtype == torch.float32:
+            return self.intrinsic(f"llvm.fma.v{lanes()}f32", self.floats, one.of, other.of, sum.of)
+        pairs = [self.ir.bitcast(value.of, ir.VectorType(_BF16, 2 * lanes())) for value in (one, other)]
+        return self.intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", self.floats, sum.of, *pairs)
+
+    def sum_of(self, value: Value) -> Value:
+        """Of all lanes, in every lane."""
+        name = f"llvm.vector.reduce.fadd.v{lanes()}f32"
+        return self.same(self.intrinsic(name, _F32, _F32(0.0), value.of, fastmath=("reassoc",)).of)
+
+    def most_of(self, value: Value) -> Value:
+        return self.same(self.intrinsic(f"llvm.vector.reduce.fmax.v{lanes()}f32", _F32, value.of).of)
+
+    def any_of(self, condition: Value) -> Value:
+        return self.intrinsic(f"llvm.vector.reduce.or.v{lanes()}i1", ir.IntType(1), condition.of)
+
+    def polynomial(self, value: Value, coefficients: Sequence[float]) -> Value:
+        """coefficients: of the greatest power first."""
+        result = self.number(coefficients[0])
+        for coefficient in coefficients[1:]:
+            result = self.multiply_add(result, value, self.number(coefficient))
+        return result
+
+    def exp(self, value: Value) -> Value:
+        """e to the power of each, where that is in float32's normal range; what is beyond gives its end."""
+        integers = ir.VectorType(_I32, lanes())
+        value = self.least(self.most(value, self.number(-87.0)), self.number(88.0)) * _LOG2_E
+        whole = self.intrinsic(f"llvm.rint.v{lanes()}f32", self.floats, value.of)
+        power = self.ir.bitcast(self.polynomial(value - whole, _EXP2).of, integers)
+        exponents = self.ir.shl(self.ir.fptosi(whole.of, integers), ir.Constant(integers, [23] * lanes()))
+        return Value(self, self.ir.bitcast(self.ir.add(power, exponents), self.floats))
+
+    def gelu(self, value: Value, approximate: str) -> Value:
+        """As torch.nn.functional.gelu, "tanh" or "none"."""
+        one = self.number(1.0)
+        if approximate == "tanh":  # x (1 + tanh u) / 2 = x / (1 + e^-2u) with u = sqrt(2 / pi) (x + 0.044715 x^3)
+            factor = -2 * math.sqrt(2 / math.pi)
+            return value / (self.exp(self.polynomial(value * value, (factor * 0.044715, factor)) * value) + 1.0)
+        scaled = self.intrinsic(f"llvm.fabs.v{lanes()}f32", self.floats, (value * math.sqrt(0.5)).of)
+        series = self.polynomial(one / (scaled * _ERF_P + 1.0), _ERF_A)
+        tail = series * self.exp(self.number(0.0) - scaled * scaled) * 0.5
+        return value * self.where(value > 0.0, one - tail, tail)
+
+
+def compiled(write: Callable[..., None], arguments: int) -> int:
+    """The address of a function that `write` writes. It gets: its code, the number of the thread that runs it, how many
+    run it, and so many integers."""
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), "run")
+    code = Code(function)
+    threads = [code.ir.sext(code.intrinsic(name, _I32).of, _I64) for name in _OF_THREADS]
+    places = [code.ir.gep(function.args[0], [_I64(index)], source_etype=_I64) for index in range(arguments)]
+    write(code, *(Value(code, value) for value in threads), *(Value(code, code.ir.load(p, typ=_I64)) for p in places))
+    code.ir.ret_void()
+    machine = _machine()
+    parsed = binding.parse_assembly(str(module))
+    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
+    passes.getModulePassManager().run(parsed, passes)
+    engine = binding.create_mcjit_compiler(parsed, machine)
+    engine.finalize_object()
+    _ENGINES.append(engine)
+    return engine.get_function_address(function.name)
+
+
+def run(address: int, *arguments: int) -> None:
+    """Call the function in as many threads as PyTorch computes in; return when all have."""
+    parallel = _parallel()
+    assert parallel is not None, "nothing is compiled where `lanes` is 0"
+    parallel(address, (ctypes.c_int64 * len(arguments))(*arguments), torch.get_num_threads(), 0)
+
+
+_OF_THREADS = ("omp_get_thread_num", "omp_get_num_threads")
+_ENGINES: list[binding.ExecutionEngine] = []  # own the code
+
+
+@functools.cache
+def _parallel() -> Callable[..., None] | None:
+    """What PyTorch's own parallel loops call, of the very library that it has loaded; None if it has another."""
+    try:
+        openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # and what it depends on
+        parallel = openmp.GOMP_parallel
+        for name in _OF_THREADS:
+            binding.add_symbol(name, ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value)
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return parallel
+
+
+@functools.cache
+def _machine() -> binding.TargetMachine:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    cpu, features = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
+    return binding.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3, jit=True)

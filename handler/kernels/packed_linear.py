@@ -1,0 +1,174 @@
+"""Products of few rows with packed matrices, as fast as memory gives the matrix.
+
+oneDNN reads a part of a matrix, then computes with it, and the next one is still to wait for. Here the next is on its
+way meanwhile.
+
+A matrix [out, in] lies in panels of 64 of its rows, column by column. Two columns of bfloat16 are together, so a step
+along a panel is 256 bytes of it and 4 bytes of each row of inputs, whatever the dtype. Of some steps, 64 KB that stay
+in the cache, all inputs' part is added up before the next. Six rows' sums are in registers at a time.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import pad
+
+from .machine_code import LINE, Code, Place, Value, Variable, compiled, cpu_has, has_code_for, lanes, run
+
+_MOST_ROWS = 128  # with more, oneDNN is as fast (python -m benchmarks.packed)
+_PANEL = 64
+_STEP_BYTES = 256
+_STEP_LINES = _STEP_BYTES // LINE
+_STEPS_AT_ONCE = 256
+_ROWS_AT_ONCE = 6
+_NEAR = 0.02  # of the largest number of a product: two orders of a matrix give others altogether
+
+_Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+@torch.no_grad()
+def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | None, gelu: str | None) -> _Product:
+    """The product, but of few rows by the code here, where this CPU has some and oneDNN's order is the one above.
+
+    product: of inputs [..., in] in the dtype of the matrix; times the matrix transposed, plus bias [out], with a GELU
+    if one is named, "tanh" or "none"; [..., out]. packed: the matrix [out, in] in oneDNN's order, which is tried.
+    """
+    (out, columns), dtype = packed.shape, packed.dtype
+    filled, most_rows = -(-out // _PANEL) * _PANEL, _most_rows(dtype)
+    if not most_rows or torch.ops.mkldnn._nbytes(packed) != filled * columns * dtype.itemsize:
+        return product
+    biases = torch.zeros(filled) if bias is None else pad(bias.float(), (0, filled - out))
+    address, matrix = _code(dtype, gelu), torch.ops.mkldnn.data_ptr(packed)
+
+    def multiply(inputs: torch.Tensor, keep: torch.Tensor = packed) -> torch.Tensor:  # `matrix` is its memory
+        rows = inputs.numel() // columns
+        if not 0 < rows <= most_rows:
+            return product(inputs)
+        inputs = inputs.contiguous()
+        outputs = inputs.new_empty(*inputs.shape[:-1], out)
+        run(address, inputs.data_ptr(), matrix, biases.data_ptr(), outputs.data_ptr(), rows, columns, out)
+        return outputs
+
+    tried = torch.arange(columns).sin().to(dtype).unsqueeze(0)
+    ours, theirs = multiply(tried).float(), product(tried).float()
+    return multiply if (ours - theirs).abs().max() <= _NEAR * theirs.abs().max() else product
+
+
+@functools.cache
+def _most_rows(dtype: torch.dtype) -> int:
+    """0 if there is no code. With AMX, rows that need the matrix more than once are oneDNN's: that is not measured."""
+    if not has_code_for(dtype):
+        return 0
+    return _ROWS_AT_ONCE if dtype == torch.bfloat16 and cpu_has("amx-bf16") else _MOST_ROWS
+
+
+@functools.cache
+def _code(dtype: torch.dtype, gelu: str | None) -> int:
+    def write(code: Code, thread: Value, threads: Value, *arguments: Value) -> None:
+        _Writer(code, dtype, gelu, *arguments).write(thread, threads)
+
+    return compiled(write, 7)
+
+
+class _Writer:
+    """Writes the function of: inputs, matrix, bias in float32 of whole panels, outputs; rows, columns, out."""
+
+    def __init__(self, code: Code, dtype: torch.dtype, gelu: str | None, *arguments: Value):
+        inputs, matrix, bias, outputs, self._rows, self._columns, self._out = arguments
+        self._code, self._dtype, self._gelu = code, dtype, gelu
+        self._inputs, self._matrix, self._outputs = (code.place(at, dtype) for at in (inputs, matrix, outputs))
+        self._bias = code.place(bias, torch.float32)
+        self._in_step = 4 // dtype.itemsize  # columns
+        self._steps = self._columns // self._in_step
+        self._vectors = 4 if lanes() == 16 else 2  # of a step at a time: with six rows' sums, all that registers hold
+        self._sums = code.room(_MOST_ROWS * _PANEL)
+        kinds = [dtype, None, dtype, None, torch.float32, dtype, None]
+        self._adding = [
+            code.function(f"add_{rows}", kinds, functools.partial(self._write_adding, rows))
+            for rows in range(1, _ROWS_AT_ONCE + 1)
+        ]
+
+    def write(self, thread: Value, threads: Value) -> None:
+        """Each thread gets as many rows of panels as the others, of panels one after the other."""
+        code, rows = self._code, self._rows
+        all_rows = (self._out + (_PANEL - 1)) // _PANEL * rows
+        begin, end = all_rows * thread // threads, all_rows * (thread + 1) // threads
+        with code.loop(begin // rows, (end + rows - 1) // rows) as panel:
+            first = code.most(begin - panel * rows, code.integer(0))
+            self._write_panel(panel, first, code.least(end - panel * rows, rows) - first)
+
+    def _write_panel(self, panel: Value, first: Value, count: Value) -> None:
+        """Outputs of a panel for `count` rows of inputs from the first."""
+        code = self._code
+        column = panel * _PANEL
+        everywhere = code.first_lanes(code.integer(lanes()))
+        with code.loop(0, count) as row, code.loop(0, _PANEL, lanes()) as at:
+            self._sums[row * _PANEL + at].store(self._bias[column + at].floats(everywhere))
+        inputs = self._inputs[first * self._columns]
+        with code.loop(0, self._steps, _STEPS_AT_ONCE) as step:
+            steps = code.least(code.integer(_STEPS_AT_ONCE), self._steps - step)
+            block = self._matrix[(panel * self._steps + step) * (_PANEL * self._in_step)]
+            self._write_block(block, steps, inputs[step * self._in_step], count)
+        outputs, left = self._outputs[first * self._out + column], self._out - column
+        with code.loop(0, count) as row, code.loop(0, code.least(code.integer(_PANEL), left), lanes()) as at:
+            values = self._sums[row * _PANEL + at].bits()
+            if self._gelu:
+                values = code.gelu(values, self._gelu)
+            outputs[row * self._out + at].store(values, code.first_lanes(left - at))
+
+    def _write_block(self, block: Place, steps: Value, inputs: Place, rows: Value) -> None:
+        """Add up some steps for all rows, in groups. The next block, which lies behind it, is fetched meanwhile: each
+        step fetches as many lines as make it whole, and the last groups none."""
+        code = self._code
+        chunk = self._vectors * lanes()  # of a panel's rows
+        groups, chunks = (rows + (_ROWS_AT_ONCE - 1)) // _ROWS_AT_ONCE, _PANEL // chunk
+        turns, none, one, two, all_lines = groups * chunks, *(code.integer(n) for n in (0, 1, 2, _STEP_LINES))
+        lines = code.where(turns < _STEP_LINES, code.where(turns < 2, all_lines, two), one)
+        next_block = block[steps * (_PANEL * self._in_step)]
+        with code.loop(0, groups) as group:
+            first = rows * group // groups
+            count = rows * (group + 1) // groups - first
+            for part in range(chunks):
+                fetched = (group * chunks + part) * lines  # of each step
+                arguments: list[Value | Place] = [
+                    inputs[first * self._columns],
+                    self._columns,
+                    block[part * chunk * self._in_step],
+                    steps,
+                    self._sums[first * _PANEL + part * chunk],
+                    next_block[fetched * steps * (LINE // self._dtype.itemsize)],
+                    code.where(fetched < _STEP_LINES, lines, none),
+                ]
+                code.call_one(self._adding, count, arguments)
+
+    def _write_adding(
+        self,
+        rows: int,
+        code: Code,
+        inputs: Place,
+        columns: Value,
+        matrix: Place,
+        steps: Value,
+        sums: Place,
+        ahead: Place,
+        lines: Value,
+    ) -> None:
+        """Of a function that adds so many rows' products, of some vectors of each step, to their sums. columns: of all
+        inputs. ahead: what to fetch meanwhile, so many lines each step."""
+        in_step, line = self._in_step, LINE // self._dtype.itemsize
+        places = [[sums[row * _PANEL + at * lanes()] for at in range(self._vectors)] for row in range(rows)]
+        totals = [[Variable(code, code.number(0.0)) for _ in row] for row in places]
+        with code.loop(0, steps) as step:
+            for least, first, count in ((1, 0, 1), (2, 1, 1), (4, 2, 2)):
+                with code.when(lines > least - 1):
+                    ahead[step * lines * line + first * line].fetch(count * LINE)
+            here = matrix[step * (_PANEL * in_step)]
+            vectors = [here[at * lanes() * in_step].bits() for at in range(self._vectors)]
+            for row, row_totals in enumerate(totals):
+                number = inputs[columns * row + step * in_step].spread_bits()
+                for vector, total in zip(vectors, row_totals, strict=True):
+                    total.set(code.multiply_add(number, vector, total.get(), self._dtype))
+        for row_totals, row_places in zip(totals, places, strict=True):
+            for total, place in zip(row_totals, row_places, strict=True):
+                place.store(place.bits() + total.get())  # sums of sums round less often than one long sum

@@ -1,0 +1,132 @@
+"""Attention of one new token a row, beside the formula in float64."""
+
+import pytest
+import torch
+
+from handler.kernels.decode_attention import can_decode, decode_attention
+
+
+def tensors(dtype, rows, heads, kv_heads, size, columns, store=None):
+    """A query, and keys and values that are the first columns of a longer store."""
+    torch.manual_seed(0)
+    made = [torch.randn(rows, kv_heads, store or columns, size).to(dtype)[:, :, :columns] for _ in range(2)]
+    return torch.randn(rows, heads, 1, size).to(dtype), *made
+
+
+def exact(query, key, value, visible=None, bias=None, scaling=0.125):
+    """visible: [rows or 1, columns]."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (tensor.double().repeat_interleave(shared, 1) for tensor in (key, value))
+    scores = query.double() @ key.mT * scaling
+    if bias is not None:
+        scores += bias.double().view(len(query), -1, 1, key.shape[2])
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None, None], torch.finfo(torch.bfloat16).min)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def agree(outputs, expected, dtype, off=2e-6):
+    assert outputs.dtype == dtype and outputs.is_contiguous()
+    off = off if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(outputs.double(), expected, rtol=off, atol=off)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (9, 3), (8, 1)])
+@pytest.mark.parametrize("size", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("columns", [1, 2, 15, 17, 256, 257, 700])
+def test_shapes(dtype, heads, kv_heads, size, columns):
+    query, key, value = tensors(dtype, 2, heads, kv_heads, size, columns, columns + 3)
+    assert can_decode(query, key, value, None)
+    agree(decode_attention(query, key, value, None, 0.125), exact(query, key, value), dtype)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("is_bool", [True, False])
+def test_masks_and_biases(dtype, threads, is_bool, biased):
+    columns = 300
+    query, key, value = tensors(dtype, 5, 4, 4, 64, columns)
+    visible = torch.arange(columns) < torch.tensor([[1], [16], [150], [299], [300]])
+    visible[3, :200] = False  # filled up on the left
+    visible[4, ::3] = False
+    bias = torch.randn(20, 1, columns).to(dtype) if biased else None
+    mask = visible[:, None, None]
+    if not is_bool:
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    assert can_decode(query, key, value, mask)
+    agree(decode_attention(query, key, value, mask, 0.125, bias), exact(query, key, value, visible, bias), dtype)
+    one = mask[3:4]  # for all rows
+    agree(decode_attention(query, key, value, one, 0.125, bias), exact(query, key, value, visible[3:4], bias), dtype)
+
+
+def test_an_infinite_mask_hides_too(dtype):
+    query, key, value = tensors(dtype, 1, 2, 2, 32, 40)
+    visible = torch.arange(40)[None] < 20
+    mask = torch.zeros(1, 1, 1, 40, dtype=dtype).masked_fill(~visible, -torch.inf)
+    agree(decode_attention(query, key, value, mask, 0.125), exact(query, key, value, visible), dtype)
+
+
+def test_who_sees_nothing_sees_all_alike(dtype):
+    query, key, value = tensors(dtype, 2, 2, 2, 32, 300)
+    visible = torch.ones(2, 300, dtype=torch.bool)
+    visible[0] = False
+    outputs = decode_attention(query, key, value, visible[:, None, None], 0.125)
+    agree(outputs[0, 0], value[0].double().mean(1), dtype)
+
+
+def test_large_scores_do_not_overflow(dtype):
+    query, key, value = tensors(dtype, 1, 2, 2, 32, 600)
+    query, key = query * 16, key * 16
+    outputs, expected = decode_attention(query, key, value, None, 0.125), exact(query, key, value)
+    agree(outputs, expected, dtype, off=1e-3)  # e to the power of what is off by 1e-7 of some hundreds
+
+
+def test_views_with_gaps(dtype):
+    """As BLOOM's queries come, out of a product of queries, keys and values."""
+    _, key, value = tensors(dtype, 3, 4, 4, 64, 50)
+    fused = torch.randn(3, 1, 4, 3, 64).to(dtype)
+    query = fused[..., 0, :].transpose(1, 2)
+    agree(decode_attention(query, key, value, None, 0.125), exact(query, key, value), dtype)
+    key = key.transpose(1, 2).contiguous().transpose(1, 2)  # column by column, all heads of each
+    assert can_decode(query, key, value, None)
+    agree(decode_attention(query, key, value, None, 0.125), exact(query, key, value), dtype)
+
+
+def test_what_is_hidden_is_not_read_beyond_the_last_visible_vector(dtype):
+    query, key, value = tensors(dtype, 2, 2, 2, 32, 200)
+    visible = torch.arange(200) < torch.tensor([[64], [200]])
+    key[0, :, 64:], value[0, :, 64:] = torch.nan, torch.nan
+    outputs = decode_attention(query, key, value, visible[:, None, None], 0.125)
+    clean = exact(query, key.nan_to_num(), value.nan_to_num(), visible)
+    agree(outputs, clean, dtype)
+
+
+def test_a_broken_row_stays_broken_and_others_do_not(dtype):
+    query, key, value = tensors(dtype, 3, 2, 2, 32, 40)
+    clean = decode_attention(query, key, value, None, 0.125)
+    key[1, :, 7, 3] = torch.nan
+    outputs = decode_attention(query, key, value, None, 0.125)
+    assert outputs[1].isnan().all() and torch.equal(outputs[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v, m: (q.expand(-1, -1, 2, -1), k, v, m),  # two tokens
+        lambda q, k, v, m: (q[..., :20], k[..., :20], v[..., :20], m),  # no whole vectors
+        lambda q, k, v, m: (q, k, v[..., :32], m),
+        lambda q, k, v, m: (q.double(), k.double(), v.double(), m),
+        lambda q, k, v, m: (q, k, v, m[..., :-1]),
+        lambda q, k, v, m: (q, k, v, m.expand(-1, 4, -1, -1)),
+        lambda q, k, v, m: (q, k, v, m.double()),
+        lambda q, k, v, m: (q[:, :3], k[:, :2], v[:, :2], m),  # heads that are not shared alike
+        lambda q, k, v, m: (q, k[:, :, :0], v[:, :, :0], m),
+        lambda q, k, v, m: (q[:0], k[:0], v[:0], m),
+        lambda q, k, v, m: (q, k.mT.contiguous().mT, v, m),
+        lambda q, k, v, m: (q.repeat(1, 3, 1, 1), k[:, :1], v[:, :1], m),  # 12 of a key head
+    ],
+)
+def test_what_it_does_not_take(dtype, change):
+    query, key, value = tensors(dtype, 2, 4, 4, 64, 33)
+    mask = torch.ones(2, 1, 1, 33, dtype=torch.bool)
+    assert can_decode(query, key, value, mask)
+    assert not can_decode(*change(query, key, value, mask))

@@ -1,0 +1,69 @@
+"""The instructions that functions are written of."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import gelu
+
+from handler.kernels.machine_code import Code, Value, Variable, compiled, lanes, run
+
+
+def applied(function, inputs):
+    """What a function that writes instructions for a vector makes of inputs, float32 [whole vectors]."""
+
+    def write(code: Code, thread: Value, threads: Value, source: Value, target: Value, count: Value) -> None:
+        source, target = (code.place(at, torch.float32) for at in (source, target))
+        with code.loop(0, count, lanes()) as at:
+            target[at].store(function(code, source[at].bits()))
+
+    outputs = torch.empty_like(inputs)
+    run(compiled(write, 3), inputs.data_ptr(), outputs.data_ptr(), len(inputs))
+    return outputs
+
+
+def test_exp():
+    inputs = torch.cat([torch.linspace(-87, 88, 4096), torch.linspace(-1, 1, 1024)])
+    torch.testing.assert_close(applied(Code.exp, inputs).double(), inputs.double().exp(), rtol=5e-6, atol=0)
+    near = inputs[4096:]
+    torch.testing.assert_close(applied(Code.exp, near).double(), near.double().exp(), rtol=3e-7, atol=0)
+
+
+def test_what_is_beyond_float32_is_its_end_and_nan_stays():
+    inputs = torch.tensor([-math.inf, -200.0, 200.0, math.inf, math.nan] + [0.0] * 11)
+    first, second, third, fourth, fifth = applied(Code.exp, inputs)[:5].tolist()
+    assert first == second == pytest.approx(math.exp(-87), rel=1e-5)
+    assert third == fourth == pytest.approx(math.exp(88), rel=1e-5) and math.isnan(fifth)
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_gelu(approximate):
+    inputs = torch.cat([torch.linspace(-12, 12, 8192), torch.tensor([-1e4, 1e4, 0.0, -0.0] * 4)])
+    exact = gelu(inputs.double(), approximate=approximate)
+    outputs = applied(lambda code, value: code.gelu(value, approximate), inputs)
+    torch.testing.assert_close(outputs.double(), exact, rtol=2e-6, atol=1e-6)
+    assert math.isnan(applied(lambda code, value: code.gelu(value, approximate), torch.full((16,), math.nan))[0])
+
+
+def test_each_thread_takes_part_and_knows_its_number(threads):
+    def write(code: Code, thread: Value, threads: Value, target: Value) -> None:
+        place = code.place(target, torch.float32)
+        place[thread * lanes()].store(code.number(1.0))
+        place[(threads + 3) * lanes()].store(code.number(2.0))
+
+    outputs = torch.zeros(8, lanes())
+    run(compiled(write, 1), outputs.data_ptr())
+    assert outputs[:, 0].tolist() == [*[1.0] * threads, *[0.0] * 3, 2.0, *[0.0] * (4 - threads)]
+
+
+def test_lanes_beyond_the_first_ones_are_neither_read_nor_written():
+    def write(code: Code, thread: Value, threads: Value, source: Value, target: Value, count: Value) -> None:
+        within, sum = code.first_lanes(count), Variable(code, code.number(0.0))
+        sum.set(code.place(source, torch.float32).floats(within) + 1.0)
+        code.place(target, torch.float32).store(sum.get(), within)
+
+    function, inputs = compiled(write, 3), torch.full((lanes(),), 6.0)
+    for count in range(lanes() + 2):
+        outputs = torch.zeros(lanes())
+        run(function, inputs.data_ptr() if count else 0, outputs.data_ptr() if count else 0, count)
+        assert outputs.tolist() == [7.0 if i < count else 0.0 for i in range(lanes())]

@@ -1,0 +1,105 @@
+"""Products of few rows."""
+
+import pytest
+import torch
+from torch.nn.functional import gelu, linear
+
+from handler.kernels import packed_linear
+from handler.kernels.packed_linear import with_few_rows
+
+
+def never(inputs):
+    raise AssertionError("a product of few rows")
+
+
+def make(dtype, width, height, activation=None, biased=True):
+    """A product with few rows, which oneDNN does not make, and the same in float64."""
+    torch.manual_seed(0)
+    weight = (torch.randn(height, width) / width**0.5).to(dtype)
+    bias = torch.randn(height).to(dtype) if biased else None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # oneDNN puts fewer rows together if there are more threads than small matrices have panels
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 256)
+    torch.set_num_threads(threads)
+    function = ("none", [], "") if activation is None else ("gelu", [], activation)
+    tried = []
+
+    def theirs(inputs):
+        if tried:
+            never(inputs)
+        tried.append(inputs)
+        return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, *function)
+
+    def exact(inputs):
+        product = linear(inputs.double(), weight.double(), None if bias is None else bias.double())
+        return product if activation is None else gelu(product, approximate=activation)
+
+    return with_few_rows(theirs, packed, bias, activation), exact
+
+
+def agree(product, exact, inputs):
+    outputs = product(inputs)
+    assert outputs.dtype == inputs.dtype and outputs.is_contiguous()
+    torch.testing.assert_close(outputs.double(), exact(inputs), rtol=torch.finfo(inputs.dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (1088, 128), (96, 640), (576, 2560)])
+def test_each_number_of_rows(dtype, threads, sizes):
+    product, exact = make(dtype, *sizes)
+    for rows in (*range(1, 27), 61, 127, 128):
+        agree(product, exact, torch.randn(rows, sizes[0]).to(dtype))
+
+
+@pytest.mark.parametrize("height", [40, 63, 65, 100])
+def test_matrices_that_do_not_fill_their_last_panel(height, threads):
+    product, exact = make(torch.float32, 48, height)
+    for rows in (1, 7, 40):
+        agree(product, exact, torch.randn(rows, 48))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("activation", [None, "tanh", "none"])
+def test_bias_and_gelu(dtype, biased, activation):
+    agree(*make(dtype, 96, 128, activation, biased), torch.randn(9, 96).to(dtype))
+
+
+def test_inputs_of_any_shape_and_order(dtype):
+    product, exact = make(dtype, 64, 128)
+    agree(product, exact, torch.randn(3, 1, 5, 64).to(dtype))
+    agree(product, exact, torch.randn(64, 7).to(dtype).t())
+    agree(product, exact, torch.randn(4, 3, 128).to(dtype)[..., 64:])
+    agree(product, exact, torch.randn(64).to(dtype))
+
+
+def test_more_rows_and_none_are_left_to_the_other_product(dtype):
+    product, _ = make(dtype, 64, 64)
+    for rows in (0, 129):
+        with pytest.raises(AssertionError, match="few rows"):
+            product(torch.zeros(rows, 64, dtype=dtype))
+
+
+def test_nan_and_infinity_stay_in_their_rows(dtype):
+    product, _ = make(dtype, 64, 64, "tanh")
+    inputs = torch.randn(8, 64).to(dtype)
+    clean = product(inputs)
+    inputs[3, 5], inputs[6, 7] = torch.nan, torch.inf
+    outputs = product(inputs)
+    others = [0, 1, 2, 4, 5, 7]
+    assert torch.equal(outputs[others], clean[others]) and outputs[3].isnan().all()
+
+
+def test_an_order_that_is_another_is_left(dtype):
+    weight = torch.randn(128, 64).to(dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 256)
+    other = weight.to_mkldnn()  # row by row
+    assert with_few_rows(lambda x: linear(x, weight), packed, None, None).__name__ == "multiply"
+    assert with_few_rows(lambda x: linear(x, weight), other, None, None).__name__ != "multiply"
+
+
+def test_with_amx_few_rows_are_those_that_need_the_matrix_once(monkeypatch):
+    monkeypatch.setattr(packed_linear, "has_code_for", lambda dtype: True)
+    monkeypatch.setattr(packed_linear, "cpu_has", lambda feature: feature == "amx-bf16")
+    monkeypatch.setattr(packed_linear, "_most_rows", packed_linear._most_rows.__wrapped__)
+    assert packed_linear._most_rows(torch.bfloat16) == 6 and packed_linear._most_rows(torch.float32) == 128

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from handler.engine.block_attention import use_block_attention
 from handler.engine.bloom import mend_bloom
 from handler.engine.draft_model import DraftModel
+from handler.engine.norms import mend_norms
 from handler.errors import LoadError, first_line
 from handler.memory import device_limits, free_memory, limits_beside_draft
 from handler.settings import Settings
@@ -114,6 +115,7 @@ def _from_pretrained(folder: Path, settings: Settings, **places: Any) -> PreTrai
     )
     model.eval()
     mend_bloom(model)
+    mend_norms(model)
     use_block_attention()
     return model
 

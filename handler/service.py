@@ -46,6 +46,7 @@ class LargeModelHandler(BaseHandler):
         Raises SettingsError, CheckpointError or LoadError; TorchServe then tries again, and logs each try.
         """
         began = time.monotonic()
+        gc.freeze()  # what was imported: collections need not look through it while all this is made
         model_dir = Path(context.system_properties["model_dir"])
         self.settings = read_settings(model_dir / "setup_config.json")
         checkpoint, draft = open_checkpoint(model_dir), open_draft(model_dir)

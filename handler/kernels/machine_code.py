@@ -278,6 +278,20 @@ class Code:
         """The float32 with the integer's lower bits, in every lane."""
         return self.same(self.ir.bitcast(self.ir.trunc(bits.of, _I32), _F32))
 
+    def float_of(self, integer: Value) -> Value:
+        """In every lane."""
+        return self.same(self.ir.sitofp(integer.of, _F32))
+
+    def rounded(self, values: Value, dtype: torch.dtype) -> Value:
+        """To a dtype and back."""
+        if dtype == torch.float32:
+            return values
+        halves = self.ir.fptrunc(values.of, ir.VectorType(_BF16, lanes()))
+        return Value(self, self.ir.fpext(halves, self.floats))
+
+    def root(self, values: Value) -> Value:
+        return self.intrinsic(f"llvm.sqrt.v{lanes()}f32", self.floats, values.of)
+
     def same(self, value: ir.Value) -> Value:
         kind = ir.VectorType(value.type, lanes())
         nothing, first = ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(_I32, lanes()), None)
@@ -373,6 +387,12 @@ def run(address: int, *arguments: int) -> None:
     parallel(address, (ctypes.c_int64 * len(arguments))(*arguments), torch.get_num_threads(), 0)
 
 
+def run_alone(address: int, *arguments: int) -> None:
+    """Call the function in this thread, which is the first and only one."""
+    _FUNCTION(address)((ctypes.c_int64 * len(arguments))(*arguments))
+
+
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _OF_THREADS = ("omp_get_thread_num", "omp_get_num_threads")
 _ENGINES: list[binding.ExecutionEngine] = []  # own the code
 

@@ -11,7 +11,8 @@ A GELU that takes a product unchanged is computed in it, while its numbers are i
 
 A tied embedding looks its rows up in the packed head. A block of `height` rows lies there column by column, `depth`
 columns together: [out / height, in / depth, height, depth]; with AVX512 that has no bfloat16 all rows are one block of
-these. oneDNN does not say so; it is tried, and every number compared, before the rows are thrown away.
+these. oneDNN does not say so; it is tried, and compared number by number in parts of the matrix that lie apart, its end
+among them, before the rows are thrown away.
 """
 
 import ctypes
@@ -40,7 +41,7 @@ _ROWS = 256  # in a product, that the order is chosen for: also the fastest for 
 _LEAST_INT8 = 1 << 21  # bytes; in smaller matrices splitting the inputs costs more than the product
 _HEIGHTS, _DEPTHS = (64, 48, 32, 24, 16, 8), (1, 2, 4)
 _INT8_WIDTH = 64  # columns of int8 matrices come in so many
-_COMPARED_ROWS = 4096  # at a time
+_COMPARED_ROWS, _COMPARED_PARTS = 1024, 16  # of a part, and at most
 _NO_FUNCTION: _Function = ("none", [], "")
 _GELU_BY_TANH = (NewGELUActivation, FastGELUActivation, GELUTanh)
 
@@ -260,9 +261,10 @@ def _blocks(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
 
 
 def _compared(blocks: torch.Tensor, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A part of the rows after the other, out of the blocks and as they are."""
-    step = max(1, _COMPARED_ROWS // blocks.shape[2])
-    for start in range(0, len(blocks), step):
-        part = blocks[start : start + step].transpose(1, 2).flatten(0, 1).flatten(1)[:, : rows.shape[1]]
+    """Some parts of the rows, the first and the last among them, out of the blocks and as they are."""
+    count = max(1, _COMPARED_ROWS // blocks.shape[2])
+    last = max(0, len(blocks) - count)
+    for start in sorted({last * part // (_COMPARED_PARTS - 1) for part in range(_COMPARED_PARTS)}):
+        part = blocks[start : start + count].transpose(1, 2).flatten(0, 1).flatten(1)[:, : rows.shape[1]]
         theirs = rows[start * blocks.shape[2] :][: len(part)]
         yield part[: len(theirs)], theirs

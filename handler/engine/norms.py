@@ -1,0 +1,51 @@
+"""Norms of the models that are one pass here and six operators there."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from handler.kernels.rms_norm import KINDS, can_normalize, rms_norm
+from handler.weights.placement import replace_forward
+
+_TRIED_ROWS = 4
+_NEAR = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # relative: what another order of sums comes to
+
+
+@torch.inference_mode()
+def mend_norms(model: nn.Module) -> int:
+    """Let RMS norms in this CPU's memory be computed in one pass; how many. Models have a class each, of a few kinds:
+    what a module computes is tried, and one that computes something else is left."""
+    mended = 0
+    for module in model.modules():
+        weight, epsilon = module._parameters.get("weight"), getattr(module, "variance_epsilon", None)
+        epsilon = getattr(module, "eps", None) if epsilon is None else epsilon
+        if not type(module).__name__.endswith("RMSNorm") or weight is None or not isinstance(epsilon, float):
+            continue
+        if (kind := _kind(module, weight, epsilon)) is not None:
+            theirs = getattr(module, "_old_forward", module.forward)  # below Accelerate's hook
+            replace_forward(module, _forward(theirs, weight, epsilon, kind))
+            mended += 1
+    return mended
+
+
+def _kind(module: nn.Module, weight: nn.Parameter, epsilon: float) -> str | None:
+    """Which kind the module is, by what it makes of numbers of different size."""
+    tried = torch.arange(_TRIED_ROWS * weight.numel()).sin().view(_TRIED_ROWS, -1)
+    tried = (tried * torch.logspace(-4, 2, _TRIED_ROWS).unsqueeze(1)).to(weight.dtype)
+    if not can_normalize(tried, weight):
+        return None
+    expected = module(tried)
+    outputs = {kind: rms_norm(tried, weight, epsilon, kind) for kind in KINDS}
+    kind = max(KINDS, key=lambda kind: (outputs[kind] == expected).sum().item())
+    is_near = torch.allclose(outputs[kind], expected, rtol=_NEAR[weight.dtype], atol=0)
+    return kind if is_near and outputs[kind].dtype == expected.dtype else None
+
+
+def _forward(theirs: Callable, weight: nn.Parameter, epsilon: float, kind: str) -> Callable:
+    def forward(hidden_states: torch.Tensor, *more, **options) -> torch.Tensor:
+        if more or options or not can_normalize(hidden_states, weight):
+            return theirs(hidden_states, *more, **options)
+        return rms_norm(hidden_states, weight, epsilon, kind)
+
+    return forward

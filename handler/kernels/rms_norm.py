@@ -1,0 +1,53 @@
+"""Root mean square normalization (Zhang and Sennrich, arXiv:1910.07467) in one pass over memory, where the models' own
+code makes six operators of it, most of whose time is their calls."""
+
+import functools
+import struct
+
+import torch
+
+from .machine_code import Code, Value, Variable, compiled, has_code_for, lanes, run, run_alone
+
+KINDS = ("rounded", "whole", "offset")
+_FEW_NUMBERS = 1 << 15  # of inputs: one thread is through with them before another has begun
+
+
+def can_normalize(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    is_here = inputs.device.type == weight.device.type == "cpu"
+    return is_here and inputs.dtype == weight.dtype and weight.dim() == 1 and has_code_for(weight.dtype)
+
+
+def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: str) -> torch.Tensor:
+    """inputs [..., size] over the root of the mean of their squares plus epsilon, times weight [size], all in one
+    dtype, computed in float32. kind: "rounded" before it is multiplied, as in Llama; "whole", as in OLMo 2; "offset",
+    times 1 + weight, as in Gemma."""
+    inputs = inputs.contiguous()
+    outputs, size = torch.empty_like(inputs), len(weight)
+    (epsilon_bits,) = struct.unpack("i", struct.pack("f", epsilon))
+    call = run_alone if inputs.numel() <= _FEW_NUMBERS else run
+    pointers = (tensor.data_ptr() for tensor in (inputs, weight, outputs))
+    call(_code(inputs.dtype, kind), *pointers, inputs.numel() // size, size, epsilon_bits)
+    return outputs
+
+
+@functools.cache
+def _code(dtype: torch.dtype, kind: str) -> int:
+    return compiled(functools.partial(_write, dtype, kind), 6)
+
+
+def _write(dtype: torch.dtype, kind: str, code: Code, thread: Value, threads: Value, *arguments: Value) -> None:
+    *pointers, rows, size, epsilon = arguments
+    inputs, weight, outputs = (code.place(pointer, dtype) for pointer in pointers)
+    with code.loop(rows * thread // threads, rows * (thread + 1) // threads) as row:
+        source, target = inputs[row * size], outputs[row * size]
+        squares = Variable(code, code.number(0.0))
+        with code.loop(0, size, lanes()) as at:
+            numbers = source[at].floats(code.first_lanes(size - at))
+            squares.set(code.multiply_add(numbers, numbers, squares.get()))
+        mean = code.sum_of(squares.get()) / code.float_of(size)
+        factor = code.number(1.0) / code.root(mean + code.float_of_bits(epsilon))
+        with code.loop(0, size, lanes()) as at:
+            within = code.first_lanes(size - at)
+            normal, weights = source[at].floats(within) * factor, weight[at].floats(within)
+            normal = code.rounded(normal, dtype) if kind == "rounded" else normal
+            target[at].store(normal * (weights + 1.0 if kind == "offset" else weights), within)

@@ -24,6 +24,7 @@ from handler.engine.bloom import mend_bloom
 from handler.engine.draft_model import DraftModel
 from handler.engine.norms import mend_norms
 from handler.errors import LoadError, first_line
+from handler.kernels.machine_code import use_machine_code
 from handler.memory import device_limits, free_memory, limits_beside_draft
 from handler.settings import Settings
 from handler.weights.cpu_linear import cpu_lacks
@@ -61,6 +62,7 @@ def load_model(folder: Path, settings: Settings, work_folder: Path, draft_folder
     language model, where there are fewer GPUs than the environment's REQUIRE_GPUS says, and for a draft model with
     another tokenizer.
     """
+    use_machine_code(settings.compile_kernels)
     files = weight_files(folder)
     config = read_config(folder, settings)
     tokenizer = _load_tokenizer(folder, settings)

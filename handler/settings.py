@@ -130,6 +130,9 @@ class Settings(EngineConfig):
         description="Hold what a CPU computes with in its kernels' order; 16 bits that it has no instructions for in "
         "float32, if all fit.",
     )
+    compile_kernels: bool = Field(
+        True, description="Decode on an x86 CPU with code that is compiled for it, in place of PyTorch's operators."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
 
     return_full_text: bool = Field(True, description="Answer with the prompt and its continuation, as the sample.")

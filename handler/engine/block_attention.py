@@ -37,13 +37,13 @@ def attention(module, query, key, value, attention_mask, **kwargs):
     """The library's attention function. query [rows, heads, new, size]; key, value [rows, kv heads, columns, size];
     attention_mask [rows or 1, heads or 1, new, columns], booleans or what is to be added; None: causality by column.
     Returns [rows, new, heads, size], and None for weights."""
-    plain = not kwargs.get("dropout") and all(kwargs.get(name) is None for name in _NOT_HERE)
-    if plain and (
-        can_decode(query, key, value, attention_mask) or _is_for_products(module, query, key, attention_mask)
-    ):
-        scaling = kwargs.get("scaling")
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return in_blocks(query, key, value, attention_mask, scaling), None
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not kwargs.get("dropout") and all(kwargs.get(name) is None for name in _NOT_HERE):
+        if can_decode(query, key, value, attention_mask):
+            return decode_attention(query, key, value, attention_mask, scaling), None
+        if _is_for_products(module, query, key, attention_mask):
+            return in_blocks(query, key, value, attention_mask, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -64,7 +64,7 @@ def in_blocks(
     bias: what is added to scores, [rows * heads, 1, columns], of heads that share no keys.
     fewest: queries of a row in a block, unless there are fewer.
     """
-    if can_decode(query, key, value, mask):
+    if can_decode(query, key, value, mask, bias):
         return decode_attention(query, key, value, mask, scaling, bias)
     rows, heads, new, size = query.shape
     kv_heads, columns = key.shape[1:3]

@@ -9,6 +9,8 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
+from handler.weights.placement import align_hooks
+
 from .architecture import Architecture
 from .errors import UnsupportedModel
 from .kv_cache import KVCache
@@ -25,7 +27,8 @@ _TOLERANCE, _TOLERANCE_FLOAT32 = 0.2, 0.01
 
 @torch.inference_mode()
 def check_rows(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Run the same tokens as one chunk and as two, in rows of different length; two passes over the model.
+    """Run the same tokens as one chunk and as several, in rows of different length: two passes over the model, and a
+    third, in which each row gets one token, where all weights are in memory.
 
     Raises UnsupportedModel where the forward does, or where the logits differ by more than rounding.
     """
@@ -55,7 +58,10 @@ def _largest_difference(model: PreTrainedModel, architecture: Architecture) -> f
     cache = KVCache(3 * 64, None, architecture.kv_bytes_per_token)
     runner = ModelRunner(model, architecture, cache)
     _forward(runner, {longer: 7, shorter: 3})
-    of_longer, of_shorter, of_whole = _forward(runner, {longer: 5, shorter: 9, whole: 12})
+    parts = [_forward(runner, {longer: 1, shorter: 1})] if not any(hook.offload for hook in align_hooks(model)) else []
+    ones = len(parts)
+    *others, of_whole = _forward(runner, {longer: 5 - ones, shorter: 9 - ones, whole: 12})
+    of_longer, of_shorter = (torch.cat(of_row) for of_row in zip(*parts, others, strict=True))
     cache.layers.clear()  # they refer to the cache, and would live until the interpreter looks for such circles
     return max(_median_difference(of_longer, of_whole[7:]), _median_difference(of_shorter, of_whole[3:]))
 

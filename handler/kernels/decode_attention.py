@@ -11,30 +11,37 @@ import struct
 
 import torch
 
-from .machine_code import Code, Place, Value, Variable, compiled, has_code_for, lanes, run
+from .machine_code import Code, Function, Place, Value, Variable, has_code_for, lanes
 
 _KEYS_AT_ONCE = 256
 _MOST_SHARED = 8  # queries of a key head: more make products that torch.bmm is good at
+_FEW_COLUMNS = 1024  # one thread is quick enough with; where more are, each half of the threads has key heads to do
 _MOST_SUMS = 24  # vectors that registers hold beside others, with AVX512
 _LEAST = torch.finfo(torch.bfloat16).min  # a hidden score: not infinite, so that who sees nothing sees all alike
 
 
-def can_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether `decode_attention` takes these."""
+def can_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+) -> bool:
+    """Whether `decode_attention` takes these, and is worth it."""
     rows, heads, new, size = query.shape
     kv_heads, columns = key.shape[1:3]
-    if new != 1 or 0 in (rows, kv_heads, columns):
+    if new != 1 or 0 in (rows, kv_heads, columns) or not _has_function(query.dtype, size):
         return False
-    shared, left = divmod(heads, kv_heads)
     return (
-        query.device.type == "cpu"
+        key.shape == value.shape == (rows, kv_heads, columns, size)
+        and heads % kv_heads == 0
+        and heads // kv_heads <= _MOST_SHARED
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and query.device.type == key.device.type == value.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype
-        and not left
-        and shared <= _MOST_SHARED
-        and size == value.shape[-1]
-        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-        and (mask is None or _takes_mask(mask, query.dtype, columns))
-        and _has_code(query.dtype, size)
+        and (mask is None or _is_one_for_all_heads(mask, query.dtype, rows, columns))
+        and (bias is None or (bias.dtype == query.dtype and bias.shape == (rows * heads, 1, columns)))
+        and (columns <= _FEW_COLUMNS or 2 * rows * kv_heads >= torch.get_num_threads())
     )
 
 
@@ -56,8 +63,8 @@ def decode_attention(
     mask_row = 0 if mask is None or len(mask) == 1 else mask.stride(0)
     strides = *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], mask_row
     (scaling_bits,) = struct.unpack("i", struct.pack("f", scaling))
-    run(
-        _code(query.dtype, size, heads // kv_heads, None if mask is None else mask.dtype, bias is not None),
+    function = _function(query.dtype, size, heads // kv_heads, None if mask is None else mask.dtype, bias is not None)
+    function(
         *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
         *strides,
         *(rows * kv_heads, kv_heads, columns, scaling_bits),
@@ -65,23 +72,22 @@ def decode_attention(
     return output
 
 
-def _takes_mask(mask: torch.Tensor, dtype: torch.dtype, columns: int) -> bool:
-    """Whether it is one for all heads."""
-    is_whole = mask.shape[1:3] == (1, 1) and mask.shape[3] >= columns and mask.stride(3) == 1
-    return is_whole and mask.dtype in (torch.bool, dtype)
+def _is_one_for_all_heads(mask: torch.Tensor, dtype: torch.dtype, rows: int, columns: int) -> bool:
+    shape = tuple(mask.shape)
+    is_whole = shape[0] in (1, rows) and shape[1:3] == (1, 1) and shape[3] >= columns and mask.stride(3) == 1
+    return is_whole and mask.dtype in (torch.bool, dtype) and mask.device.type == "cpu"
 
 
-@functools.cache
-def _has_code(dtype: torch.dtype, size: int) -> bool:
+def _has_function(dtype: torch.dtype, size: int) -> bool:
     return has_code_for(dtype) and size % (4 * lanes() // dtype.itemsize) == 0
 
 
 @functools.cache
-def _code(dtype: torch.dtype, size: int, shared: int, mask: torch.dtype | None, biased: bool) -> int:
+def _function(dtype: torch.dtype, size: int, shared: int, mask: torch.dtype | None, biased: bool) -> Function:
     def write(code: Code, thread: Value, threads: Value, *arguments: Value) -> None:
         _Writer(code, dtype, size, shared, mask, biased, *arguments).write(thread, threads)
 
-    return compiled(write, 19)
+    return Function(write, 19)
 
 
 class _Writer:

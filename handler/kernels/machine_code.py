@@ -1,8 +1,9 @@
-"""Functions that LLVM compiles for this very CPU when the worker starts, run by the threads that PyTorch computes in.
+"""Functions that LLVM compiles for this very CPU when they are first needed, run by PyTorch's own threads.
 
 They do what no operator of PyTorch does, and are written in Python as LLVM's instructions, because a pod has no
-compiler. Each takes 64-bit numbers, and is run by every thread of a parallel region of PyTorch's own OpenMP: threads
-that have just computed for PyTorch still spin, and start at once.
+compiler. Each takes 64-bit numbers, and is run by every thread of a parallel region of PyTorch's OpenMP: threads that
+have just computed for PyTorch still spin, and start at once. Nothing here knows how long what lies at an address
+is: who calls a function has looked at shapes, dtypes and devices.
 """
 
 import ctypes
@@ -18,7 +19,9 @@ from llvmlite import binding, ir
 LINE = 64  # bytes of the CPU's caches
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32, _POINTER = ir.FloatType(), ir.PointerType()
+_is_used = True
 _LOG2_E = math.log2(math.e)
+_WHOLE = 1.5 * 2**23  # a float32 with it added has the nearest whole number in its lowest bits
 # 2^f for |f| <= 1/2 as a polynomial in f, the greatest power first: its Taylor series, off by 1.2e-7 at most.
 _EXP2 = tuple(math.log(2) ** power / math.factorial(power) for power in range(6, -1, -1))
 # erf(x) = 1 - (a1 t + ... + a5 t^5) e^-x^2 with t = 1 / (1 + p x), off by 1.5e-7 at most; Abramowitz and Stegun 7.1.26.
@@ -43,9 +46,19 @@ def lanes() -> int:
     return {"AVX2": 8, "AVX512": 16}.get(torch.backends.cpu.get_cpu_capability(), 0) if _parallel() else 0
 
 
-@functools.cache
+def use_machine_code(is_used: bool) -> None:
+    """Whether PyTorch's operators are replaced from now on, for the whole process."""
+    global _is_used
+    _is_used = is_used
+
+
 def has_code_for(dtype: torch.dtype) -> bool:
-    """Whether products in that dtype can be written: float32, and bfloat16 with AVX512-BF16."""
+    """Whether products in that dtype can be written, and are to be: float32, and bfloat16 with AVX512-BF16."""
+    return _is_used and _can_write(dtype)
+
+
+@functools.cache
+def _can_write(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return lanes() == 16 and cpu_has("avx512bf16")
     return dtype == torch.float32 and lanes() > 0
@@ -340,13 +353,14 @@ class Code:
         return result
 
     def exp(self, value: Value) -> Value:
-        """e to the power of each, where that is in float32's normal range; what is beyond gives its end."""
+        """e to the power of each; 0 below -87, and e^88 beyond."""
         integers = ir.VectorType(_I32, lanes())
-        value = self.least(self.most(value, self.number(-87.0)), self.number(88.0)) * _LOG2_E
-        whole = self.intrinsic(f"llvm.rint.v{lanes()}f32", self.floats, value.of)
-        power = self.ir.bitcast(self.polynomial(value - whole, _EXP2).of, integers)
-        exponents = self.ir.shl(self.ir.fptosi(whole.of, integers), ir.Constant(integers, [23] * lanes()))
-        return Value(self, self.ir.bitcast(self.ir.add(power, exponents), self.floats))
+        scaled = self.least(self.most(value, self.number(-87.0)), self.number(88.0)) * _LOG2_E
+        shifted = scaled + _WHOLE
+        power = self.ir.bitcast(self.polynomial(scaled - (shifted - _WHOLE), _EXP2).of, integers)
+        exponents = self.ir.shl(self.ir.bitcast(shifted.of, integers), ir.Constant(integers, [23] * lanes()))
+        result = Value(self, self.ir.bitcast(self.ir.add(power, exponents), self.floats))
+        return self.where(value < -87.0, self.number(0.0), result)
 
     def gelu(self, value: Value, approximate: str) -> Value:
         """As torch.nn.functional.gelu, "tanh" or "none"."""
@@ -360,41 +374,54 @@ class Code:
         return value * self.where(value > 0.0, one - tail, tail)
 
 
-def compiled(write: Callable[..., None], arguments: int) -> int:
-    """The address of a function that `write` writes. It gets: its code, the number of the thread that runs it, how many
-    run it, and so many integers."""
-    module = ir.Module()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), "run")
-    code = Code(function)
-    threads = [code.ir.sext(code.intrinsic(name, _I32).of, _I64) for name in _OF_THREADS]
-    places = [code.ir.gep(function.args[0], [_I64(index)], source_etype=_I64) for index in range(arguments)]
-    write(code, *(Value(code, value) for value in threads), *(Value(code, code.ir.load(p, typ=_I64)) for p in places))
-    code.ir.ret_void()
-    machine = _machine()
-    parsed = binding.parse_assembly(str(module))
+class Function:
+    """A compiled function of so many integers."""
+
+    def __init__(self, write: Callable[..., None], arguments: int):
+        """write: gets the code, the number of the thread that runs it, how many run it, and the integers."""
+        module = ir.Module()
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), "run")
+        code = Code(function)
+        threads = [code.ir.sext(code.intrinsic(name, _I32).of, _I64) for name in _OF_THREADS]
+        places = [code.ir.gep(function.args[0], [_I64(index)], source_etype=_I64) for index in range(arguments)]
+        given = [*threads, *(code.ir.load(place, typ=_I64) for place in places)]
+        write(code, *(Value(code, value) for value in given))
+        code.ir.ret_void()
+        self._engine = _compiled(str(module))  # owns the code
+        self._address = self._engine.get_function_address(function.name)
+        self._alone = _FUNCTION(self._address)
+        self._array = ctypes.c_int64 * arguments
+
+    def __call__(self, *arguments: int) -> None:
+        """In as many threads as PyTorch computes in; returns when all have."""
+        _parallel()(self._address, self._given(arguments), torch.get_num_threads(), 0)  # type: ignore[misc]
+
+    def alone(self, *arguments: int) -> None:
+        """In this thread, which is the first and only one."""
+        self._alone(self._given(arguments))
+
+    def _given(self, arguments: tuple[int, ...]) -> ctypes.Array:
+        if len(arguments) != self._array._length_:
+            raise TypeError(f"{self._array._length_} arguments, not {len(arguments)}")
+        return self._array(*arguments)
+
+
+def _compiled(text: str) -> binding.ExecutionEngine:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    cpu, features = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
+    target = binding.Target.from_default_triple()
+    machine = target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True)  # the engine's, which frees it
+    parsed = binding.parse_assembly(text)
     passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
     passes.getModulePassManager().run(parsed, passes)
     engine = binding.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()
-    _ENGINES.append(engine)
-    return engine.get_function_address(function.name)
-
-
-def run(address: int, *arguments: int) -> None:
-    """Call the function in as many threads as PyTorch computes in; return when all have."""
-    parallel = _parallel()
-    assert parallel is not None, "nothing is compiled where `lanes` is 0"
-    parallel(address, (ctypes.c_int64 * len(arguments))(*arguments), torch.get_num_threads(), 0)
-
-
-def run_alone(address: int, *arguments: int) -> None:
-    """Call the function in this thread, which is the first and only one."""
-    _FUNCTION(address)((ctypes.c_int64 * len(arguments))(*arguments))
+    return engine
 
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _OF_THREADS = ("omp_get_thread_num", "omp_get_num_threads")
-_ENGINES: list[binding.ExecutionEngine] = []  # own the code
 
 
 @functools.cache
@@ -409,11 +436,3 @@ def _parallel() -> Callable[..., None] | None:
         return None
     parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     return parallel
-
-
-@functools.cache
-def _machine() -> binding.TargetMachine:
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    cpu, features = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
-    return binding.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3, jit=True)

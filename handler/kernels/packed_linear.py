@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import pad
 
-from .machine_code import LINE, Code, Place, Value, Variable, compiled, cpu_has, has_code_for, lanes, run
+from .machine_code import LINE, Code, Function, Place, Value, Variable, cpu_has, has_code_for, lanes
 
 _MOST_ROWS = 128  # with more, oneDNN is as fast (python -m benchmarks.packed)
 _PANEL = 64
@@ -38,16 +38,17 @@ def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | 
     filled, most_rows = -(-out // _PANEL) * _PANEL, _most_rows(dtype)
     if not most_rows or torch.ops.mkldnn._nbytes(packed) != filled * columns * dtype.itemsize:
         return product
-    biases = torch.zeros(filled) if bias is None else pad(bias.float(), (0, filled - out))
-    address, matrix = _code(dtype, gelu), torch.ops.mkldnn.data_ptr(packed)
+    biases = pad(torch.zeros(out, dtype=torch.float32) if bias is None else bias.float(), (0, filled - out))
+    function, matrix = _function(dtype, gelu), torch.ops.mkldnn.data_ptr(packed)
 
     def multiply(inputs: torch.Tensor, keep: torch.Tensor = packed) -> torch.Tensor:  # `matrix` is its memory
         rows = inputs.numel() // columns
-        if not 0 < rows <= most_rows:
+        is_whole = inputs.shape[-1] == columns and inputs.dtype == dtype and inputs.device.type == "cpu"
+        if not is_whole or not 0 < rows <= most_rows:
             return product(inputs)
         inputs = inputs.contiguous()
         outputs = inputs.new_empty(*inputs.shape[:-1], out)
-        run(address, inputs.data_ptr(), matrix, biases.data_ptr(), outputs.data_ptr(), rows, columns, out)
+        function(inputs.data_ptr(), matrix, biases.data_ptr(), outputs.data_ptr(), rows, columns, out)
         return outputs
 
     tried = torch.arange(columns).sin().to(dtype).unsqueeze(0)
@@ -55,7 +56,6 @@ def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | 
     return multiply if (ours - theirs).abs().max() <= _NEAR * theirs.abs().max() else product
 
 
-@functools.cache
 def _most_rows(dtype: torch.dtype) -> int:
     """0 if there is no code. With AMX, rows that need the matrix more than once are oneDNN's: that is not measured."""
     if not has_code_for(dtype):
@@ -64,11 +64,11 @@ def _most_rows(dtype: torch.dtype) -> int:
 
 
 @functools.cache
-def _code(dtype: torch.dtype, gelu: str | None) -> int:
+def _function(dtype: torch.dtype, gelu: str | None) -> Function:
     def write(code: Code, thread: Value, threads: Value, *arguments: Value) -> None:
         _Writer(code, dtype, gelu, *arguments).write(thread, threads)
 
-    return compiled(write, 7)
+    return Function(write, 7)
 
 
 class _Writer:

@@ -6,7 +6,7 @@ import struct
 
 import torch
 
-from .machine_code import Code, Value, Variable, compiled, has_code_for, lanes, run, run_alone
+from .machine_code import Code, Function, Value, Variable, has_code_for, lanes
 
 KINDS = ("rounded", "whole", "offset")
 _FEW_NUMBERS = 1 << 15  # of inputs: one thread is through with them before another has begun
@@ -14,7 +14,8 @@ _FEW_NUMBERS = 1 << 15  # of inputs: one thread is through with them before anot
 
 def can_normalize(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     is_here = inputs.device.type == weight.device.type == "cpu"
-    return is_here and inputs.dtype == weight.dtype and weight.dim() == 1 and has_code_for(weight.dtype)
+    fits = weight.dim() == 1 and inputs.shape[-1:] == weight.shape and inputs.dtype == weight.dtype
+    return is_here and fits and has_code_for(weight.dtype)
 
 
 def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: str) -> torch.Tensor:
@@ -24,15 +25,16 @@ def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: s
     inputs = inputs.contiguous()
     outputs, size = torch.empty_like(inputs), len(weight)
     (epsilon_bits,) = struct.unpack("i", struct.pack("f", epsilon))
-    call = run_alone if inputs.numel() <= _FEW_NUMBERS else run
+    function = _function(inputs.dtype, kind)
+    call = function.alone if inputs.numel() <= _FEW_NUMBERS else function
     pointers = (tensor.data_ptr() for tensor in (inputs, weight, outputs))
-    call(_code(inputs.dtype, kind), *pointers, inputs.numel() // size, size, epsilon_bits)
+    call(*pointers, inputs.numel() // size, size, epsilon_bits)
     return outputs
 
 
 @functools.cache
-def _code(dtype: torch.dtype, kind: str) -> int:
-    return compiled(functools.partial(_write, dtype, kind), 6)
+def _function(dtype: torch.dtype, kind: str) -> Function:
+    return Function(functools.partial(_write, dtype, kind), 6)
 
 
 def _write(dtype: torch.dtype, kind: str, code: Code, thread: Value, threads: Value, *arguments: Value) -> None:

@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from handler.engine import Engine, EngineConfig, Request, UnsupportedModel, speculation
+from handler.engine.block_attention import use_block_attention
+from handler.engine.bloom import mend_bloom
+from handler.engine.norms import mend_norms
 from handler.weights.packed import pack_weights
 
 from .architectures import BORDER, PAGE, REFUSED, RUNS, WINDOW, Case, make_page
@@ -21,12 +26,26 @@ def alone(model, prompt: list[int], new: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+@pytest.fixture
+def mend():
+    """What loading does to a model; `generate` has the library's own attention again afterwards."""
+
+    def mended(model):
+        mend_bloom(model)
+        mend_norms(model)
+        use_block_attention()
+        pack_weights(model)
+
+    yield mended
+    AttentionInterface.register("sdpa", sdpa_attention_forward)
+
+
 @pytest.mark.parametrize("case", RUNS, ids=str)
-def test_runs_as_generate_does(case: Case, monkeypatch):
+def test_runs_as_generate_does(case: Case, monkeypatch, mend):
     model = case.make_model()
     prompts = [prompt_ids(seed, length) for seed, (length, _) in enumerate(VISITORS)]
     expected = [alone(model, prompt, new) for prompt, (_, new) in zip(prompts, VISITORS, strict=True)]
-    pack_weights(model)
+    mend(model)
     engine = Engine(model, make_tokenizer(), EngineConfig(prefill_chunk=7, max_batch_size=4))
     texts = [prompt + answer for prompt, answer in zip(prompts, expected, strict=True)]
     monkeypatch.setattr(speculation, "prompt_lookup", guesser(texts))

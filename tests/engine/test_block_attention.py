@@ -5,17 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM, BloomConfig, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from handler.engine import Engine, EngineConfig, Request, block_attention
 from handler.engine.architecture import Architecture
 from handler.engine.block_attention import attention
 from handler.engine.capacity import Capacity
+from handler.kernels import decode_attention
+from handler.kernels.decode_attention import decode_attention as decode_attention_of_ours
+from handler.kernels.machine_code import has_code_for, lanes
 from handler.loading import load_model
 from handler.settings import Settings
 
-from .conftest import make_model, make_tokenizer, prompt_ids
+from .conftest import EOS, VOCAB, make_model, make_tokenizer, prompt_ids
 
 
 @pytest.fixture
@@ -193,3 +196,44 @@ def test_its_scores_are_planned_for():
     planned = [Capacity.of(architecture, EngineConfig(max_batch_size=256)) for architecture in (one, other)]
     columns = planned[0].kv_cache_tokens + planned[0].padded_tokens
     assert planned[1].activation_bytes - planned[0].activation_bytes == 2 * 2 * (32 - 16) * columns
+
+
+@pytest.mark.skipif(not lanes(), reason="this CPU has no code of ours")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [BloomConfig, LlamaConfig])
+def test_each_row_of_one_new_token_is_decoded_by_code_of_ours(kind, dtype, tmp_path, monkeypatch):
+    if not has_code_for(getattr(torch, dtype)):
+        pytest.skip("no bfloat16 here")
+    shape = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "initializer_range": 0.5}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind(vocab_size=VOCAB, **shape, eos_token_id=EOS)).eval()
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    prompts = [prompt_ids(seed, length) for seed, length in enumerate((5, 40, 1))]
+    expected = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    calls = []
+    for module in (block_attention, decode_attention):
+        monkeypatch.setattr(
+            module, "decode_attention", lambda *given: calls.append(len(given[0])) or decode_attention_of_ours(*given)
+        )
+    loaded = load_model(tmp_path, Settings(dtype=dtype), tmp_path)
+    engine = Engine(loaded.model, loaded.tokenizer, EngineConfig(max_batch_size=3, num_speculative_tokens=0))
+    assert calls == [2, 2]  # the check of rows, in two layers
+    jobs = [engine.submit(Request(prompt, {"max_new_tokens": 9})) for prompt in prompts]
+    while engine.has_work:
+        engine.step()
+    assert len(calls) > 10 and max(calls) > 1
+    if dtype == "float32":
+        assert [job.sequences[0].token_ids for job in jobs] == expected
+
+
+@pytest.mark.parametrize("option", [{"softcap": 5.0}, {"dropout": 0.1}, {"is_causal": False}, {"position_bias": 1}])
+def test_what_only_some_models_ask_for_is_left_to_sdpa(counted, monkeypatch, option):
+    asked = []
+    monkeypatch.setattr(block_attention, "sdpa_attention_forward", lambda *given, **options: asked.append(options))
+    query, key, value = torch.randn(3, 2, 4, 1, 32)
+    attention(SimpleNamespace(is_causal=True), query, key, value, None, **option)
+    assert asked == [option]

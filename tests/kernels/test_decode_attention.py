@@ -91,6 +91,29 @@ def test_views_with_gaps(dtype):
     agree(decode_attention(query, key, value, None, 0.125), exact(query, key, value), dtype)
 
 
+def test_masks_and_biases_that_share_memory_or_have_gaps(dtype):
+    query, key, value = tensors(dtype, 3, 2, 2, 32, 60)
+    visible = (torch.arange(60) < 41)[None]
+    mask = visible[:, None, None].expand(3, 1, 1, 60)
+    bias = torch.randn(60, 6).to(dtype).t()[:, None]
+    assert can_decode(query, key, value, mask, bias) and not bias.is_contiguous()
+    agree(decode_attention(query, key, value, mask, 0.125, bias), exact(query, key, value, visible, bias), dtype)
+
+
+def test_long_rows_with_fewer_key_heads_than_half_the_threads_are_left(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    for columns, heads, is_taken in ((1024, 1, True), (1025, 8, True), (1025, 7, False)):
+        query, key, value = tensors(torch.float32, 1, heads, heads, 16, columns)
+        assert can_decode(query, key, value, None) is is_taken
+
+
+def test_what_is_hidden_weighs_nothing(dtype):
+    query, key, value = tensors(dtype, 1, 2, 2, 32, 40)
+    visible = torch.arange(40)[None] < 35
+    value[:, :, 35:] = 3e37
+    agree(decode_attention(query, key, value, visible[:, None, None], 0.125), exact(query, key, value, visible), dtype)
+
+
 def test_what_is_hidden_is_not_read_beyond_the_last_visible_vector(dtype):
     query, key, value = tensors(dtype, 2, 2, 2, 32, 200)
     visible = torch.arange(200) < torch.tensor([[64], [200]])
@@ -123,10 +146,17 @@ def test_a_broken_row_stays_broken_and_others_do_not(dtype):
         lambda q, k, v, m: (q[:0], k[:0], v[:0], m),
         lambda q, k, v, m: (q, k.mT.contiguous().mT, v, m),
         lambda q, k, v, m: (q.repeat(1, 3, 1, 1), k[:, :1], v[:, :1], m),  # 12 of a key head
+        lambda q, k, v, m: (q, k[:1], v[:1], m),
+        lambda q, k, v, m: (q, k, v[:, :, :-1], m),
+        lambda q, k, v, m: (q, k.to("meta"), v, m),
+        lambda q, k, v, m: (q.repeat(3, 1, 1, 1), k.repeat(3, 1, 1, 1), v.repeat(3, 1, 1, 1), m),  # masks of two rows
+        lambda q, k, v, m: (q, k, v, m.to("meta")),
+        lambda q, k, v, m: (q, k, v, m, torch.zeros(8, 1, 34, dtype=q.dtype)),
+        lambda q, k, v, m: (q, k, v, m, torch.zeros(8, 1, 33, dtype=torch.float64)),
     ],
 )
 def test_what_it_does_not_take(dtype, change):
     query, key, value = tensors(dtype, 2, 4, 4, 64, 33)
     mask = torch.ones(2, 1, 1, 33, dtype=torch.bool)
-    assert can_decode(query, key, value, mask)
+    assert can_decode(query, key, value, mask, torch.zeros(8, 1, 33, dtype=dtype))
     assert not can_decode(*change(query, key, value, mask))

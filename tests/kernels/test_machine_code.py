@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
-from handler.kernels.machine_code import Code, Value, Variable, compiled, lanes, run
+from handler.kernels.machine_code import Code, Function, Value, Variable, has_code_for, lanes, use_machine_code
 
 
 def applied(function, inputs):
@@ -18,7 +18,7 @@ def applied(function, inputs):
             target[at].store(function(code, source[at].bits()))
 
     outputs = torch.empty_like(inputs)
-    run(compiled(write, 3), inputs.data_ptr(), outputs.data_ptr(), len(inputs))
+    Function(write, 3)(inputs.data_ptr(), outputs.data_ptr(), len(inputs))
     return outputs
 
 
@@ -29,11 +29,35 @@ def test_exp():
     torch.testing.assert_close(applied(Code.exp, near).double(), near.double().exp(), rtol=3e-7, atol=0)
 
 
-def test_what_is_beyond_float32_is_its_end_and_nan_stays():
-    inputs = torch.tensor([-math.inf, -200.0, 200.0, math.inf, math.nan] + [0.0] * 11)
-    first, second, third, fourth, fifth = applied(Code.exp, inputs)[:5].tolist()
-    assert first == second == pytest.approx(math.exp(-87), rel=1e-5)
-    assert third == fourth == pytest.approx(math.exp(88), rel=1e-5) and math.isnan(fifth)
+def test_what_is_beyond_float32_is_nothing_or_its_end_and_nan_stays():
+    inputs = torch.tensor([-math.inf, -200.0, 200.0, math.inf, math.nan, -math.nan] + [0.0] * 10)
+    first, second, third, fourth, *others = applied(Code.exp, inputs)[:6].tolist()
+    assert first == second == 0
+    assert third == fourth == pytest.approx(math.exp(88), rel=1e-5) and all(map(math.isnan, others))
+
+
+def test_another_number_of_arguments_is_an_error():
+    function = Function(lambda code, thread, threads, one, other: None, 2)
+    for call in (function, function.alone):
+        call(1, 2)
+        with pytest.raises(TypeError, match="2 arguments, not 1"):
+            call(1)
+
+
+def test_alone_there_is_one_thread(threads):
+    def write(code: Code, thread: Value, threads: Value, target: Value) -> None:
+        code.place(target, torch.float32)[(thread * 2 + threads) * lanes()].store(code.number(1.0))
+
+    outputs = torch.zeros(8, lanes())
+    Function(write, 1).alone(outputs.data_ptr())
+    assert outputs[:, 0].tolist() == [0.0, 1.0, *[0.0] * 6]
+
+
+def test_it_can_be_turned_off():
+    use_machine_code(False)
+    assert not has_code_for(torch.float32)
+    use_machine_code(True)
+    assert has_code_for(torch.float32)
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -52,7 +76,7 @@ def test_each_thread_takes_part_and_knows_its_number(threads):
         place[(threads + 3) * lanes()].store(code.number(2.0))
 
     outputs = torch.zeros(8, lanes())
-    run(compiled(write, 1), outputs.data_ptr())
+    Function(write, 1)(outputs.data_ptr())
     assert outputs[:, 0].tolist() == [*[1.0] * threads, *[0.0] * 3, 2.0, *[0.0] * (4 - threads)]
 
 
@@ -62,8 +86,8 @@ def test_lanes_beyond_the_first_ones_are_neither_read_nor_written():
         sum.set(code.place(source, torch.float32).floats(within) + 1.0)
         code.place(target, torch.float32).store(sum.get(), within)
 
-    function, inputs = compiled(write, 3), torch.full((lanes(),), 6.0)
+    function, inputs = Function(write, 3), torch.full((lanes(),), 6.0)
     for count in range(lanes() + 2):
         outputs = torch.zeros(lanes())
-        run(function, inputs.data_ptr() if count else 0, outputs.data_ptr() if count else 0, count)
+        function(inputs.data_ptr() if count else 0, outputs.data_ptr() if count else 0, count)
         assert outputs.tolist() == [7.0 if i < count else 0.0 for i in range(lanes())]

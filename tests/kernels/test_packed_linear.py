@@ -80,6 +80,15 @@ def test_more_rows_and_none_are_left_to_the_other_product(dtype):
             product(torch.zeros(rows, 64, dtype=dtype))
 
 
+@pytest.mark.parametrize(
+    "change", [lambda x: x.double(), lambda x: x[..., :32], lambda x: x.to("meta"), lambda x: x.view(4, 128)]
+)
+def test_inputs_that_are_not_the_matrixs_are_left_to_the_other_product(dtype, change):
+    product, _ = make(dtype, 64, 64)
+    with pytest.raises(AssertionError, match="few rows"):
+        product(change(torch.zeros(8, 64, dtype=dtype)))
+
+
 def test_nan_and_infinity_stay_in_their_rows(dtype):
     product, _ = make(dtype, 64, 64, "tanh")
     inputs = torch.randn(8, 64).to(dtype)
@@ -101,5 +110,4 @@ def test_an_order_that_is_another_is_left(dtype):
 def test_with_amx_few_rows_are_those_that_need_the_matrix_once(monkeypatch):
     monkeypatch.setattr(packed_linear, "has_code_for", lambda dtype: True)
     monkeypatch.setattr(packed_linear, "cpu_has", lambda feature: feature == "amx-bf16")
-    monkeypatch.setattr(packed_linear, "_most_rows", packed_linear._most_rows.__wrapped__)
     assert packed_linear._most_rows(torch.bfloat16) == 6 and packed_linear._most_rows(torch.float32) == 128

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from .machine_code import LINE, Code, Function, Place, Value, Variable, cpu_has, has_code_for, lanes
 
-_MOST_ROWS = 128  # with more, oneDNN is as fast (python -m benchmarks.packed)
+_MOST_ROWS = 128  # with more, oneDNN is as fast (python -m benchmarks.kernels)
 _PANEL = 64
 _STEP_BYTES = 256
 _STEP_LINES = _STEP_BYTES // LINE

@@ -1,0 +1,85 @@
+"""Each of handler/kernels beside what it stands in for: microseconds, the least of eleven, in turns, two threads.
+
+GOMP_SPINCOUNT=20000 python -m benchmarks.kernels    # a minute and a half
+ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 GOMP_SPINCOUNT=20000 python -m benchmarks.kernels
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from benchmarks.machine import processor
+from benchmarks.running import seconds
+from handler.kernels.decode_attention import decode_attention
+from handler.kernels.machine_code import has_code_for
+from handler.kernels.packed_linear import with_few_rows
+from handler.kernels.rms_norm import rms_norm
+
+MATRICES = [(1024, 4096), (4096, 1024), (576, 3072), (1024, 250880)]  # in, out
+ROWS = (1, 8, 32, 128, 256)
+HEADS = [(1, 16, 16, 96), (8, 16, 16, 96), (32, 16, 16, 96), (32, 16, 16, 1000), (32, 9, 3, 96), (1, 9, 3, 2000)]
+TURNS, BYTES = 11, 100_000_000  # of matrices that take turns, so that no cache holds them
+
+
+def microseconds(calls: dict[str, list[Callable[[], object]]]) -> dict[str, int]:
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(1 + TURNS):  # the first one warms up
+        for name, each in calls.items():
+            best[name] = min(best[name], seconds(lambda each=each: [call() for call in each]) / len(each))
+    return {name: round(value * 1e6) for name, value in best.items()}
+
+
+def products(dtype: torch.dtype, columns: int, out: int) -> None:
+    count = max(1, BYTES // (columns * out * dtype.itemsize))
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    matrices = [torch.ops.mkldnn._reorder_linear_weight(torch.randn(out, columns).to(dtype), 256) for _ in range(count)]
+    theirs = [lambda inputs, packed=packed: multiply(inputs, packed, None, "none", [], "") for packed in matrices]
+    ours = [with_few_rows(product, packed, None, None) for product, packed in zip(theirs, matrices, strict=True)]
+    for rows in ROWS:
+        inputs = torch.randn(rows, columns).to(dtype)
+        calls = {"onednn": [partial(f, inputs) for f in theirs], "ours": [partial(f, inputs) for f in ours]}
+        report(dtype, {"product": [columns, out], "rows": rows}, calls)
+
+
+def attention(dtype: torch.dtype, rows: int, heads: int, kv_heads: int, columns: int) -> None:
+    size, layers = 64, 8
+    query = torch.randn(rows, heads, 1, size).to(dtype)
+    stores = torch.randn(layers, 2, rows, kv_heads, columns, size).to(dtype)
+    mask = (torch.arange(columns) < torch.randint(columns // 2, columns, (rows, 1)))[:, None, None]
+    sdpa = partial(scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
+    calls = {
+        "sdpa": [partial(sdpa, query, key, value) for key, value in stores],
+        "ours": [partial(decode_attention, query, key, value, mask, size**-0.5) for key, value in stores],
+    }
+    report(dtype, {"rows": rows, "heads": heads, "kv_heads": kv_heads, "columns": columns}, calls)
+
+
+def norms(dtype: torch.dtype, rows: int) -> None:
+    module, inputs = LlamaRMSNorm(576).to(dtype), torch.randn(rows, 1, 576).to(dtype)
+    ours = partial(rms_norm, inputs, module.weight, module.variance_epsilon, "rounded")
+    report(dtype, {"norm": 576, "rows": rows}, {"library": [partial(module, inputs)] * 50, "ours": [ours] * 50})
+
+
+def report(dtype: torch.dtype, what: dict[str, object], calls: dict[str, list[Callable[[], object]]]) -> None:
+    print(json.dumps({"dtype": str(dtype).removeprefix("torch.")} | what | microseconds(calls)), flush=True)
+
+
+@torch.inference_mode()
+def main() -> None:
+    print(json.dumps({"processor": processor(), "threads": torch.get_num_threads()}))
+    torch.manual_seed(0)
+    for dtype in filter(has_code_for, (torch.bfloat16, torch.float32)):
+        for matrix in MATRICES:
+            products(dtype, *matrix)
+        for heads in HEADS:
+            attention(dtype, *heads)
+        for rows in (1, 32, 256):
+            norms(dtype, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -102,9 +102,8 @@ class _Writer:
         """Outputs of a panel for `count` rows of inputs from the first."""
         code = self._code
         column = panel * _PANEL
-        everywhere = code.first_lanes(code.integer(lanes()))
         with code.loop(0, count) as row, code.loop(0, _PANEL, lanes()) as at:
-            self._sums[row * _PANEL + at].store(self._bias[column + at].floats(everywhere))
+            self._sums[row * _PANEL + at].store(self._bias[column + at].bits())
         inputs = self._inputs[first * self._columns]
         with code.loop(0, self._steps, _STEPS_AT_ONCE) as step:
             steps = code.least(code.integer(_STEPS_AT_ONCE), self._steps - step)

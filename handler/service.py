@@ -33,6 +33,7 @@ from handler.protocols.router import OPERATOR
 from handler.settings import read_settings
 from handler.weights.threads import FreeCores
 
+gc.freeze()  # what was imported: collections while a model is loaded need not look through it
 METRICS_PERIOD = 1.0  # seconds between two reports of what has changed
 PACKAGES = ("torchserve", "torch", "transformers", "accelerate")
 
@@ -46,7 +47,6 @@ class LargeModelHandler(BaseHandler):
         Raises SettingsError, CheckpointError or LoadError; TorchServe then tries again, and logs each try.
         """
         began = time.monotonic()
-        gc.freeze()  # what was imported: collections need not look through it while all this is made
         model_dir = Path(context.system_properties["model_dir"])
         self.settings = read_settings(model_dir / "setup_config.json")
         checkpoint, draft = open_checkpoint(model_dir), open_draft(model_dir)

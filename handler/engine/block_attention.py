@@ -5,7 +5,8 @@ for a prompt and for rows that decode. BLOOM's attention goes so in every dtype,
 without making it a mask for all heads. The sizes are right for a CPU's caches; on a GPU they were not measured.
 
 Scores are rounded to the dtype between the products, as in the library's "eager" attention; the softmax counts in
-float32 (python -m benchmarks.step, python -m benchmarks.attention).
+float32 (python -m benchmarks.step, python -m benchmarks.attention). Rows of one new token have a kernel, where it takes
+them.
 """
 
 import torch
@@ -64,8 +65,6 @@ def in_blocks(
     bias: what is added to scores, [rows * heads, 1, columns], of heads that share no keys.
     fewest: queries of a row in a block, unless there are fewer.
     """
-    if can_decode(query, key, value, mask, bias):
-        return decode_attention(query, key, value, mask, scaling, bias)
     rows, heads, new, size = query.shape
     kv_heads, columns = key.shape[1:3]
     keys, values = key.flatten(0, 1), value.flatten(0, 1)

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu
 
+from handler.kernels.decode_attention import can_decode, decode_attention
 from handler.weights.placement import replace_forward
 
 from .block_attention import in_blocks
@@ -51,7 +52,9 @@ def _attention(
     query, key, value = self._reshape(self.query_key_value(hidden_states))
     if layer_past is not None:
         key, value = layer_past.update(key, value, self.layer_idx)
-    context = in_blocks(
-        query, key, value, attention_mask, self.inv_norm_factor, causal=True, bias=alibi, fewest=FEWEST_QUERIES
-    )
+    scaling = self.inv_norm_factor
+    if can_decode(query, key, value, attention_mask, alibi):
+        context = decode_attention(query, key, value, attention_mask, scaling, alibi)
+    else:
+        context = in_blocks(query, key, value, attention_mask, scaling, causal=True, bias=alibi, fewest=FEWEST_QUERIES)
     return residual + self.dense(context.flatten(2)), None

@@ -30,22 +30,26 @@ def mend_norms(model: nn.Module) -> int:
 
 
 def _kind(module: nn.Module, weight: nn.Parameter, epsilon: float) -> str | None:
-    """Which kind the module is, by what it makes of numbers of different size."""
-    tried = torch.arange(_TRIED_ROWS * weight.numel()).sin().view(_TRIED_ROWS, -1)
+    """Which kind the module is, by what it makes of numbers of different size, [1, rows, size]."""
+    tried = torch.arange(_TRIED_ROWS * weight.numel()).sin().view(1, _TRIED_ROWS, -1)
     tried = (tried * torch.logspace(-4, 2, _TRIED_ROWS).unsqueeze(1)).to(weight.dtype)
     if not can_normalize(tried, weight):
         return None
-    expected = module(tried)
+    try:
+        expected = module(tried)
+    except Exception:  # of code that may be anyone's: it wants other things
+        return None
+    if not isinstance(expected, torch.Tensor) or expected.dtype != tried.dtype or expected.shape != tried.shape:
+        return None
     outputs = {kind: rms_norm(tried, weight, epsilon, kind) for kind in KINDS}
     kind = max(KINDS, key=lambda kind: (outputs[kind] == expected).sum().item())
-    is_near = torch.allclose(outputs[kind], expected, rtol=_NEAR[weight.dtype], atol=0)
-    return kind if is_near and outputs[kind].dtype == expected.dtype else None
+    return kind if torch.allclose(outputs[kind], expected, rtol=_NEAR[weight.dtype], atol=0) else None
 
 
 def _forward(theirs: Callable, weight: nn.Parameter, epsilon: float, kind: str) -> Callable:
-    def forward(hidden_states: torch.Tensor, *more, **options) -> torch.Tensor:
-        if more or options or not can_normalize(hidden_states, weight):
-            return theirs(hidden_states, *more, **options)
-        return rms_norm(hidden_states, weight, epsilon, kind)
+    def forward(*given, **options) -> torch.Tensor:
+        if options or len(given) != 1 or not can_normalize(given[0], weight):
+            return theirs(*given, **options)
+        return rms_norm(given[0], weight, epsilon, kind)
 
     return forward

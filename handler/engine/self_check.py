@@ -9,8 +9,6 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from handler.weights.placement import align_hooks
-
 from .architecture import Architecture
 from .errors import UnsupportedModel
 from .kv_cache import KVCache
@@ -58,7 +56,7 @@ def _largest_difference(model: PreTrainedModel, architecture: Architecture) -> f
     cache = KVCache(3 * 64, None, architecture.kv_bytes_per_token)
     runner = ModelRunner(model, architecture, cache)
     _forward(runner, {longer: 7, shorter: 3})
-    parts = [_forward(runner, {longer: 1, shorter: 1})] if not any(hook.offload for hook in align_hooks(model)) else []
+    parts = [] if runner.streams_weights else [_forward(runner, {longer: 1, shorter: 1})]
     ones = len(parts)
     *others, of_whole = _forward(runner, {longer: 5 - ones, shorter: 9 - ones, whole: 12})
     of_longer, of_shorter = (torch.cat(of_row) for of_row in zip(*parts, others, strict=True))

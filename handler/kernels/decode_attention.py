@@ -40,7 +40,7 @@ def can_decode(
         and query.device.type == key.device.type == value.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype
         and (mask is None or _is_one_for_all_heads(mask, query.dtype, rows, columns))
-        and (bias is None or (bias.dtype == query.dtype and bias.shape == (rows * heads, 1, columns)))
+        and (bias is None or _is_for_each_head(bias, query.dtype, rows * heads, columns))
         and (columns <= _FEW_COLUMNS or 2 * rows * kv_heads >= torch.get_num_threads())
     )
 
@@ -76,6 +76,10 @@ def _is_one_for_all_heads(mask: torch.Tensor, dtype: torch.dtype, rows: int, col
     shape = tuple(mask.shape)
     is_whole = shape[0] in (1, rows) and shape[1:3] == (1, 1) and shape[3] >= columns and mask.stride(3) == 1
     return is_whole and mask.dtype in (torch.bool, dtype) and mask.device.type == "cpu"
+
+
+def _is_for_each_head(bias: torch.Tensor, dtype: torch.dtype, heads: int, columns: int) -> bool:
+    return bias.dtype == dtype and bias.shape == (heads, 1, columns) and bias.device.type == "cpu"
 
 
 def _has_function(dtype: torch.dtype, size: int) -> bool:

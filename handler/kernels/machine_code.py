@@ -47,7 +47,8 @@ def lanes() -> int:
 
 
 def use_machine_code(is_used: bool) -> None:
-    """Whether PyTorch's operators are replaced from now on, for the whole process."""
+    """Whether PyTorch's operators are replaced, in what the process loads and runs from now on. What was packed before
+    goes on as it was."""
     global _is_used
     _is_used = is_used
 
@@ -426,13 +427,16 @@ _OF_THREADS = ("omp_get_thread_num", "omp_get_num_threads")
 
 @functools.cache
 def _parallel() -> Callable[..., None] | None:
-    """What PyTorch's own parallel loops call, of the very library that it has loaded; None if it has another."""
-    try:
-        openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # and what it depends on
-        parallel = openmp.GOMP_parallel
-        for name in _OF_THREADS:
-            binding.add_symbol(name, ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value)
-    except (OSError, AttributeError):
-        return None
-    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return parallel
+    """What PyTorch's own parallel loops call: of who has put itself before all others, or of the library that PyTorch
+    has loaded; None if it has another."""
+    for name in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
+        try:
+            openmp = ctypes.CDLL(name)  # and what it depends on
+            parallel = openmp.GOMP_parallel
+            for function in _OF_THREADS:
+                binding.add_symbol(function, ctypes.cast(getattr(openmp, function), ctypes.c_void_p).value)
+        except (OSError, AttributeError, TypeError):  # TypeError: Windows has no library without a name
+            continue
+        parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+        return parallel
+    return None

@@ -38,22 +38,36 @@ def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | 
     filled, most_rows = -(-out // _PANEL) * _PANEL, _most_rows(dtype)
     if not most_rows or torch.ops.mkldnn._nbytes(packed) != filled * columns * dtype.itemsize:
         return product
-    biases = pad(torch.zeros(out, dtype=torch.float32) if bias is None else bias.float(), (0, filled - out))
-    function, matrix = _function(dtype, gelu), torch.ops.mkldnn.data_ptr(packed)
+    biases = _zeros(filled) if bias is None else pad(bias.float(), (0, filled - out))
+    matrix = torch.ops.mkldnn.data_ptr(packed)
 
-    def multiply(inputs: torch.Tensor, keep: torch.Tensor = packed) -> torch.Tensor:  # `matrix` is its memory
-        rows = inputs.numel() // columns
-        is_whole = inputs.shape[-1] == columns and inputs.dtype == dtype and inputs.device.type == "cpu"
-        if not is_whole or not 0 < rows <= most_rows:
-            return product(inputs)
+    def multiply_by(function: Function, biases: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         inputs = inputs.contiguous()
-        outputs = inputs.new_empty(*inputs.shape[:-1], out)
+        outputs, rows = inputs.new_empty(*inputs.shape[:-1], out), inputs.numel() // columns
         function(inputs.data_ptr(), matrix, biases.data_ptr(), outputs.data_ptr(), rows, columns, out)
         return outputs
 
+    # Without the bias and the function, which would hide what another order makes of the product.
     tried = torch.arange(columns).sin().to(dtype).unsqueeze(0)
-    ours, theirs = multiply(tried).float(), product(tried).float()
-    return multiply if (ours - theirs).abs().max() <= _NEAR * theirs.abs().max() else product
+    ours = multiply_by(_function(dtype, None), _zeros(filled), tried).float()
+    theirs = torch.ops.mkldnn._linear_pointwise(tried, packed, None, "none", [], "").float()
+    if not (ours - theirs).abs().max() < _NEAR * theirs.abs().max():
+        return product
+    function = _function(dtype, gelu)
+
+    def multiply(inputs: torch.Tensor, keep: torch.Tensor = packed) -> torch.Tensor:  # `matrix` is its memory
+        is_whole = inputs.shape[-1] == columns and inputs.dtype == dtype and inputs.device.type == "cpu"
+        if is_whole and 0 < inputs.numel() <= most_rows * columns:
+            return multiply_by(function, biases, inputs)
+        return product(inputs)
+
+    return multiply
+
+
+@functools.cache
+def _zeros(count: int) -> torch.Tensor:
+    """One for all matrices of a size that have no bias."""
+    return torch.zeros(count, dtype=torch.float32)
 
 
 def _most_rows(dtype: torch.dtype) -> int:

@@ -13,9 +13,9 @@ _FEW_NUMBERS = 1 << 15  # of inputs: one thread is through with them before anot
 
 
 def can_normalize(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    is_here = inputs.device.type == weight.device.type == "cpu"
-    fits = weight.dim() == 1 and inputs.shape[-1:] == weight.shape and inputs.dtype == weight.dtype
-    return is_here and fits and has_code_for(weight.dtype)
+    is_here = inputs.device.type == weight.device.type == "cpu" and inputs.dtype == weight.dtype
+    is_vector = weight.dim() == 1 and weight.numel() > 0 and weight.is_contiguous()
+    return is_here and is_vector and inputs.shape[-1:] == weight.shape and has_code_for(weight.dtype)
 
 
 def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: str) -> torch.Tensor:

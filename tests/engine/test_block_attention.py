@@ -8,13 +8,12 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, BloomConfig, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from handler.engine import Engine, EngineConfig, Request, block_attention
+from handler.engine import Engine, EngineConfig, Request, block_attention, bloom
 from handler.engine.architecture import Architecture
 from handler.engine.block_attention import attention
 from handler.engine.capacity import Capacity
-from handler.kernels import decode_attention
 from handler.kernels.decode_attention import decode_attention as decode_attention_of_ours
-from handler.kernels.machine_code import has_code_for, lanes
+from handler.kernels.machine_code import has_code_for, lanes, use_machine_code
 from handler.loading import load_model
 from handler.settings import Settings
 
@@ -215,7 +214,7 @@ def test_each_row_of_one_new_token_is_decoded_by_code_of_ours(kind, dtype, tmp_p
         for prompt in prompts
     ]
     calls = []
-    for module in (block_attention, decode_attention):
+    for module in (block_attention, bloom):
         monkeypatch.setattr(
             module, "decode_attention", lambda *given: calls.append(len(given[0])) or decode_attention_of_ours(*given)
         )
@@ -226,6 +225,14 @@ def test_each_row_of_one_new_token_is_decoded_by_code_of_ours(kind, dtype, tmp_p
     while engine.has_work:
         engine.step()
     assert len(calls) > 10 and max(calls) > 1
+    calls.clear()
+    plain = load_model(tmp_path, Settings(dtype=dtype, compile_kernels=False), tmp_path)
+    try:
+        Engine(plain.model, plain.tokenizer, EngineConfig())
+    finally:
+        use_machine_code(True)
+    assert not calls and not any("multiply" in f"{vars(module).get('forward')}" for module in plain.model.modules())
+    assert any("multiply" in f"{vars(module).get('forward')}" for module in loaded.model.modules())
     if dtype == "float32":
         assert [job.sequences[0].token_ids for job in jobs] == expected
 

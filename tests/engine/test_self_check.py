@@ -11,7 +11,7 @@ from handler.engine.attention import UNSEEN, key_positions
 from handler.engine.kv_cache import RowLayer
 
 from .architectures import RUNS
-from .conftest import make_model, make_tokenizer
+from .conftest import make_model, make_tokenizer, offloaded_model
 
 CASES = {case.model_type: case for case in RUNS}
 WITH_EXPERTS = ("gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")
@@ -78,3 +78,13 @@ def test_the_checks_rows_are_gone_when_it_is_through():
         assert not left
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("on_disk, passes", [((), 3), ((1,), 2)])
+def test_weights_on_disk_are_read_once_less(monkeypatch, on_disk, passes):
+    counted = []
+    forward = model_runner.ModelRunner.forward
+    monkeypatch.setattr(model_runner.ModelRunner, "forward", lambda *given: counted.append(given[1]) or forward(*given))
+    model = offloaded_model("llama", on_disk)
+    self_check.check_rows(model, Architecture.of(model))
+    assert len(counted) == passes

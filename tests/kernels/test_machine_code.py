@@ -54,9 +54,11 @@ def test_alone_there_is_one_thread(threads):
 
 
 def test_it_can_be_turned_off():
-    use_machine_code(False)
-    assert not has_code_for(torch.float32)
-    use_machine_code(True)
+    try:
+        use_machine_code(False)
+        assert not has_code_for(torch.float32)
+    finally:
+        use_machine_code(True)
     assert has_code_for(torch.float32)
 
 

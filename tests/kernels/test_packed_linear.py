@@ -23,20 +23,12 @@ def make(dtype, width, height, activation=None, biased=True):
     )  # oneDNN puts fewer rows together if there are more threads than small matrices have panels
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 256)
     torch.set_num_threads(threads)
-    function = ("none", [], "") if activation is None else ("gelu", [], activation)
-    tried = []
-
-    def theirs(inputs):
-        if tried:
-            never(inputs)
-        tried.append(inputs)
-        return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, *function)
 
     def exact(inputs):
         product = linear(inputs.double(), weight.double(), None if bias is None else bias.double())
         return product if activation is None else gelu(product, approximate=activation)
 
-    return with_few_rows(theirs, packed, bias, activation), exact
+    return with_few_rows(never, packed, bias, activation), exact
 
 
 def agree(product, exact, inputs):
@@ -99,12 +91,25 @@ def test_nan_and_infinity_stay_in_their_rows(dtype):
     assert torch.equal(outputs[others], clean[others]) and outputs[3].isnan().all()
 
 
-def test_an_order_that_is_another_is_left(dtype):
+@pytest.mark.parametrize("bias", [None, 300.0, -300.0])
+@pytest.mark.parametrize("activation", [None, "tanh"])
+def test_an_order_that_is_another_is_left(dtype, bias, activation):
+    """Also where a bias is much more than the product, or a GELU leaves nothing of it."""
+    torch.manual_seed(0)
     weight = torch.randn(128, 64).to(dtype)
+    bias = None if bias is None else torch.full((128,), bias, dtype=dtype)
+
+    def product(inputs):
+        return linear(inputs, weight, bias)
+
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 256)
-    other = weight.to_mkldnn()  # row by row
-    assert with_few_rows(lambda x: linear(x, weight), packed, None, None).__name__ == "multiply"
-    assert with_few_rows(lambda x: linear(x, weight), other, None, None).__name__ != "multiply"
+    assert with_few_rows(product, packed, bias, activation).__name__ == "multiply"
+    assert with_few_rows(product, weight.to_mkldnn(), bias, activation) is product  # row by row
+
+
+def test_a_matrix_that_tells_no_order_is_left(dtype):
+    packed = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(128, 64, dtype=dtype), 256)
+    assert with_few_rows(never, packed, None, None) is never
 
 
 def test_with_amx_few_rows_are_those_that_need_the_matrix_once(monkeypatch):

@@ -47,3 +47,6 @@ def test_what_it_does_not_take(dtype):
     assert not can_normalize(torch.ones(2, 8, dtype=torch.float64), weight.double())
     assert not can_normalize(torch.ones(2, 8, dtype=dtype), weight.to("meta"))
     assert not can_normalize(torch.ones(2, 8, dtype=dtype), weight.view(2, 4))
+    assert not can_normalize(torch.ones(2, 8, dtype=dtype), weight[:1].expand(8))
+    assert not can_normalize(torch.ones(2, 4, dtype=dtype), weight)
+    assert not can_normalize(torch.ones(2, 0, dtype=dtype), weight[:0])

@@ -43,7 +43,7 @@ def attention(module, query, key, value, attention_mask, **kwargs):
     if not kwargs.get("dropout") and all(kwargs.get(name) is None for name in _NOT_HERE):
         if can_decode(query, key, value, attention_mask):
             return decode_attention(query, key, value, attention_mask, scaling), None
-        if _is_for_products(module, query, key, attention_mask):
+        if not cpu_lacks(query.dtype) and _is_for_products(module, query, key, attention_mask):
             return in_blocks(query, key, value, attention_mask, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 

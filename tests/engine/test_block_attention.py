@@ -28,7 +28,17 @@ def counted(monkeypatch):
         block_attention, "sdpa_attention_forward", lambda *a, **k: calls.append(1) or sdpa_attention_forward(*a, **k)
     )
     monkeypatch.setattr(block_attention, "_FEW_KEYS", 0)
+    monkeypatch.setattr(block_attention, "cpu_lacks", lambda dtype: False)
     return calls
+
+
+def test_16_bits_that_the_cpu_has_no_instructions_for_are_left_to_sdpa(counted, monkeypatch):
+    query, key, value = torch.randn(3, 2, 4, 40, 16, dtype=torch.bfloat16)
+    attention(SimpleNamespace(is_causal=True), query, key, value, None)
+    assert not counted
+    monkeypatch.setattr(block_attention, "cpu_lacks", lambda dtype: dtype == torch.bfloat16)
+    attention(SimpleNamespace(is_causal=True), query, key, value, None)
+    assert counted
 
 
 def inputs(rows, heads, kv_heads, new, columns, kind):

@@ -5,6 +5,7 @@ products with weights, the least of five, in turns. Keys have no gaps between he
 """
 
 import json
+from functools import partial
 from types import MethodType
 
 import torch
@@ -13,7 +14,7 @@ from transformers import BloomConfig
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
 from benchmarks.machine import processor
-from benchmarks.running import seconds
+from benchmarks.running import least_in_turns
 from handler.engine.bloom import _attention
 
 HEADS, HIDDEN, TURNS = 16, 1024, 5
@@ -41,12 +42,8 @@ def milliseconds(rows: int, new: int, columns: int, dtype: torch.dtype) -> dict[
     mask = torch.zeros(rows, 1, new, columns).masked_fill(~seen, torch.finfo(dtype).min).to(dtype)
     alibi = build_alibi_tensor(torch.ones(rows, columns, dtype=torch.long), HEADS, dtype)
     code = {"library": layer.forward, "blocks": MethodType(_attention, layer)}
-    best = dict.fromkeys(code, float("inf"))
-    for _ in range(1 + TURNS):  # the first one warms up
-        for name, forward in code.items():
-            took = seconds(lambda forward=forward: forward(fused, residual, alibi, mask, layer_past=past))
-            best[name] = min(best[name], took)
-    return {name: round(value * 1000, 1) for name, value in best.items()}
+    calls = {name: partial(forward, fused, residual, alibi, mask, layer_past=past) for name, forward in code.items()}
+    return {name: round(value * 1000, 1) for name, value in least_in_turns(calls, TURNS).items()}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.machine import processor
-from benchmarks.running import seconds
+from benchmarks.running import least_in_turns
 from handler.kernels.decode_attention import decode_attention
 from handler.kernels.machine_code import has_code_for
 from handler.kernels.packed_linear import with_few_rows
@@ -26,11 +26,9 @@ TURNS, BYTES = 11, 100_000_000  # of matrices that take turns, so that no cache 
 
 
 def microseconds(calls: dict[str, list[Callable[[], object]]]) -> dict[str, int]:
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(1 + TURNS):  # the first one warms up
-        for name, each in calls.items():
-            best[name] = min(best[name], seconds(lambda each=each: [call() for call in each]) / len(each))
-    return {name: round(value * 1e6) for name, value in best.items()}
+    """Of one of each name's calls, which are made one after the other."""
+    rounds = {name: lambda each=each: [call() for call in each] for name, each in calls.items()}
+    return {name: round(took / len(calls[name]) * 1e6) for name, took in least_in_turns(rounds, TURNS).items()}
 
 
 def products(dtype: torch.dtype, columns: int, out: int) -> None:

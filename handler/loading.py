@@ -116,10 +116,15 @@ def _from_pretrained(folder: Path, settings: Settings, **places: Any) -> PreTrai
         **places,
     )
     model.eval()
+    mend(model)
+    return model
+
+
+def mend(model: PreTrainedModel) -> None:
+    """Put code of ours in the place of the library's, where it does the same."""
     mend_bloom(model)
     mend_norms(model)
     use_block_attention()
-    return model
 
 
 def _load_draft(folder: Path, settings: Settings, device: str) -> PreTrainedModel:

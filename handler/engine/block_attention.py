@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from handler.kernels.decode_attention import can_decode, decode_attention
-from handler.kernels.machine_code import lanes
+from handler.kernels.machine_code import has_code_for
 from handler.weights.cpu_linear import cpu_lacks
 
 _FEW_KEYS = 1024  # of all rows and heads: SDPA is through with so few before two products have begun
@@ -30,7 +30,7 @@ _FEW_TO_TRANSPOSE = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 4}
 def use_block_attention() -> None:
     """Let models that are to use SDPA use this where it can and is faster; all of the process's, as the library has one
     table."""
-    if lanes() or not cpu_lacks(torch.bfloat16):
+    if has_code_for(torch.float32) or not cpu_lacks(torch.bfloat16):
         AttentionInterface.register("sdpa", attention)
 
 
@@ -43,7 +43,7 @@ def attention(module, query, key, value, attention_mask, **kwargs):
     if not kwargs.get("dropout") and all(kwargs.get(name) is None for name in _NOT_HERE):
         if can_decode(query, key, value, attention_mask):
             return decode_attention(query, key, value, attention_mask, scaling), None
-        if not cpu_lacks(query.dtype) and _is_for_products(module, query, key, attention_mask):
+        if _is_for_products(module, query, key, attention_mask):
             return in_blocks(query, key, value, attention_mask, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
@@ -102,7 +102,7 @@ def _most_scores(query: torch.Tensor) -> int:
 def _is_for_products(module, query, key, mask) -> bool:
     rows, heads, new, _ = query.shape
     kv_heads, columns = key.shape[1:3]
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or 0 in query.shape:
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or cpu_lacks(query.dtype) or 0 in query.shape:
         return False
     if new == 1:
         return rows * kv_heads * columns > _FEW_KEYS

@@ -7,11 +7,10 @@ the library's "eager" attention.
 """
 
 import functools
-import struct
 
 import torch
 
-from .machine_code import Code, Function, Place, Value, Variable, has_code_for, lanes
+from .machine_code import Code, Function, Place, Value, Variable, bits_of_float, has_code_for, lanes, share
 
 _KEYS_AT_ONCE = 256
 _MOST_SHARED = 8  # queries of a key head: more make products that torch.bmm is good at
@@ -62,12 +61,11 @@ def decode_attention(
     tensors = (query, key, value, mask, bias, output)
     mask_row = 0 if mask is None or len(mask) == 1 else mask.stride(0)
     strides = *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], mask_row
-    (scaling_bits,) = struct.unpack("i", struct.pack("f", scaling))
     function = _function(query.dtype, size, heads // kv_heads, None if mask is None else mask.dtype, bias is not None)
     function(
         *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
         *strides,
-        *(rows * kv_heads, kv_heads, columns, scaling_bits),
+        *(rows * kv_heads, kv_heads, columns, bits_of_float(scaling)),
     )
     return output
 
@@ -115,8 +113,9 @@ class _Writer:
             code.place(pointer, kind)
             for pointer, kind in zip(pointers, (dtype, dtype, dtype, mask or dtype, dtype, dtype), strict=True)
         )
-        self._query_row, self._query_head, *of_keys, self._mask_row = strides
-        self._key_row, self._key_head, self._key_column, self._value_row, self._value_head, self._value_column = of_keys
+        self._query_row, self._query_head, self._mask_row = strides[0], strides[1], strides[8]
+        self._key_row, self._key_head, self._key_column = strides[2:5]
+        self._value_row, self._value_head, self._value_column = strides[5:8]
         self._scaling = code.float_of_bits(scaling)
         self._in_vector = 4 * lanes() // dtype.itemsize
         self._scores, self._sums = code.room(shared * _KEYS_AT_ONCE), code.room(shared * size)
@@ -124,8 +123,8 @@ class _Writer:
 
     def write(self, thread: Value, threads: Value) -> None:
         """Each thread gets as many key heads of rows as the others."""
-        items, shared = self._items, self._shared
-        with self._code.loop(items * thread // threads, items * (thread + 1) // threads) as item:
+        shared = self._shared
+        with self._code.loop(*share(self._items, thread, threads)) as item:
             row, head = item // self._kv_heads, item % self._kv_heads
             self._write_item(
                 self._query[row * self._query_row + head * shared * self._query_head],

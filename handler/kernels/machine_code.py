@@ -9,6 +9,7 @@ is: who calls a function has looked at shapes, dtypes and devices.
 import ctypes
 import functools
 import math
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,20 +227,14 @@ class Code:
         """What is written inside runs for each number from `start` to below `stop`, which is what it gets."""
         start, stop = (self.integer(end) if isinstance(end, int) else end for end in (start, stop))
         counter = Variable(self, start)
-        with self.loop_while(lambda: counter.get() < stop):
-            index = counter.get()
-            yield index
-            counter.set(index + step)
-
-    @contextmanager
-    def loop_while(self, write_test: Callable[[], Value]) -> Iterator[None]:
         test, body, end = (self.ir.append_basic_block() for _ in range(3))
         self.ir.branch(test)
         self.ir.position_at_end(test)
-        goes_on = write_test().of
-        self.ir.cbranch(goes_on, body, end)
+        index = counter.get()
+        self.ir.cbranch((index < stop).of, body, end)
         self.ir.position_at_end(body)
-        yield
+        yield index
+        counter.set(index + step)
         self.ir.branch(test)
         self.ir.position_at_end(end)
 
@@ -373,6 +368,17 @@ class Code:
         series = self.polynomial(one / (scaled * _ERF_P + 1.0), _ERF_A)
         tail = series * self.exp(self.number(0.0) - scaled * scaled) * 0.5
         return value * self.where(value > 0.0, one - tail, tail)
+
+
+def share(count: Value, thread: Value, threads: Value) -> tuple[Value, Value]:
+    """Where a thread's share of so many things begins and ends."""
+    return count * thread // threads, count * (thread + 1) // threads
+
+
+def bits_of_float(number: float) -> int:
+    """What `Code.float_of_bits` takes, to hand a float32 over among integers."""
+    (bits,) = struct.unpack("i", struct.pack("f", number))
+    return bits
 
 
 class Function:

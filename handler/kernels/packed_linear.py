@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import pad
 
-from .machine_code import LINE, Code, Function, Place, Value, Variable, cpu_has, has_code_for, lanes
+from .machine_code import LINE, Code, Function, Place, Value, Variable, cpu_has, has_code_for, lanes, share
 
 _MOST_ROWS = 128  # with more, oneDNN is as fast (python -m benchmarks.kernels)
 _PANEL = 64
@@ -106,8 +106,7 @@ class _Writer:
     def write(self, thread: Value, threads: Value) -> None:
         """Each thread gets as many rows of panels as the others, of panels one after the other."""
         code, rows = self._code, self._rows
-        all_rows = (self._out + (_PANEL - 1)) // _PANEL * rows
-        begin, end = all_rows * thread // threads, all_rows * (thread + 1) // threads
+        begin, end = share((self._out + (_PANEL - 1)) // _PANEL * rows, thread, threads)
         with code.loop(begin // rows, (end + rows - 1) // rows) as panel:
             first = code.most(begin - panel * rows, code.integer(0))
             self._write_panel(panel, first, code.least(end - panel * rows, rows) - first)
@@ -136,8 +135,8 @@ class _Writer:
         code = self._code
         chunk = self._vectors * lanes()  # of a panel's rows
         groups, chunks = (rows + (_ROWS_AT_ONCE - 1)) // _ROWS_AT_ONCE, _PANEL // chunk
-        turns, none, one, two, all_lines = groups * chunks, *(code.integer(n) for n in (0, 1, 2, _STEP_LINES))
-        lines = code.where(turns < _STEP_LINES, code.where(turns < 2, all_lines, two), one)
+        turns = groups * chunks
+        lines = (turns + (_STEP_LINES - 1)) // turns
         next_block = block[steps * (_PANEL * self._in_step)]
         with code.loop(0, groups) as group:
             first = rows * group // groups
@@ -151,7 +150,7 @@ class _Writer:
                     steps,
                     self._sums[first * _PANEL + part * chunk],
                     next_block[fetched * steps * (LINE // self._dtype.itemsize)],
-                    code.where(fetched < _STEP_LINES, lines, none),
+                    code.where(fetched < _STEP_LINES, lines, code.integer(0)),
                 ]
                 code.call_one(self._adding, count, arguments)
 

@@ -2,11 +2,10 @@
 code makes six operators of it, most of whose time is their calls."""
 
 import functools
-import struct
 
 import torch
 
-from .machine_code import Code, Function, Value, Variable, has_code_for, lanes
+from .machine_code import Code, Function, Value, Variable, bits_of_float, has_code_for, lanes, share
 
 KINDS = ("rounded", "whole", "offset")
 _FEW_NUMBERS = 1 << 15  # of inputs: one thread is through with them before another has begun
@@ -24,11 +23,10 @@ def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: s
     times 1 + weight, as in Gemma."""
     inputs = inputs.contiguous()
     outputs, size = torch.empty_like(inputs), len(weight)
-    (epsilon_bits,) = struct.unpack("i", struct.pack("f", epsilon))
     function = _function(inputs.dtype, kind)
     call = function.alone if inputs.numel() <= _FEW_NUMBERS else function
     pointers = (tensor.data_ptr() for tensor in (inputs, weight, outputs))
-    call(*pointers, inputs.numel() // size, size, epsilon_bits)
+    call(*pointers, inputs.numel() // size, size, bits_of_float(epsilon))
     return outputs
 
 
@@ -40,7 +38,7 @@ def _function(dtype: torch.dtype, kind: str) -> Function:
 def _write(dtype: torch.dtype, kind: str, code: Code, thread: Value, threads: Value, *arguments: Value) -> None:
     *pointers, rows, size, epsilon = arguments
     inputs, weight, outputs = (code.place(pointer, dtype) for pointer in pointers)
-    with code.loop(rows * thread // threads, rows * (thread + 1) // threads) as row:
+    with code.loop(*share(rows, thread, threads)) as row:
         source, target = inputs[row * size], outputs[row * size]
         squares = Variable(code, code.number(0.0))
         with code.loop(0, size, lanes()) as at:

@@ -6,9 +6,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from handler.engine import Engine, EngineConfig, Request, UnsupportedModel, speculation
-from handler.engine.block_attention import use_block_attention
-from handler.engine.bloom import mend_bloom
-from handler.engine.norms import mend_norms
+from handler.loading import mend
 from handler.weights.packed import pack_weights
 
 from .architectures import BORDER, PAGE, REFUSED, RUNS, WINDOW, Case, make_page
@@ -27,25 +25,19 @@ def alone(model, prompt: list[int], new: int) -> list[int]:
 
 
 @pytest.fixture
-def mend():
-    """What loading does to a model; `generate` has the library's own attention again afterwards."""
-
-    def mended(model):
-        mend_bloom(model)
-        mend_norms(model)
-        use_block_attention()
-        pack_weights(model)
-
-    yield mended
+def own_attention_afterwards():
+    """The library's, for `generate`."""
+    yield
     AttentionInterface.register("sdpa", sdpa_attention_forward)
 
 
 @pytest.mark.parametrize("case", RUNS, ids=str)
-def test_runs_as_generate_does(case: Case, monkeypatch, mend):
+def test_runs_as_generate_does(case: Case, monkeypatch, own_attention_afterwards):
     model = case.make_model()
     prompts = [prompt_ids(seed, length) for seed, (length, _) in enumerate(VISITORS)]
     expected = [alone(model, prompt, new) for prompt, (_, new) in zip(prompts, VISITORS, strict=True)]
     mend(model)
+    pack_weights(model)
     engine = Engine(model, make_tokenizer(), EngineConfig(prefill_chunk=7, max_batch_size=4))
     texts = [prompt + answer for prompt, answer in zip(prompts, expected, strict=True)]
     monkeypatch.setattr(speculation, "prompt_lookup", guesser(texts))

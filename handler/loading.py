@@ -24,12 +24,12 @@ from handler.engine.bloom import mend_bloom
 from handler.engine.draft_model import DraftModel
 from handler.engine.norms import mend_norms
 from handler.errors import LoadError, first_line
-from handler.kernels.machine_code import use_machine_code
+from handler.kernels.cpu import use_machine_code
 from handler.memory import device_limits, free_memory, limits_beside_draft
 from handler.settings import Settings
-from handler.weights.cpu_linear import cpu_lacks
+from handler.weights.cpu_linear import cpu_lacks, widens
 from handler.weights.files import weight_files
-from handler.weights.packed import own_resident_weights, pack_weights, products_of
+from handler.weights.packed import can_pack_all, own_resident_weights, pack_weights, products_of
 from handler.weights.placement import Placement, device_map, max_memory, weight_bytes
 from handler.weights.quantized import quantize_modules
 from handler.weights.streaming import StreamedWeights, stream_weights
@@ -152,7 +152,7 @@ def _computed_as(
     config: PreTrainedConfig, settings: Settings, files: Sequence[Path], gpus: int
 ) -> tuple[Settings, PreTrainedModel, dict[int | str, int]]:
     """The settings, the model without weights, and the bytes that each device may hold: in float32 where this CPU
-    computes, has no instructions for the dtype, and can hold all of it so."""
+    computes, has neither instructions for the dtype nor code of ours for all matrices, and can hold all of it so."""
 
     def planned(settings: Settings) -> tuple[Settings, PreTrainedModel, dict[int | str, int]]:
         empty = meta_model(config, settings, files)
@@ -160,6 +160,8 @@ def _computed_as(
 
     plan = _, empty, _ = planned(settings)
     if gpus or not settings.pack_weights or not cpu_lacks(empty.dtype) or getattr(config, "quantization_config", None):
+        return plan
+    if widens(empty.dtype) and can_pack_all(empty):
         return plan
     wider, wide, limits = float32 = planned(settings.model_copy(update={"dtype": "float32"}))
     named = settings.device_map.values() if isinstance(settings.device_map, dict) else ()

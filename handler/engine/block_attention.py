@@ -13,8 +13,9 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from handler.kernels.cpu import has_code_for
 from handler.kernels.decode_attention import can_decode, decode_attention
-from handler.kernels.machine_code import has_code_for
+from handler.kernels.prompt_attention import can_attend, prompt_attention
 from handler.weights.cpu_linear import cpu_lacks
 
 _FEW_KEYS = 1024  # of all rows and heads: SDPA is through with so few before two products have begun
@@ -43,6 +44,8 @@ def attention(module, query, key, value, attention_mask, **kwargs):
     if not kwargs.get("dropout") and all(kwargs.get(name) is None for name in _NOT_HERE):
         if can_decode(query, key, value, attention_mask):
             return decode_attention(query, key, value, attention_mask, scaling), None
+        if _shows_columns(module, query, key, attention_mask) and can_attend(query, key, value, attention_mask):
+            return prompt_attention(query, key, value, attention_mask, scaling), None
         if _is_for_products(module, query, key, attention_mask):
             return in_blocks(query, key, value, attention_mask, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -110,8 +113,13 @@ def _is_for_products(module, query, key, mask) -> bool:
         return False
     if heads == kv_heads and _most_scores(query) // (rows * heads * columns) < min(new, _FEW_QUERIES):
         return False
-    # Without a mask the library means other columns where there are more of them than queries.
-    return mask is not None or (new == columns and getattr(module, "is_causal", True))
+    return _shows_columns(module, query, key, mask)
+
+
+def _shows_columns(module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether a mask says what a query sees, or it sees what is not later. Without a mask the library means other
+    columns where there are more of them than queries."""
+    return mask is not None or (query.shape[2] == key.shape[2] and getattr(module, "is_causal", True))
 
 
 def _mask(scores: torch.Tensor, mask: torch.Tensor | None, start: int) -> None:

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu
 
 from handler.kernels.decode_attention import can_decode, decode_attention
+from handler.kernels.prompt_attention import can_attend, prompt_attention
 from handler.weights.placement import replace_forward
 
 from .block_attention import in_blocks
@@ -55,6 +56,8 @@ def _attention(
     scaling = self.inv_norm_factor
     if can_decode(query, key, value, attention_mask, alibi):
         context = decode_attention(query, key, value, attention_mask, scaling, alibi)
+    elif can_attend(query, key, value, attention_mask, alibi):
+        context = prompt_attention(query, key, value, attention_mask, scaling, alibi)
     else:
         context = in_blocks(query, key, value, attention_mask, scaling, causal=True, bias=alibi, fewest=FEWEST_QUERIES)
     return residual + self.dense(context.flatten(2)), None

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from handler.weights.cpu_linear import WideLinear, cpu_lacks
+from handler.weights.packed import has_plain_matrices
 from handler.weights.placement import align_hooks
 
 from .architecture import Architecture
@@ -57,7 +58,8 @@ class ModelRunner:
         self._takes_position_ids = architecture.takes_position_ids
         self._config = model.config.get_text_config()
         self._window, self._longrope_border = architecture.sliding_window, architecture.longrope_border
-        self._products = WideLinear if cpu_lacks(model.dtype) else nullcontext
+        widens = cpu_lacks(model.dtype) and (self.streams_weights or has_plain_matrices(model))
+        self._products = WideLinear if widens else nullcontext  # which looks at each operator
 
     @property
     def wait_seconds(self) -> float:

@@ -9,7 +9,11 @@ from handler.kernels.rms_norm import KINDS, can_normalize, rms_norm
 from handler.weights.placement import replace_forward
 
 _TRIED_ROWS = 4
-_NEAR = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # relative: what another order of sums comes to
+_NEAR = {
+    torch.float32: 1e-6,
+    torch.float16: 2**-10,
+    torch.bfloat16: 2**-7,
+}  # relative: what another order of sums comes to
 
 
 @torch.inference_mode()

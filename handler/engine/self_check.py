@@ -25,8 +25,8 @@ _TOLERANCE, _TOLERANCE_FLOAT32 = 0.2, 0.01
 
 @torch.inference_mode()
 def check_rows(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Run the same tokens as one chunk and as several, in rows of different length: two passes over the model, and a
-    third, in which each row gets one token, where all weights are in memory.
+    """Run the same tokens as one chunk and as several, in rows of different length: two passes over the model, and two
+    more where all weights are in memory, in which each row gets one token, and in which a row is alone.
 
     Raises UnsupportedModel where the forward does, or where the logits differ by more than rounding.
     """
@@ -39,7 +39,7 @@ def check_rows(model: PreTrainedModel, architecture: Architecture) -> None:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UnsupportedModel(f"{name} cannot run rows of different length together: {reason}") from error
     if math.isnan(difference):
-        raise UnsupportedModel(f"{name} gives logits that are not numbers in {model.dtype}")
+        raise UnsupportedModel(f"{name} gives logits that are not numbers in {model.dtype}: set dtype to another one")
     is_exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     if difference > (_TOLERANCE_FLOAT32 if is_exact else _TOLERANCE):
         raise UnsupportedModel(
@@ -58,7 +58,11 @@ def _largest_difference(model: PreTrainedModel, architecture: Architecture) -> f
     _forward(runner, {longer: 7, shorter: 3})
     parts = [] if runner.streams_weights else [_forward(runner, {longer: 1, shorter: 1})]
     ones = len(parts)
-    *others, of_whole = _forward(runner, {longer: 5 - ones, shorter: 9 - ones, whole: 12})
+    rest = {longer: 5 - ones, shorter: 9 - ones}
+    if runner.streams_weights:
+        *others, of_whole = _forward(runner, rest | {whole: 12})
+    else:  # each compiles what it needs
+        others, (of_whole,) = list(_forward(runner, rest)), _forward(runner, {whole: 12})
     of_longer, of_shorter = (torch.cat(of_row) for of_row in zip(*parts, others, strict=True))
     cache.layers.clear()  # they refer to the cache, and would live until the interpreter looks for such circles
     return max(_median_difference(of_longer, of_whole[7:]), _median_difference(of_shorter, of_whole[3:]))
@@ -66,7 +70,8 @@ def _largest_difference(model: PreTrainedModel, architecture: Architecture) -> f
 
 def _forward(runner: ModelRunner, new_tokens: dict[Row, int]) -> tuple[torch.Tensor, ...]:
     """Carry rows on by so many tokens; logits [tokens, vocab] of each."""
-    batch = Batch(cast(list[Sequence], list(new_tokens)), list(new_tokens.values()), (len(new_tokens), _TOKENS))
+    rows = 1 + max(row.row for row in new_tokens)
+    batch = Batch(cast(list[Sequence], list(new_tokens)), list(new_tokens.values()), (rows, _TOKENS))
     logits = runner.forward(batch).float()
     for row, count in new_tokens.items():
         row.num_cached_tokens += count

@@ -2,19 +2,21 @@
 
 One query has nothing to share with others, so its two products take as long as reading keys and values; `torch.bmm`
 copies these first. Here a row's columns are read once, and not beyond the last one that it sees. The softmax is made
-along the way (Milakov and Gimelshein, arXiv:1805.02867), of scores in float32; weights are rounded to the dtype, as in
-the library's "eager" attention.
+along the way (Milakov and Gimelshein, arXiv:1805.02867), of scores in float32; weights are rounded to bfloat16
+where the CPU multiplies that, as in the library's "eager" attention.
 """
 
 import functools
 
 import torch
 
-from .machine_code import Code, Function, Place, Value, Variable, bits_of_float, has_code_for, lanes, share
+from .cpu import has_code_for, lanes, multiplies_pairs
+from .function import Function, bits_of_float, share
+from .machine_code import Code, Place, Value, Variable
 
 _KEYS_AT_ONCE = 256
 _MOST_SHARED = 8  # queries of a key head: more make products that torch.bmm is good at
-_FEW_COLUMNS = 1024  # one thread is quick enough with; where more are, each half of the threads has key heads to do
+FEW_COLUMNS = 1024  # one thread is quick enough with; where more are, each half of the threads has key heads to do
 _MOST_SUMS = 24  # vectors that registers hold beside others, with AVX512
 _LEAST = torch.finfo(torch.bfloat16).min  # a hidden score: not infinite, so that who sees nothing sees all alike
 
@@ -39,8 +41,8 @@ def can_decode(
         and query.device.type == key.device.type == value.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype
         and (mask is None or _is_one_for_all_heads(mask, query.dtype, rows, columns))
-        and (bias is None or _is_for_each_head(bias, query.dtype, rows * heads, columns))
-        and (columns <= _FEW_COLUMNS or 2 * rows * kv_heads >= torch.get_num_threads())
+        and (bias is None or is_for_each_head(bias, query.dtype, rows * heads, columns))
+        and (columns <= FEW_COLUMNS or 2 * rows * kv_heads >= torch.get_num_threads())
     )
 
 
@@ -61,7 +63,8 @@ def decode_attention(
     tensors = (query, key, value, mask, bias, output)
     mask_row = 0 if mask is None or len(mask) == 1 else mask.stride(0)
     strides = *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], mask_row
-    function = _function(query.dtype, size, heads // kv_heads, None if mask is None else mask.dtype, bias is not None)
+    kinds = None if mask is None else mask.dtype, bias is not None, multiplies_pairs(query.dtype, size)
+    function = _function(query.dtype, size, heads // kv_heads, *kinds)
     function(
         *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
         *strides,
@@ -76,25 +79,27 @@ def _is_one_for_all_heads(mask: torch.Tensor, dtype: torch.dtype, rows: int, col
     return is_whole and mask.dtype in (torch.bool, dtype) and mask.device.type == "cpu"
 
 
-def _is_for_each_head(bias: torch.Tensor, dtype: torch.dtype, heads: int, columns: int) -> bool:
+def is_for_each_head(bias: torch.Tensor, dtype: torch.dtype, heads: int, columns: int) -> bool:
     return bias.dtype == dtype and bias.shape == (heads, 1, columns) and bias.device.type == "cpu"
 
 
 def _has_function(dtype: torch.dtype, size: int) -> bool:
-    return has_code_for(dtype) and size % (4 * lanes() // dtype.itemsize) == 0
+    return has_code_for(dtype) and size % lanes() == 0
 
 
 @functools.cache
-def _function(dtype: torch.dtype, size: int, shared: int, mask: torch.dtype | None, biased: bool) -> Function:
+def _function(
+    dtype: torch.dtype, size: int, shared: int, mask: torch.dtype | None, biased: bool, pairs: bool
+) -> Function:
     def write(code: Code, thread: Value, threads: Value, *arguments: Value) -> None:
-        _Writer(code, dtype, size, shared, mask, biased, *arguments).write(thread, threads)
+        _Writer(code, dtype, size, shared, mask, biased, pairs, *arguments).write(thread, threads)
 
     return Function(write, 19)
 
 
 class _Writer:
     """Writes the function for `shared` queries of a key head. A vector of keys or values has one float32 in each lane,
-    or two bfloat16."""
+    or two bfloat16 where the CPU multiplies these."""
 
     def __init__(
         self,
@@ -104,10 +109,12 @@ class _Writer:
         shared: int,
         mask: torch.dtype | None,
         biased: bool,
+        pairs: bool,
         *given: Value,
     ):
         self._code, self._dtype, self._size, self._shared = code, dtype, size, shared
-        self._is_masked, self._is_biased, self._pairs = mask is not None, biased, dtype != torch.float32
+        self._is_masked, self._is_biased, self._pairs = mask is not None, biased, pairs
+        self._computed = dtype if self._pairs else torch.float32
         pointers, strides, (self._items, self._kv_heads, self._columns, scaling) = given[:6], given[6:15], given[15:]
         self._query, self._key, self._value, self._mask, self._bias, self._output = (
             code.place(pointer, kind)
@@ -117,7 +124,7 @@ class _Writer:
         self._key_row, self._key_head, self._key_column = strides[2:5]
         self._value_row, self._value_head, self._value_column = strides[5:8]
         self._scaling = code.float_of_bits(scaling)
-        self._in_vector = 4 * lanes() // dtype.itemsize
+        self._in_vector = 4 * lanes() // self._computed.itemsize
         self._scores, self._sums = code.room(shared * _KEYS_AT_ONCE), code.room(shared * size)
         self._best, self._totals = code.room(shared * lanes()), code.room(shared * lanes())
 
@@ -178,7 +185,8 @@ class _Writer:
             if mask.dtype == torch.bool:
                 visible = mask[start].booleans(within)
             else:
-                visible = code.where(within, mask[start].floats(within), code.number(_LEAST)) > _LEAST / 2
+                added = code.where(within, mask[start].floats(within), code.number(_LEAST))
+                visible = added > torch.finfo(mask.dtype).min / 2
             with code.when(code.any_of(visible)):
                 seen.set(code.least(start + lanes(), columns))
         return code.where(seen.get() > 0, seen.get(), columns)
@@ -189,7 +197,7 @@ class _Writer:
         """Of one query with `count` keys, as many at a time as there are lanes. Values are fetched meanwhile."""
         code, in_vector = self._code, self._in_vector
         parts = range(0, self._size, in_vector)
-        query_parts = [query[part].bits() for part in parts]
+        query_parts = [self._vector(query[part]) for part in parts]
         least, best = code.number(_LEAST), Variable(code, code.number(_LEAST))
         with code.loop(0, count, lanes()) as start:
             products = []
@@ -198,7 +206,7 @@ class _Writer:
                 values[column * self._value_column].fetch(self._size * self._dtype.itemsize)
                 key, product = keys[column * self._key_column], code.number(0.0)
                 for part, query_part in zip(parts, query_parts, strict=True):
-                    product = code.multiply_add(key[part].bits(), query_part, product, self._dtype)
+                    product = code.multiply_add(self._vector(key[part]), query_part, product, self._computed)
                 products.append(product)
             within = code.first_lanes(count - start)
             scores = _sums_of_lanes(code, products) * self._scaling
@@ -234,7 +242,7 @@ class _Writer:
     def _weight(self, index: Value | int, column: Value) -> Place:
         """Where the score of that column was, or before that."""
         first = index * _KEYS_AT_ONCE
-        return self._scores[first].as_dtype(self._dtype)[column]
+        return self._scores[first].as_dtype(self._computed)[column]
 
     def _write_sums(self, queries: range, values: Place, ahead: Place, count: Value) -> None:
         """Add up values, times the queries' weights; of bfloat16 two columns at a time. Keys ahead are fetched
@@ -250,7 +258,7 @@ class _Writer:
             for index, row in zip(queries, sums, strict=True):
                 weight = self._weight(index, column).spread_bits()
                 for part, sum in zip(parts, row, strict=True):
-                    sum.set(code.multiply_add(weight, part, sum.get(), self._dtype))
+                    sum.set(code.multiply_add(weight, part, sum.get(), self._computed))
         for row, row_places in zip(sums, places, strict=True):
             for sum, place in zip(row, row_places, strict=True):
                 place.store(sum.get())
@@ -260,7 +268,7 @@ class _Writer:
         numbers of each eight, then the four others, which is one instruction."""
         parts = []
         for at in range(0, self._size, self._in_vector):
-            vectors = [column[at].bits() for column in columns]
+            vectors = [self._vector(column[at]) for column in columns]
             if not self._pairs:
                 parts += vectors
                 continue
@@ -269,6 +277,9 @@ class _Writer:
                 both = [number for lane in first for number in (lane, lane + self._in_vector)]
                 parts.append(self._code.shuffle_halves(vectors[0], vectors[1], both))
         return parts
+
+    def _vector(self, place: Place) -> Value:
+        return place.bits() if self._pairs else place.numbers()
 
     def _write_output(self, index: Value, output: Place) -> None:
         code = self._code

@@ -1,26 +1,20 @@
-"""Functions that LLVM compiles for this very CPU when they are first needed, run by PyTorch's own threads.
+"""The instructions that functions for this very CPU are written of, in Python, because a pod has no compiler.
 
-They do what no operator of PyTorch does, and are written in Python as LLVM's instructions, because a pod has no
-compiler. Each takes 64-bit numbers, and is run by every thread of a parallel region of PyTorch's OpenMP: threads that
-have just computed for PyTorch still spin, and start at once. Nothing here knows how long what lies at an address
-is: who calls a function has looked at shapes, dtypes and devices.
+Nothing here knows how long what lies at an address is: who calls a function has looked at shapes, dtypes and devices.
 """
 
-import ctypes
-import functools
 import math
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
+
+from .cpu import cpu_has, lanes
 
 LINE = 64  # bytes of the CPU's caches
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_F32, _POINTER = ir.FloatType(), ir.PointerType()
-_is_used = True
+_I8, _I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_F32, POINTER = ir.FloatType(), ir.PointerType()
 _LOG2_E = math.log2(math.e)
 _WHOLE = 1.5 * 2**23  # a float32 with it added has the nearest whole number in its lowest bits
 # 2^f for |f| <= 1/2 as a polynomial in f, the greatest power first: its Taylor series, off by 1.2e-7 at most.
@@ -37,39 +31,7 @@ class _BFloat(ir.Type):
 
 
 _BF16 = _BFloat()
-_MEMORY = {torch.float32: _F32, torch.bfloat16: _I16, torch.bool: _I8}
-
-
-@functools.cache
-def lanes() -> int:
-    """float32 numbers in a vector; 0 where nothing is compiled: a CPU other than an x86 with AVX2, another OpenMP than
-    GNU's interface, or PyTorch told to leave instructions out."""
-    return {"AVX2": 8, "AVX512": 16}.get(torch.backends.cpu.get_cpu_capability(), 0) if _parallel() else 0
-
-
-def use_machine_code(is_used: bool) -> None:
-    """Whether PyTorch's operators are replaced, in what the process loads and runs from now on. What was packed before
-    goes on as it was."""
-    global _is_used
-    _is_used = is_used
-
-
-def has_code_for(dtype: torch.dtype) -> bool:
-    """Whether products in that dtype can be written, and are to be: float32, and bfloat16 with AVX512-BF16."""
-    return _is_used and _can_write(dtype)
-
-
-@functools.cache
-def _can_write(dtype: torch.dtype) -> bool:
-    if dtype == torch.bfloat16:
-        return lanes() == 16 and cpu_has("avx512bf16")
-    return dtype == torch.float32 and lanes() > 0
-
-
-@functools.cache
-def cpu_has(feature: str) -> bool:
-    """By LLVM's name."""
-    return bool(binding.get_host_cpu_features().get(feature))
+_MEMORY = {torch.float32: _F32, torch.bfloat16: _I16, torch.float16: _I16, torch.bool: _I8, torch.int64: I64}
 
 
 class Value:
@@ -144,7 +106,7 @@ class Place:
         self._code, self.of, self.dtype = code, of, dtype
 
     def __getitem__(self, index: Value | int) -> "Place":
-        index = index.of if isinstance(index, Value) else _I64(index)
+        index = index.of if isinstance(index, Value) else I64(index)
         return Place(self._code, self._code.ir.gep(self.of, [index], source_etype=_MEMORY[self.dtype]), self.dtype)
 
     def as_dtype(self, dtype: torch.dtype) -> "Place":
@@ -153,6 +115,13 @@ class Place:
     def bits(self) -> Value:
         """A vector as it lies there, of float32 or of pairs of bfloat16."""
         return Value(self._code, self._code.ir.load(self.of, typ=self._code.floats, align=self.dtype.itemsize))
+
+    def numbers(self) -> Value:
+        """A vector of the numbers that lie there, as float32."""
+        code = self._code
+        if self.dtype == torch.float32:
+            return self.bits()
+        return code.widened(code.ir.load(self.of, typ=ir.VectorType(_I16, lanes()), align=2), self.dtype)
 
     def spread_bits(self) -> Value:
         """The first float32, or pair of bfloat16, in every lane."""
@@ -163,10 +132,14 @@ class Place:
         code = self._code
         if self.dtype == torch.float32:
             return self._masked("f32", within, code.number(0.0).of)
-        integers = ir.VectorType(_I32, lanes())
         halves = self._masked("i16", within, ir.Constant(ir.VectorType(_I16, lanes()), None))
-        shifted = code.ir.shl(code.ir.zext(halves.of, integers), ir.Constant(integers, [16] * lanes()))
-        return Value(code, code.ir.bitcast(shifted, code.floats))
+        return code.widened(halves.of, self.dtype)
+
+    def integer(self) -> Value:
+        return Value(self._code, self._code.ir.load(self.of, typ=I64, align=8))
+
+    def store_integer(self, value: Value) -> None:
+        self._code.ir.store(value.of, self.of, align=8)
 
     def booleans(self, within: Value) -> Value:
         none = ir.Constant(ir.VectorType(_I8, lanes()), None)
@@ -174,24 +147,24 @@ class Place:
 
     def _masked(self, kind: str, within: Value, otherwise: ir.Value) -> Value:
         name = f"llvm.masked.load.v{lanes()}{kind}.p0"
-        return self._code.intrinsic(name, otherwise.type, self.of, _I32(self.dtype.itemsize), within.of, otherwise)
+        return self._code.intrinsic(name, otherwise.type, self.of, I32(self.dtype.itemsize), within.of, otherwise)
 
     def store(self, values: Value, within: Value | None = None) -> None:
         """A vector, in this place's dtype; within: of those lanes alone."""
         code, of, kind = self._code, values.of, "f32"
-        if self.dtype == torch.bfloat16:
-            of, kind = code.ir.fptrunc(of, ir.VectorType(_BF16, lanes())), "bf16"
+        if self.dtype != torch.float32:
+            of, kind = code.narrowed(values, self.dtype), "i16"
         if within is None:
             code.ir.store(of, self.of, align=self.dtype.itemsize)
         else:
-            name, align = f"llvm.masked.store.v{lanes()}{kind}.p0", _I32(self.dtype.itemsize)
+            name, align = f"llvm.masked.store.v{lanes()}{kind}.p0", I32(self.dtype.itemsize)
             code.intrinsic(name, ir.VoidType(), of, self.of, align, within.of)
 
     def fetch(self, size: int) -> None:
         """Have so many bytes from here on brought into the cache while other things go on."""
-        read, second_level, data = _I32(0), _I32(2), _I32(1)
+        read, second_level, data = I32(0), I32(2), I32(1)
         for at in range(0, size, LINE):
-            line = self._code.ir.gep(self.of, [_I64(at)], source_etype=_I8)
+            line = self._code.ir.gep(self.of, [I64(at)], source_etype=_I8)
             self._code.intrinsic("llvm.prefetch.p0", ir.VoidType(), line, read, second_level, data)
 
 
@@ -206,24 +179,28 @@ class Code:
         return ir.VectorType(_F32, lanes())
 
     def integer(self, value: int) -> Value:
-        return Value(self, _I64(value))
+        return Value(self, I64(value))
 
     def number(self, value: float) -> Value:
         """In every lane."""
         return Value(self, ir.Constant(self.floats, [value] * lanes()))
 
     def place(self, address: Value, dtype: torch.dtype) -> Place:
-        return Place(self, self.ir.inttoptr(address.of, _POINTER), dtype)
+        return Place(self, self.ir.inttoptr(address.of, POINTER), dtype)
 
     def room(self, floats: int) -> Place:
         """For so many float32, on the thread's stack."""
         with self.ir.goto_entry_block():
-            place = self.ir.alloca(self.floats, _I64(-(-floats // lanes())))
-        place.type = _POINTER  # llvmlite's own says of what
+            place = self.ir.alloca(self.floats, I64(-(-floats // lanes())))
+        place.type = POINTER  # llvmlite's own says of what
         return Place(self, place, torch.float32)
 
+    def integers(self, count: int) -> Place:
+        """Room for so many."""
+        return self.room(2 * count).as_dtype(torch.int64)
+
     @contextmanager
-    def loop(self, start: Value | int, stop: Value | int, step: int = 1) -> Iterator[Value]:
+    def loop(self, start: Value | int, stop: Value | int, step: Value | int = 1) -> Iterator[Value]:
         """What is written inside runs for each number from `start` to below `stop`, which is what it gets."""
         start, stop = (self.integer(end) if isinstance(end, int) else end for end in (start, stop))
         counter = Variable(self, start)
@@ -248,7 +225,7 @@ class Code:
         done = self.ir.append_basic_block()
         switch = self.ir.switch(number.of, done)
         for count, function in enumerate(functions, start=1):
-            switch.add_case(_I64(count), case := self.ir.append_basic_block())
+            switch.add_case(I64(count), case := self.ir.append_basic_block())
             self.ir.position_at_end(case)
             self.ir.call(function, [argument.of for argument in arguments])
             self.ir.branch(done)
@@ -257,7 +234,7 @@ class Code:
     def function(self, name: str, arguments: Sequence[torch.dtype | None], write: Callable[..., None]) -> ir.Function:
         """Another function, which this one calls. arguments: the dtype of what lies at a place, or None for an integer;
         `write` gets its code and these."""
-        kinds = [_I64 if dtype is None else _POINTER for dtype in arguments]
+        kinds = [I64 if dtype is None else POINTER for dtype in arguments]
         function = ir.Function(self.ir.module, ir.FunctionType(ir.VoidType(), kinds), name)
         function.linkage = "internal"
         function.attributes.add("noinline")
@@ -279,13 +256,13 @@ class Code:
 
     def first_lanes(self, count: Value) -> Value:
         """Booleans, true in the first `count` lanes, or in all."""
-        numbers = ir.Constant(ir.VectorType(_I32, lanes()), list(range(lanes())))
-        count = self.same(self.ir.trunc(self.least(count, self.integer(lanes())).of, _I32))
+        numbers = ir.Constant(ir.VectorType(I32, lanes()), list(range(lanes())))
+        count = self.same(self.ir.trunc(self.least(count, self.integer(lanes())).of, I32))
         return Value(self, self.ir.icmp_signed("<", numbers, count.of))
 
     def float_of_bits(self, bits: Value) -> Value:
         """The float32 with the integer's lower bits, in every lane."""
-        return self.same(self.ir.bitcast(self.ir.trunc(bits.of, _I32), _F32))
+        return self.same(self.ir.bitcast(self.ir.trunc(bits.of, I32), _F32))
 
     def float_of(self, integer: Value) -> Value:
         """In every lane."""
@@ -293,23 +270,65 @@ class Code:
 
     def rounded(self, values: Value, dtype: torch.dtype) -> Value:
         """To a dtype and back."""
-        if dtype == torch.float32:
-            return values
-        halves = self.ir.fptrunc(values.of, ir.VectorType(_BF16, lanes()))
-        return Value(self, self.ir.fpext(halves, self.floats))
+        return values if dtype == torch.float32 else self.widened(self.narrowed(values, dtype), dtype)
+
+    def widened(self, halves: ir.Value, dtype: torch.dtype) -> Value:
+        """The bits of so many numbers of 16 bits as float32."""
+        if dtype == torch.float16:
+            return Value(
+                self, self.ir.fpext(self.ir.bitcast(halves, ir.VectorType(ir.HalfType(), lanes())), self.floats)
+            )
+        integers = ir.VectorType(I32, lanes())
+        shifted = self.ir.shl(self.ir.zext(halves, integers), ir.Constant(integers, [16] * lanes()))
+        return Value(self, self.ir.bitcast(shifted, self.floats))
+
+    def narrowed(self, values: Value, dtype: torch.dtype) -> ir.Value:
+        """The bits of float32 as numbers of 16 bits, rounded to the nearest one, or to the even one of two."""
+        halves = ir.VectorType(_I16, lanes())
+        if dtype == torch.float16 or cpu_has("avx512bf16"):
+            kind = ir.HalfType() if dtype == torch.float16 else _BF16
+            return self.ir.bitcast(self.ir.fptrunc(values.of, ir.VectorType(kind, lanes())), halves)
+        integers = ir.VectorType(I32, lanes())
+
+        def number(bits: int) -> ir.Constant:
+            return ir.Constant(integers, [bits] * lanes())
+
+        bits = self.ir.bitcast(values.of, integers)
+        is_odd = self.ir.and_(self.ir.lshr(bits, number(16)), number(1))
+        rounded = self.ir.add(bits, self.ir.add(is_odd, number(0x7FFF)))
+        is_nan = self.ir.fcmp_unordered("uno", values.of, values.of)
+        chosen = self.ir.select(is_nan, self.ir.or_(bits, number(0x400000)), rounded)
+        return self.ir.trunc(self.ir.lshr(chosen, number(16)), halves)
 
     def root(self, values: Value) -> Value:
         return self.intrinsic(f"llvm.sqrt.v{lanes()}f32", self.floats, values.of)
 
     def same(self, value: ir.Value) -> Value:
         kind = ir.VectorType(value.type, lanes())
-        nothing, first = ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(_I32, lanes()), None)
-        return Value(self, self.ir.shuffle_vector(self.ir.insert_element(nothing, value, _I32(0)), nothing, first))
+        nothing, first = ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(I32, lanes()), None)
+        return Value(self, self.ir.shuffle_vector(self.ir.insert_element(nothing, value, I32(0)), nothing, first))
 
     def shuffle(self, one: Value, other: Value, order: Sequence[int]) -> Value:
         """Lanes of two vectors, counted through both."""
-        order = ir.Constant(ir.VectorType(_I32, len(order)), list(order))
+        order = ir.Constant(ir.VectorType(I32, len(order)), list(order))
         return Value(self, self.ir.shuffle_vector(one.of, other.of, order))
+
+    def transposed(self, vectors: Sequence[Value]) -> list[Value]:
+        """As many vectors as there are lanes: of all of them the first lanes, of all of them the second, and so on."""
+        vectors, step = list(vectors), 1
+        while step < lanes():
+            upper = [lane & step for lane in range(lanes())]
+            low = [lanes() + lane - step if is_upper else lane for lane, is_upper in enumerate(upper)]
+            high = [lanes() + lane if is_upper else lane + step for lane, is_upper in enumerate(upper)]
+            for index in range(lanes()):
+                if not index & step:
+                    one, other = vectors[index], vectors[index + step]
+                    vectors[index], vectors[index + step] = (
+                        self.shuffle(one, other, low),
+                        self.shuffle(one, other, high),
+                    )
+            step *= 2
+        return vectors
 
     def shuffle_halves(self, one: Value, other: Value, order: Sequence[int]) -> Value:
         """The same of 16 bits each, twice as many."""
@@ -350,7 +369,7 @@ class Code:
 
     def exp(self, value: Value) -> Value:
         """e to the power of each; 0 below -87, and e^88 beyond."""
-        integers = ir.VectorType(_I32, lanes())
+        integers = ir.VectorType(I32, lanes())
         scaled = self.least(self.most(value, self.number(-87.0)), self.number(88.0)) * _LOG2_E
         shifted = scaled + _WHOLE
         power = self.ir.bitcast(self.polynomial(scaled - (shifted - _WHOLE), _EXP2).of, integers)
@@ -368,81 +387,3 @@ class Code:
         series = self.polynomial(one / (scaled * _ERF_P + 1.0), _ERF_A)
         tail = series * self.exp(self.number(0.0) - scaled * scaled) * 0.5
         return value * self.where(value > 0.0, one - tail, tail)
-
-
-def share(count: Value, thread: Value, threads: Value) -> tuple[Value, Value]:
-    """Where a thread's share of so many things begins and ends."""
-    return count * thread // threads, count * (thread + 1) // threads
-
-
-def bits_of_float(number: float) -> int:
-    """What `Code.float_of_bits` takes, to hand a float32 over among integers."""
-    (bits,) = struct.unpack("i", struct.pack("f", number))
-    return bits
-
-
-class Function:
-    """A compiled function of so many integers."""
-
-    def __init__(self, write: Callable[..., None], arguments: int):
-        """write: gets the code, the number of the thread that runs it, how many run it, and the integers."""
-        module = ir.Module()
-        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), "run")
-        code = Code(function)
-        threads = [code.ir.sext(code.intrinsic(name, _I32).of, _I64) for name in _OF_THREADS]
-        places = [code.ir.gep(function.args[0], [_I64(index)], source_etype=_I64) for index in range(arguments)]
-        given = [*threads, *(code.ir.load(place, typ=_I64) for place in places)]
-        write(code, *(Value(code, value) for value in given))
-        code.ir.ret_void()
-        self._engine = _compiled(str(module))  # owns the code
-        self._address = self._engine.get_function_address(function.name)
-        self._alone = _FUNCTION(self._address)
-        self._array = ctypes.c_int64 * arguments
-
-    def __call__(self, *arguments: int) -> None:
-        """In as many threads as PyTorch computes in; returns when all have."""
-        _parallel()(self._address, self._given(arguments), torch.get_num_threads(), 0)  # type: ignore[misc]
-
-    def alone(self, *arguments: int) -> None:
-        """In this thread, which is the first and only one."""
-        self._alone(self._given(arguments))
-
-    def _given(self, arguments: tuple[int, ...]) -> ctypes.Array:
-        if len(arguments) != self._array._length_:
-            raise TypeError(f"{self._array._length_} arguments, not {len(arguments)}")
-        return self._array(*arguments)
-
-
-def _compiled(text: str) -> binding.ExecutionEngine:
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    cpu, features = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
-    target = binding.Target.from_default_triple()
-    machine = target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True)  # the engine's, which frees it
-    parsed = binding.parse_assembly(text)
-    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
-    passes.getModulePassManager().run(parsed, passes)
-    engine = binding.create_mcjit_compiler(parsed, machine)
-    engine.finalize_object()
-    return engine
-
-
-_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_OF_THREADS = ("omp_get_thread_num", "omp_get_num_threads")
-
-
-@functools.cache
-def _parallel() -> Callable[..., None] | None:
-    """What PyTorch's own parallel loops call: of who has put itself before all others, or of the library that PyTorch
-    has loaded; None if it has another."""
-    for name in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
-        try:
-            openmp = ctypes.CDLL(name)  # and what it depends on
-            parallel = openmp.GOMP_parallel
-            for function in _OF_THREADS:
-                binding.add_symbol(function, ctypes.cast(getattr(openmp, function), ctypes.c_void_p).value)
-        except (OSError, AttributeError, TypeError):  # TypeError: Windows has no library without a name
-            continue
-        parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-        return parallel
-    return None

@@ -1,27 +1,35 @@
-"""Products of few rows with packed matrices, as fast as memory gives the matrix.
+"""Products with packed matrices, as fast as memory gives the matrix: of few rows with oneDNN's, and of any number with
+16-bit ones that the CPU has no instructions for.
 
 oneDNN reads a part of a matrix, then computes with it, and the next one is still to wait for. Here the next is on its
 way meanwhile.
 
-A matrix [out, in] lies in panels of 64 of its rows, column by column. Two columns of bfloat16 are together, so a step
-along a panel is 256 bytes of it and 4 bytes of each row of inputs, whatever the dtype. Of some steps, 64 KB that stay
-in the cache, all inputs' part is added up before the next. Six rows' sums are in registers at a time.
+A matrix [out, in] lies in panels of 64 of its rows, column by column. In oneDNN's order two columns of bfloat16 are
+together, so a step along a panel is 256 bytes of it and 4 bytes of each row of inputs, whatever the dtype. Of some
+steps, 64 KB that stay in the cache, all inputs' part is added up before the next. Six rows' sums are in registers at a
+time.
+
+Numbers of 16 bits that the CPU cannot multiply become float32 on their way into registers, where few rows take them, or
+once for all rows, which then read them out of the cache.
 """
 
 import functools
 from collections.abc import Callable
 
 import torch
+from llvmlite import ir
 from torch.nn.functional import pad
 
-from .machine_code import LINE, Code, Function, Place, Value, Variable, cpu_has, has_code_for, lanes, share
+from .cpu import cpu_has, has_code_for, lanes, multiplies_pairs
+from .function import Function, share
+from .machine_code import LINE, Code, Place, Value, Variable
 
 _MOST_ROWS = 128  # with more, oneDNN is as fast (python -m benchmarks.kernels)
 _PANEL = 64
-_STEP_BYTES = 256
-_STEP_LINES = _STEP_BYTES // LINE
 _STEPS_AT_ONCE = 256
 _ROWS_AT_ONCE = 6
+_ROWS_IN_CACHE = 256  # of inputs and of sums, while a panel is read once
+_WIDENED_IN_PLACE = 18  # rows, for which a part of a matrix is widened each time that it is read
 _NEAR = 0.02  # of the largest number of a product: two orders of a matrix give others altogether
 
 _Product = Callable[[torch.Tensor], torch.Tensor]
@@ -35,10 +43,10 @@ def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | 
     if one is named, "tanh" or "none"; [..., out]. packed: the matrix [out, in] in oneDNN's order, which is tried.
     """
     (out, columns), dtype = packed.shape, packed.dtype
-    filled, most_rows = -(-out // _PANEL) * _PANEL, _most_rows(dtype)
+    filled, most_rows = _filled(out), _most_rows(dtype)
     if not most_rows or torch.ops.mkldnn._nbytes(packed) != filled * columns * dtype.itemsize:
         return product
-    biases = _zeros(filled) if bias is None else pad(bias.float(), (0, filled - out))
+    biases = _whole_bias(bias, out)
     matrix = torch.ops.mkldnn.data_ptr(packed)
 
     def multiply_by(function: Function, biases: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -64,6 +72,46 @@ def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | 
     return multiply
 
 
+@torch.no_grad()
+def in_panels(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix [out, in] in panels, [out / 64, in, 64], the last one filled up with zeros."""
+    out, columns = matrix.shape
+    panels, whole = matrix.new_zeros(_filled(out) // _PANEL, columns, _PANEL), out // _PANEL
+    panels[:whole] = matrix[: whole * _PANEL].reshape(whole, _PANEL, columns).transpose(1, 2)
+    panels[whole:, :, : out % _PANEL] = matrix[whole * _PANEL :].t()
+    return panels
+
+
+@torch.no_grad()
+def widened_product(panels: torch.Tensor, out: int, bias: torch.Tensor | None, gelu: str | None) -> _Product:
+    """The product of inputs [..., in] with a matrix [out, in] of 16-bit numbers, transposed, plus bias [out], with a
+    GELU if one is named, "tanh" or "none"; [..., out]. It is computed in float32, and rounded once.
+
+    panels: the matrix, from `in_panels`; inputs and outputs are in its dtype. Raises TypeError for other inputs."""
+    columns, dtype = panels.shape[1], panels.dtype
+    biases, function = _whole_bias(bias, out), _function(dtype, gelu, widens=True)
+
+    def multiply(inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.shape[-1] != columns or inputs.dtype != dtype or inputs.device.type != "cpu":
+            given = f"{tuple(inputs.shape)} in {inputs.dtype} on {inputs.device.type}"
+            raise TypeError(f"inputs of {given} for a matrix of {columns} columns in {dtype} on cpu")
+        outputs, rows = inputs.new_empty(*inputs.shape[:-1], out), inputs.numel() // columns
+        if rows:
+            wide = inputs.float().contiguous()
+            function(wide.data_ptr(), panels.data_ptr(), biases.data_ptr(), outputs.data_ptr(), rows, columns, out)
+        return outputs
+
+    return multiply
+
+
+def _filled(out: int) -> int:
+    return -(-out // _PANEL) * _PANEL
+
+
+def _whole_bias(bias: torch.Tensor | None, out: int) -> torch.Tensor:
+    return _zeros(_filled(out)) if bias is None else pad(bias.float(), (0, _filled(out) - out))
+
+
 @functools.cache
 def _zeros(count: int) -> torch.Tensor:
     """One for all matrices of a size that have no bias."""
@@ -72,34 +120,42 @@ def _zeros(count: int) -> torch.Tensor:
 
 def _most_rows(dtype: torch.dtype) -> int:
     """0 if there is no code. With AMX, rows that need the matrix more than once are oneDNN's: that is not measured."""
-    if not has_code_for(dtype):
+    if not has_code_for(dtype) or not (dtype == torch.float32 or multiplies_pairs(dtype)):
         return 0
     return _ROWS_AT_ONCE if dtype == torch.bfloat16 and cpu_has("amx-bf16") else _MOST_ROWS
 
 
 @functools.cache
-def _function(dtype: torch.dtype, gelu: str | None) -> Function:
+def _function(dtype: torch.dtype, gelu: str | None, widens: bool = False) -> Function:
     def write(code: Code, thread: Value, threads: Value, *arguments: Value) -> None:
-        _Writer(code, dtype, gelu, *arguments).write(thread, threads)
+        _Writer(code, dtype, gelu, widens, *arguments).write(thread, threads)
 
     return Function(write, 7)
 
 
 class _Writer:
-    """Writes the function of: inputs, matrix, bias in float32 of whole panels, outputs; rows, columns, out."""
+    """Writes the function of: inputs, matrix, bias in float32 of whole panels, outputs; rows, columns, out.
 
-    def __init__(self, code: Code, dtype: torch.dtype, gelu: str | None, *arguments: Value):
+    widens: whether the matrix is made float32, which inputs are already."""
+
+    def __init__(self, code: Code, dtype: torch.dtype, gelu: str | None, widens: bool, *arguments: Value):
         inputs, matrix, bias, outputs, self._rows, self._columns, self._out = arguments
-        self._code, self._dtype, self._gelu = code, dtype, gelu
-        self._inputs, self._matrix, self._outputs = (code.place(at, dtype) for at in (inputs, matrix, outputs))
-        self._bias = code.place(bias, torch.float32)
-        self._in_step = 4 // dtype.itemsize  # columns
+        self._code, self._gelu, self._widens = code, gelu, widens
+        self._matrix, self._outputs = code.place(matrix, dtype), code.place(outputs, dtype)
+        self._dtype = torch.float32 if widens else dtype  # of what is multiplied
+        self._inputs, self._bias = code.place(inputs, self._dtype), code.place(bias, torch.float32)
+        self._in_step = 4 // self._dtype.itemsize  # columns
         self._steps = self._columns // self._in_step
         self._vectors = 4 if lanes() == 16 else 2  # of a step at a time: with six rows' sums, all that registers hold
-        self._sums = code.room(_MOST_ROWS * _PANEL)
-        kinds = [dtype, None, dtype, None, torch.float32, dtype, None]
-        self._adding = [
-            code.function(f"add_{rows}", kinds, functools.partial(self._write_adding, rows))
+        self._sums = code.room(_ROWS_IN_CACHE * _PANEL)
+        self._wide = code.room(_STEPS_AT_ONCE * _PANEL if widens else 0)
+        self._adding = {stored: self._functions(stored) for stored in {dtype, self._dtype}}
+
+    def _functions(self, stored: torch.dtype) -> list[ir.Function]:
+        """Those that add, of one row, of two rows and so on."""
+        kinds = [self._dtype, None, stored, None, torch.float32, self._matrix.dtype, None]
+        return [
+            self._code.function(f"add_{rows}_{stored}", kinds, functools.partial(self._write_adding, rows))
             for rows in range(1, _ROWS_AT_ONCE + 1)
         ]
 
@@ -109,7 +165,9 @@ class _Writer:
         begin, end = share((self._out + (_PANEL - 1)) // _PANEL * rows, thread, threads)
         with code.loop(begin // rows, (end + rows - 1) // rows) as panel:
             first = code.most(begin - panel * rows, code.integer(0))
-            self._write_panel(panel, first, code.least(end - panel * rows, rows) - first)
+            stop = code.least(end - panel * rows, rows)
+            with code.loop(first, stop, _ROWS_IN_CACHE) as row:
+                self._write_panel(panel, row, code.least(stop - row, code.integer(_ROWS_IN_CACHE)))
 
     def _write_panel(self, panel: Value, first: Value, count: Value) -> None:
         """Outputs of a panel for `count` rows of inputs from the first."""
@@ -121,7 +179,16 @@ class _Writer:
         with code.loop(0, self._steps, _STEPS_AT_ONCE) as step:
             steps = code.least(code.integer(_STEPS_AT_ONCE), self._steps - step)
             block = self._matrix[(panel * self._steps + step) * (_PANEL * self._in_step)]
-            self._write_block(block, steps, inputs[step * self._in_step], count)
+            here = inputs[step * self._in_step]
+            if self._widens:
+                with code.when(count > _WIDENED_IN_PLACE):
+                    with code.loop(0, steps * _PANEL, lanes()) as at:
+                        self._wide[at].store(block[at].numbers())
+                    self._write_block(block, self._wide, steps, here, count)
+                with code.when(count < _WIDENED_IN_PLACE + 1):
+                    self._write_block(block, block, steps, here, count)
+            else:
+                self._write_block(block, block, steps, here, count)
         outputs, left = self._outputs[first * self._out + column], self._out - column
         with code.loop(0, count) as row, code.loop(0, code.least(code.integer(_PANEL), left), lanes()) as at:
             values = self._sums[row * _PANEL + at].bits()
@@ -129,14 +196,16 @@ class _Writer:
                 values = code.gelu(values, self._gelu)
             outputs[row * self._out + at].store(values, code.first_lanes(left - at))
 
-    def _write_block(self, block: Place, steps: Value, inputs: Place, rows: Value) -> None:
+    def _write_block(self, block: Place, numbers: Place, steps: Value, inputs: Place, rows: Value) -> None:
         """Add up some steps for all rows, in groups. The next block, which lies behind it, is fetched meanwhile: each
-        step fetches as many lines as make it whole, and the last groups none."""
+        step fetches as many lines as make it whole, and the last groups none. numbers: the block, or its numbers
+        widened."""
         code = self._code
         chunk = self._vectors * lanes()  # of a panel's rows
         groups, chunks = (rows + (_ROWS_AT_ONCE - 1)) // _ROWS_AT_ONCE, _PANEL // chunk
         turns = groups * chunks
-        lines = (turns + (_STEP_LINES - 1)) // turns
+        step_lines = _PANEL * self._in_step * block.dtype.itemsize // LINE
+        lines = (turns + (step_lines - 1)) // turns
         next_block = block[steps * (_PANEL * self._in_step)]
         with code.loop(0, groups) as group:
             first = rows * group // groups
@@ -146,13 +215,13 @@ class _Writer:
                 arguments: list[Value | Place] = [
                     inputs[first * self._columns],
                     self._columns,
-                    block[part * chunk * self._in_step],
+                    numbers[part * chunk * self._in_step],
                     steps,
                     self._sums[first * _PANEL + part * chunk],
-                    next_block[fetched * steps * (LINE // self._dtype.itemsize)],
-                    code.where(fetched < _STEP_LINES, lines, code.integer(0)),
+                    next_block[fetched * steps * (LINE // block.dtype.itemsize)],
+                    code.where(fetched < step_lines, lines, code.integer(0)),
                 ]
-                code.call_one(self._adding, count, arguments)
+                code.call_one(self._adding[numbers.dtype], count, arguments)
 
     def _write_adding(
         self,
@@ -168,7 +237,7 @@ class _Writer:
     ) -> None:
         """Of a function that adds so many rows' products, of some vectors of each step, to their sums. columns: of all
         inputs. ahead: what to fetch meanwhile, so many lines each step."""
-        in_step, line = self._in_step, LINE // self._dtype.itemsize
+        in_step, line = self._in_step, LINE // ahead.dtype.itemsize
         places = [[sums[row * _PANEL + at * lanes()] for at in range(self._vectors)] for row in range(rows)]
         totals = [[Variable(code, code.number(0.0)) for _ in row] for row in places]
         with code.loop(0, steps) as step:
@@ -176,7 +245,8 @@ class _Writer:
                 with code.when(lines > least - 1):
                     ahead[step * lines * line + first * line].fetch(count * LINE)
             here = matrix[step * (_PANEL * in_step)]
-            vectors = [here[at * lanes() * in_step].bits() for at in range(self._vectors)]
+            places_here = [here[at * lanes() * in_step] for at in range(self._vectors)]
+            vectors = [place.numbers() if self._widens else place.bits() for place in places_here]
             for row, row_totals in enumerate(totals):
                 number = inputs[columns * row + step * in_step].spread_bits()
                 for vector, total in zip(vectors, row_totals, strict=True):

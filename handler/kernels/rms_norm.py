@@ -5,7 +5,9 @@ import functools
 
 import torch
 
-from .machine_code import Code, Function, Value, Variable, bits_of_float, has_code_for, lanes, share
+from .cpu import has_code_for, lanes
+from .function import Function, bits_of_float, share
+from .machine_code import Code, Value, Variable
 
 KINDS = ("rounded", "whole", "offset")
 _FEW_NUMBERS = 1 << 15  # of inputs: one thread is through with them before another has begun

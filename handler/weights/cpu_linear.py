@@ -9,6 +9,8 @@ import torch
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from handler.kernels.cpu import cpu_has, has_code_for
+
 _WORTH_ROWS = 12  # below, PyTorch's own product is as fast (python -m benchmarks.cpu_linear)
 _EXACT_ROWS = 32  # those of decoding steps
 _BLOCK_ELEMENTS = 1 << 20  # 4 MB in float32: stays in the cache between being widened and being used
@@ -28,12 +30,18 @@ class WideLinear(TorchFunctionMode):
 
 
 def cpu_lacks(dtype: torch.dtype) -> bool:
-    """Whether this CPU has no instructions for products in `dtype`."""
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return dtype in supported and not supported[dtype]()
+    """Whether this CPU has no instructions for products in `dtype`. oneDNN takes bfloat16 wherever there is AVX512, and
+    is three times as slow as in float32 where there is no more."""
+    if dtype == torch.bfloat16:
+        is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        has_instructions = not is_x86 or cpu_has("avx512bf16") or cpu_has("amx-bf16")
+        return not (has_instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def widens(dtype: torch.dtype) -> bool:
+    """Whether products with packed matrices in `dtype` are made in float32, by code of ours."""
+    return cpu_lacks(dtype) and has_code_for(dtype)
 
 
 def padded_rows(rows: int) -> int:

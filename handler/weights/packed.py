@@ -1,8 +1,9 @@
-"""Matrices in the order that oneDNN's kernels for this CPU read them in, from the start.
+"""Matrices in the order that kernels for this CPU read them in, from the start.
 
 `linear` gets a matrix row by row and brings it into that order for each product, or reads it in one that is slow.
 Packed, a matrix has as many bytes as before (rows are filled up to a block of at most 64), and stays `weight` of its
-module: a tensor of its shape and dtype whose numbers only oneDNN's products can read.
+module: a tensor [out, in] of its dtype whose numbers only these products can read. The order is oneDNN's, or, of 16
+bits that the CPU has no instructions for, one of ours.
 
 Matrices that are multiplied by the same tensor one after the other are packed as one: each product costs some ten
 microseconds besides its reading, and small ones leave threads waiting.
@@ -27,10 +28,10 @@ from transformers import PreTrainedModel
 from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from handler.kernels.packed_linear import with_few_rows
+from handler.kernels.packed_linear import in_panels, widened_product, with_few_rows
 from handler.weights.byte_linear import multiplies_bytes, pack_bytes, packed_byte_product
 from handler.weights.call_order import activations, shared_inputs, watch
-from handler.weights.cpu_linear import cpu_lacks, padded_rows
+from handler.weights.cpu_linear import cpu_lacks, padded_rows, widens
 from handler.weights.placement import align_hooks, replace_forward
 from handler.weights.quantized import QuantizedConv1D, QuantizedEmbedding, QuantizedLinear, matrices, scaled
 
@@ -51,10 +52,10 @@ def pack_weights(model: PreTrainedModel) -> int:
     """Pack the linear layers that are in this CPU's memory and compute there, one at a time; bytes of what is packed.
 
     Left as they are: what streams from disk or to a GPU, int4 and small int8 matrices, for which PyTorch's own kernels
-    are better, dtypes that this CPU has no instructions for, matrices that another module's code multiplies by itself,
-    and a tied embedding whose packed rows are not found.
+    are better, dtypes that this CPU has neither instructions nor code of ours for, matrices that another module's code
+    multiplies by itself, and a tied embedding whose packed rows are not found.
     """
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX") or getattr(model.config, "slow_but_exact", False):
+    if not _packs(model):
         return 0
     modules = [model.get_submodule(name) for name in matrices(model, None)]
     modules += [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedConv1D | QuantizedEmbedding)]
@@ -80,6 +81,35 @@ def pack_weights(model: PreTrainedModel) -> int:
     return packed
 
 
+class PackedMatrix(nn.Parameter):
+    """The weight of a module, [out, in], whose numbers only our product can read."""
+
+
+def can_pack_all(model: PreTrainedModel) -> bool:
+    """Whether all that is multiplied is in matrices that can be packed, where they are in memory: no experts in one
+    tensor, for instance. The model may be on the meta device."""
+    if not _packs(model):
+        return False
+    packed = {model.get_submodule(name).weight for name in matrices(model, None)}
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return all(weight.dim() < 2 or weight in packed or weight in embeddings for weight in model.parameters())
+
+
+def _packs(model: PreTrainedModel) -> bool:
+    is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return is_x86 and not getattr(model.config, "slow_but_exact", False)  # BLOOM's, whose code slices weights
+
+
+def has_plain_matrices(model: nn.Module) -> bool:
+    """Whether 16-bit matrices are in memory that are not packed, besides those that embeddings look up."""
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return any(
+        matrix.dim() > 1 and matrix.itemsize == 2 and matrix.device.type == "cpu" and not _is_packed(matrix)
+        for name, matrix in model.named_parameters()
+        if matrix not in embeddings and not name.endswith("_scale")  # of integers
+    )
+
+
 def own_resident_weights(model: PreTrainedModel) -> None:
     """Copy what is on the CPU out of the mapped files, tensor by tensor: the kernel may throw pages of files out, and
     does where memory is short and others are read. What is packed is a copy already.
@@ -89,7 +119,7 @@ def own_resident_weights(model: PreTrainedModel) -> None:
     """
     moved = [parameter for parameter in model.parameters() if parameter.device.type == "cpu"]
     for parameter in moved:
-        if parameter.layout == torch.strided:
+        if not _is_packed(parameter):
             parameter.data = parameter.data.clone()
     if moved:
         for hook in (hook for module in model.modules() for hook in align_hooks(module)):
@@ -103,9 +133,13 @@ def products_of(model: PreTrainedModel, main_device: str, packed: int) -> str:
         return dtype
     if getattr(model, "is_quantized", False):
         return f"integers, for {dtype}"
+    streams = any(hook.offload for module in model.modules() for hook in align_hooks(module))
+    words = [dtype]
     if packed:
-        return f"{dtype}, {packed / 1e9:.2f} GB packed"
-    return f"{dtype}, of many rows in blocks of float32" if cpu_lacks(model.dtype) else dtype
+        words.append(f"{packed / 1e9:.2f} GB packed" + (" and multiplied in float32" if widens(model.dtype) else ""))
+    if cpu_lacks(model.dtype) and (streams or has_plain_matrices(model)):
+        words.append(("the rest " if packed else "") + "of many rows in blocks of float32")
+    return ", ".join(words)
 
 
 def _pack(weight: nn.Parameter, users: list[nn.Module], activation: nn.Module | None = None) -> int:
@@ -120,11 +154,13 @@ def _pack(weight: nn.Parameter, users: list[nn.Module], activation: nn.Module | 
         packed = pack_bytes(rows)
         sums = torch._int_mm(rows.new_ones(1, rows.shape[1]), rows.t())[0]
     else:
-        packed = torch.ops.mkldnn._reorder_linear_weight(rows.contiguous(), _ROWS)
+        packed = _packed(rows)
     blocks = None
     if len(linear) < len(users) and (blocks := _blocks(packed, rows)) is None:
         return 0
     parameter = nn.Parameter(packed, requires_grad=False)
+    if packed.layout == torch.strided:
+        parameter = PackedMatrix(packed.flatten()[: rows.numel()].view(rows.shape), requires_grad=False)
     for module in users:
         module.weight = parameter
         if blocks is not None and module not in linear:
@@ -133,26 +169,40 @@ def _pack(weight: nn.Parameter, users: list[nn.Module], activation: nn.Module | 
             replace_forward(module, _integer_product(packed, sums, cast(QuantizedLinear, module)))
         else:
             function = _function(activation)
-            replace_forward(module, _product(packed, cast(torch.Tensor | None, module.bias), function))
+            replace_forward(module, _product(packed, len(rows), cast(torch.Tensor | None, module.bias), function))
             if activation is not None and function is not _NO_FUNCTION:
                 replace_forward(activation, lambda input: input)
-    return torch.ops.mkldnn._nbytes(packed)
+    return _bytes(packed)
+
+
+def _packed(rows: torch.Tensor) -> torch.Tensor:
+    """A matrix [out, in] of floats in the order in which it is multiplied."""
+    return in_panels(rows) if widens(rows.dtype) else torch.ops.mkldnn._reorder_linear_weight(rows.contiguous(), _ROWS)
+
+
+def _is_packed(parameter: nn.Parameter) -> bool:
+    return parameter.layout != torch.strided or isinstance(parameter, PackedMatrix)
+
+
+def _bytes(packed: torch.Tensor) -> int:
+    return packed.nbytes if packed.layout == torch.strided else torch.ops.mkldnn._nbytes(packed)
 
 
 def _pack_joined(modules: list[nn.Module]) -> int:
     """Pack the matrices of modules that run one after the other on the same tensor as one; its bytes. What is `weight`
     of each has its shape and no memory."""
     rows = [_rows(module) for module in modules]
-    packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(rows), _ROWS)
+    packed = _packed(torch.cat(rows))
     biases = [cast(torch.Tensor | None, module.bias) for module in modules]
     bias = None
     if any(own is not None for own in biases):
         bias = torch.cat([r.new_zeros(len(r)) if own is None else own for own, r in zip(biases, rows, strict=True)])
-    product = _JointProduct(_product(packed, bias), [len(r) for r in rows])
+    sizes = [len(r) for r in rows]
+    product = _JointProduct(_product(packed, sum(sizes), bias), sizes)
     for index, module in enumerate(modules):
         module.weight = nn.Parameter(torch.empty_like(cast(nn.Parameter, module.weight), device="meta"), False)
         replace_forward(module, partial(product.part, index))
-    return torch.ops.mkldnn._nbytes(packed)
+    return _bytes(packed)
 
 
 class _JointProduct:
@@ -183,7 +233,7 @@ def _can_pack(weight: nn.Parameter, module: nn.Module) -> bool:
     if weight.dtype == torch.int8:
         scale = cast(torch.Tensor, module.weight_scale)
         return scale.dtype == torch.bfloat16 and weight.numel() >= _LEAST_INT8 and multiplies_bytes()
-    return weight.dtype in (torch.float32, torch.bfloat16) and not cpu_lacks(weight.dtype)
+    return widens(weight.dtype) or (weight.dtype in (torch.float32, torch.bfloat16) and not cpu_lacks(weight.dtype))
 
 
 def _rows(module: nn.Module) -> torch.Tensor:
@@ -214,7 +264,10 @@ def _function(module: nn.Module | None) -> _Function:
     return ("gelu", [], "tanh") if kind in _GELU_BY_TANH else _NO_FUNCTION
 
 
-def _product(packed: torch.Tensor, bias: torch.Tensor | None, function: _Function = _NO_FUNCTION) -> _Forward:
+def _product(packed: torch.Tensor, out: int, bias: torch.Tensor | None, function: _Function = _NO_FUNCTION) -> _Forward:
+    gelu = None if function is _NO_FUNCTION else function[-1]
+    if widens(packed.dtype):
+        return widened_product(packed, out, bias, gelu)
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(input: torch.Tensor) -> torch.Tensor:
@@ -226,7 +279,7 @@ def _product(packed: torch.Tensor, bias: torch.Tensor | None, function: _Functio
         output = multiply(inputs, packed, bias, *function)[:rows]
         return output.view(*input.shape[:-1], output.shape[-1])
 
-    return with_few_rows(forward, packed, bias, None if function is _NO_FUNCTION else function[-1])
+    return with_few_rows(forward, packed, bias, gelu)
 
 
 def _lookup(packed: torch.Tensor, blocks: torch.Tensor, module: nn.Embedding) -> _Forward:
@@ -246,6 +299,8 @@ def _blocks(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
 
     rows: [out, in], the matrix. Of int8, rows are filled up with zeros too, and what oneDNN has summed up lies behind.
     """
+    if packed.layout == torch.strided:
+        return packed.unsqueeze(-1)
     size = torch.ops.mkldnn._nbytes(packed)
     memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed))
     numbers = torch.frombuffer(memory, dtype=packed.dtype)

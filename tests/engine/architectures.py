@@ -293,7 +293,7 @@ The engine says so when it is made, before the worker is READY.
 """
 _TAIL = """
 A model that is in neither table is tried: when the engine is made it runs a dozen tokens as one chunk and as two, in
-rows of different length (two passes over the weights, and a third where none are on disk), and refuses a model whose
+rows of different length (two passes over the weights, and two more where none are on disk), and refuses a model whose
 logits then differ by more than
 rounding. So short a run cannot see what begins at many tokens, as a window does. In bfloat16 and float16 it overlooks
 what changes logits by less than a fifth of their standard deviation.

@@ -12,8 +12,9 @@ from handler.engine import Engine, EngineConfig, Request, block_attention, bloom
 from handler.engine.architecture import Architecture
 from handler.engine.block_attention import attention
 from handler.engine.capacity import Capacity
+from handler.kernels.cpu import has_code_for, lanes, use_machine_code
 from handler.kernels.decode_attention import decode_attention as decode_attention_of_ours
-from handler.kernels.machine_code import has_code_for, lanes, use_machine_code
+from handler.kernels.prompt_attention import prompt_attention as prompt_attention_of_ours
 from handler.loading import load_model
 from handler.settings import Settings
 
@@ -22,13 +23,15 @@ from .conftest import EOS, VOCAB, make_model, make_tokenizer, prompt_ids
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often SDPA is asked instead."""
+    """How often SDPA is asked instead, where there is no code of ours."""
     calls = []
     monkeypatch.setattr(
         block_attention, "sdpa_attention_forward", lambda *a, **k: calls.append(1) or sdpa_attention_forward(*a, **k)
     )
     monkeypatch.setattr(block_attention, "_FEW_KEYS", 0)
     monkeypatch.setattr(block_attention, "cpu_lacks", lambda dtype: False)
+    for name in ("can_decode", "can_attend"):
+        monkeypatch.setattr(block_attention, name, lambda *given: False)
     return calls
 
 
@@ -210,7 +213,7 @@ def test_its_scores_are_planned_for():
 @pytest.mark.skipif(not lanes(), reason="this CPU has no code of ours")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", [BloomConfig, LlamaConfig])
-def test_each_row_of_one_new_token_is_decoded_by_code_of_ours(kind, dtype, tmp_path, monkeypatch):
+def test_attention_is_by_code_of_ours(kind, dtype, tmp_path, monkeypatch):
     if not has_code_for(getattr(torch, dtype)):
         pytest.skip("no bfloat16 here")
     shape = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "initializer_range": 0.5}
@@ -223,10 +226,13 @@ def test_each_row_of_one_new_token_is_decoded_by_code_of_ours(kind, dtype, tmp_p
         model.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)[0, len(prompt) :].tolist()
         for prompt in prompts
     ]
-    calls = []
+    calls, prompt_calls = [], []
     for module in (block_attention, bloom):
         monkeypatch.setattr(
             module, "decode_attention", lambda *given: calls.append(len(given[0])) or decode_attention_of_ours(*given)
+        )
+        monkeypatch.setattr(
+            module, "prompt_attention", lambda *given: prompt_calls.append(1) or prompt_attention_of_ours(*given)
         )
     loaded = load_model(tmp_path, Settings(dtype=dtype), tmp_path)
     engine = Engine(loaded.model, loaded.tokenizer, EngineConfig(max_batch_size=3, num_speculative_tokens=0))
@@ -234,14 +240,16 @@ def test_each_row_of_one_new_token_is_decoded_by_code_of_ours(kind, dtype, tmp_p
     jobs = [engine.submit(Request(prompt, {"max_new_tokens": 9})) for prompt in prompts]
     while engine.has_work:
         engine.step()
-    assert len(calls) > 10 and max(calls) > 1
+    assert len(calls) > 10 and max(calls) > 1 and prompt_calls
     calls.clear()
+    prompt_calls.clear()
     plain = load_model(tmp_path, Settings(dtype=dtype, compile_kernels=False), tmp_path)
     try:
         Engine(plain.model, plain.tokenizer, EngineConfig())
     finally:
         use_machine_code(True)
-    assert not calls and not any("multiply" in f"{vars(module).get('forward')}" for module in plain.model.modules())
+    assert not calls and not prompt_calls
+    assert not any("multiply" in f"{vars(module).get('forward')}" for module in plain.model.modules())
     assert any("multiply" in f"{vars(module).get('forward')}" for module in loaded.model.modules())
     if dtype == "float32":
         assert [job.sequences[0].token_ids for job in jobs] == expected

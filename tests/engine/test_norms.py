@@ -12,13 +12,13 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from handler.engine.norms import mend_norms
-from handler.kernels.machine_code import has_code_for, lanes
+from handler.kernels.cpu import has_code_for, lanes
 from handler.loading import load_model
 from handler.settings import Settings
 from tests.engine.conftest import make_model, make_tokenizer
 
 pytestmark = pytest.mark.skipif(not lanes(), reason="this CPU has no code of ours")
-DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if has_code_for(dtype)]
+DTYPES = [dtype for dtype in (torch.float32, torch.float16, torch.bfloat16) if has_code_for(dtype)]
 
 
 def made(kind, dtype, size=96):

@@ -80,8 +80,8 @@ def test_the_checks_rows_are_gone_when_it_is_through():
         gc.enable()
 
 
-@pytest.mark.parametrize("on_disk, passes", [((), 3), ((1,), 2)])
-def test_weights_on_disk_are_read_once_less(monkeypatch, on_disk, passes):
+@pytest.mark.parametrize("on_disk, passes", [((), 4), ((1,), 2)])
+def test_weights_on_disk_are_read_twice(monkeypatch, on_disk, passes):
     counted = []
     forward = model_runner.ModelRunner.forward
     monkeypatch.setattr(model_runner.ModelRunner, "forward", lambda *given: counted.append(given[1]) or forward(*given))

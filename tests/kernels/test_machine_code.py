@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
-from handler.kernels.machine_code import Code, Function, Value, Variable, has_code_for, lanes, use_machine_code
+from handler.kernels.cpu import has_code_for, lanes, use_machine_code
+from handler.kernels.function import Function
+from handler.kernels.machine_code import Code, Value, Variable
 
 
 def applied(function, inputs):

@@ -1,11 +1,27 @@
-"""Products of few rows."""
+"""Products of few rows with oneDNN's matrices, and of any number with ours of 16 bits."""
 
 import pytest
 import torch
 from torch.nn.functional import gelu, linear
 
 from handler.kernels import packed_linear
-from handler.kernels.packed_linear import with_few_rows
+from handler.kernels.cpu import has_code_for, multiplies_pairs
+from handler.kernels.packed_linear import in_panels, widened_product, with_few_rows
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request):
+    """In which there is code for oneDNN's matrices."""
+    if request.param == torch.bfloat16 and not multiplies_pairs(torch.bfloat16):
+        pytest.skip("no bfloat16 here")
+    return request.param
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=str)
+def narrow(request):
+    if not has_code_for(request.param):
+        pytest.skip("not on this CPU")
+    return request.param
 
 
 def never(inputs):
@@ -23,12 +39,23 @@ def make(dtype, width, height, activation=None, biased=True):
     )  # oneDNN puts fewer rows together if there are more threads than small matrices have panels
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 256)
     torch.set_num_threads(threads)
+    return with_few_rows(never, packed, bias, activation), exactly(weight, bias, activation)
 
+
+def exactly(weight, bias, activation):
     def exact(inputs):
         product = linear(inputs.double(), weight.double(), None if bias is None else bias.double())
         return product if activation is None else gelu(product, approximate=activation)
 
-    return with_few_rows(never, packed, bias, activation), exact
+    return exact
+
+
+def make_widened(dtype, width, height, activation=None, biased=True):
+    """The same of 16 bits, by our code for any number of rows."""
+    torch.manual_seed(0)
+    weight = (torch.randn(height, width) / width**0.5).to(dtype)
+    bias = torch.randn(height).to(dtype) if biased else None
+    return widened_product(in_panels(weight), height, bias, activation), exactly(weight, bias, activation)
 
 
 def agree(product, exact, inputs):
@@ -114,5 +141,55 @@ def test_a_matrix_that_tells_no_order_is_left(dtype):
 
 def test_with_amx_few_rows_are_those_that_need_the_matrix_once(monkeypatch):
     monkeypatch.setattr(packed_linear, "has_code_for", lambda dtype: True)
+    monkeypatch.setattr(packed_linear, "multiplies_pairs", lambda dtype: True)
     monkeypatch.setattr(packed_linear, "cpu_has", lambda feature: feature == "amx-bf16")
     assert packed_linear._most_rows(torch.bfloat16) == 6 and packed_linear._most_rows(torch.float32) == 128
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (1088, 128), (96, 640), (1, 64), (600, 65), (37, 63)])
+def test_widened_each_number_of_rows(narrow, threads, sizes):
+    product, exact = make_widened(narrow, *sizes)
+    for rows in (*range(1, 27), 128, 257, 700):
+        agree(product, exact, torch.randn(rows, sizes[0]).to(narrow))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("activation", [None, "tanh", "none"])
+def test_widened_bias_and_gelu(narrow, biased, activation):
+    agree(*make_widened(narrow, 96, 100, activation, biased), torch.randn(9, 96).to(narrow))
+
+
+def test_widened_inputs_of_any_shape_and_order(narrow):
+    product, exact = make_widened(narrow, 64, 128)
+    agree(product, exact, torch.randn(3, 1, 5, 64).to(narrow))
+    agree(product, exact, torch.randn(64, 30).to(narrow).t())
+    agree(product, exact, torch.randn(4, 3, 128).to(narrow)[..., 64:])
+    agree(product, exact, torch.randn(64).to(narrow))
+    assert product(torch.zeros(2, 0, 64, dtype=narrow)).shape == (2, 0, 128)
+
+
+@pytest.mark.parametrize("rows", [4, 24])
+def test_widened_a_row_is_the_same_whatever_is_beside_it(narrow, rows):
+    product, _ = make_widened(narrow, 640, 128)
+    inputs = torch.randn(rows, 640).to(narrow)
+    assert torch.equal(torch.cat([product(row) for row in inputs.split(1)]), product(inputs))
+
+
+def test_widened_nan_and_infinity_stay_in_their_rows(narrow):
+    product, _ = make_widened(narrow, 64, 64, "tanh")
+    for rows in (8, 40):
+        inputs = torch.randn(rows, 64).to(narrow)
+        clean = product(inputs)
+        inputs[3, 5], inputs[6, 7] = torch.nan, torch.inf
+        outputs = product(inputs)
+        others = [row for row in range(rows) if row not in (3, 6)]
+        assert torch.equal(outputs[others], clean[others]) and outputs[3].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.double(), lambda x: x.float(), lambda x: x[..., :32], lambda x: x.to("meta")]
+)
+def test_widened_other_inputs_are_an_error(narrow, change):
+    product, _ = make_widened(narrow, 64, 64)
+    with pytest.raises(TypeError, match="for a matrix of 64 columns in torch"):
+        product(change(torch.zeros(8, 64, dtype=narrow)))

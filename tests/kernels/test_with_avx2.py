@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from handler.kernels.machine_code import lanes
+from handler.kernels.cpu import lanes
 
 ROOT = Path(__file__).parents[2]
 FILES = ("kernels", "engine/test_architectures.py", "engine/test_block_attention.py", "engine/test_bloom.py")

@@ -2,29 +2,33 @@
 
 import copy
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, MixtralConfig
 from transformers.activations import ACT2FN
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from handler import loading
+from handler.engine import Engine, EngineConfig, block_attention, model_runner
 from handler.engine.architecture import Architecture
 from handler.engine.capacity import Capacity
+from handler.kernels.cpu import has_code_for
 from handler.loading import load_model
 from handler.settings import Settings
-from handler.weights import packed
+from handler.weights import cpu_linear, packed
 from handler.weights.cpu_linear import cpu_lacks
-from tests.engine.conftest import KINDS, make_model
+from tests.engine.conftest import KINDS, make_model, make_tokenizer
 
 DTYPES = [
     torch.float32,
     pytest.param(torch.bfloat16, marks=pytest.mark.skipif(cpu_lacks(torch.bfloat16), reason="no bfloat16 here")),
 ]
+NARROW = (torch.bfloat16, torch.float16)
 IDS = torch.tensor([[5, 7, 319, 0, 5], [64, 65, 63, 128, 2]])
 
 
@@ -192,9 +196,19 @@ def test_layers_that_stream_are_left_and_hooks_go_on(bloom, tmp_path):
 
 @pytest.fixture
 def lacking(monkeypatch):
-    """A CPU without 16-bit instructions, for who loads."""
+    """A CPU without 16-bit instructions, and without code of ours, for who loads."""
     for module in (loading, packed):
-        monkeypatch.setattr(module, "cpu_lacks", lambda dtype: dtype in (torch.bfloat16, torch.float16))
+        monkeypatch.setattr(module, "cpu_lacks", lambda dtype: dtype in NARROW)
+        monkeypatch.setattr(module, "widens", lambda dtype: False)
+
+
+@pytest.fixture
+def widening(monkeypatch):
+    """The same with code of ours."""
+    if not all(map(has_code_for, NARROW)):
+        pytest.skip("not on this CPU")
+    for module in (cpu_linear, loading, packed, model_runner, block_attention):
+        monkeypatch.setattr(module, "cpu_lacks", lambda dtype: dtype in NARROW, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +248,76 @@ def test_nor_where_max_memory_allows_more_than_there_is(lacking, bloom_bfloat16,
     taken = 2 * empty.get_memory_footprint() + Capacity.of(Architecture.of(empty), settings).activation_bytes
     monkeypatch.setattr(loading, "free_memory", lambda gpus: {"cpu": taken})
     assert load_model(bloom_bfloat16, settings, tmp_path).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_bits_stay_and_are_widened_on_the_way_by_code_of_ours(widening, dtype, kind):
+    model = copy.deepcopy(make_model(kind)).to(dtype)
+    exact = copy.deepcopy(model).float()
+    words = model.get_input_embeddings()
+    matrices = [weakref.ref(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    size = sum(reference().nbytes for reference in set(matrices))
+    with torch.inference_mode():
+        looked_up = words(IDS)
+        assert packed.has_plain_matrices(model)
+        packed_bytes = packed.pack_weights(model)
+        assert size <= packed_bytes < 2 * size  # the tests' matrices do not fill their panels
+        assert not any(reference() for reference in matrices)
+        assert model.dtype == dtype and not packed.has_plain_matrices(model)
+        before = [
+            parameter.data_ptr() for parameter in model.parameters() if isinstance(parameter, packed.PackedMatrix)
+        ]
+        packed.own_resident_weights(model)
+        after = [parameter.data_ptr() for parameter in model.parameters() if isinstance(parameter, packed.PackedMatrix)]
+        assert before and after == before
+        assert torch.equal(words(IDS), looked_up)
+        given, expected = model(IDS).logits, exact(IDS).logits
+    assert given.dtype == dtype
+    assert (given - expected).std() < (0.02 if dtype == torch.bfloat16 else 0.003) * expected.std()
+
+
+def test_a_checkpoint_of_16_bits_is_loaded_so(widening, bloom_bfloat16, tmp_path):
+    loaded = load_model(bloom_bfloat16, Settings(), tmp_path)
+    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.products.startswith("bfloat16") and loaded.products.endswith("packed and multiplied in float32")
+    engine = Engine(loaded.model, loaded.tokenizer, EngineConfig())
+    assert engine._runner._products is nullcontext
+    off = load_model(bloom_bfloat16, Settings(pack_weights=False), tmp_path)
+    assert Engine(off.model, off.tokenizer, EngineConfig())._runner._products is cpu_linear.WideLinear
+    half = off.model.get_memory_footprint() // 2
+    part = load_model(bloom_bfloat16, Settings(max_memory={"cpu": half}), tmp_path)
+    assert "packed and multiplied in float32, the rest of many rows in blocks" in part.products
+    assert part.streamed is not None
+    assert Engine(part.model, part.tokenizer, EngineConfig())._runner._products is cpu_linear.WideLinear
+
+
+def test_experts_in_one_tensor_are_not_and_make_it_float32(widening, tmp_path):
+    config = MixtralConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    assert not packed.can_pack_all(model)
+    assert all(packed.can_pack_all(make_model(kind)) for kind in KINDS)
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, Settings(), tmp_path)
+    assert loaded.model.dtype == torch.float32 and loaded.products.startswith("float32")
+    sliced = copy.deepcopy(make_model("bloom")).bfloat16()
+    sliced.config.slow_but_exact = True
+    assert not packed.can_pack_all(sliced)
+
+
+def test_scales_of_integers_are_no_matrices():
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    model.weight_scale = nn.Parameter(torch.zeros(2, 4, 2, dtype=torch.bfloat16))
+    assert not packed.has_plain_matrices(model)
+    model.bias = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    assert not packed.has_plain_matrices(model)
+    model.experts = nn.Parameter(torch.zeros(2, 4, 2, dtype=torch.bfloat16))
+    assert packed.has_plain_matrices(model)
 
 
 def test_few_kernels_are_made_for_all_numbers_of_rows():

@@ -1,0 +1,75 @@
+"""Functions that do what no operator of PyTorch does, which LLVM compiles for this very CPU when they are first needed.
+
+Each takes 64-bit numbers, and is run by every thread of a parallel region of PyTorch's OpenMP: threads that have just
+computed for PyTorch still spin, and start at once.
+"""
+
+import ctypes
+import struct
+from collections.abc import Callable
+
+import torch
+from llvmlite import binding, ir
+
+from .cpu import OF_THREADS, parallel
+from .machine_code import I32, I64, POINTER, Code, Value
+
+
+def share(count: Value, thread: Value, threads: Value) -> tuple[Value, Value]:
+    """Where a thread's share of so many things begins and ends."""
+    return count * thread // threads, count * (thread + 1) // threads
+
+
+def bits_of_float(number: float) -> int:
+    """What `Code.float_of_bits` takes, to hand a float32 over among integers."""
+    (bits,) = struct.unpack("i", struct.pack("f", number))
+    return bits
+
+
+class Function:
+    """A compiled function of so many integers."""
+
+    def __init__(self, write: Callable[..., None], arguments: int):
+        """write: gets the code, the number of the thread that runs it, how many run it, and the integers."""
+        module = ir.Module()
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), "run")
+        code = Code(function)
+        threads = [code.ir.sext(code.intrinsic(name, I32).of, I64) for name in OF_THREADS]
+        places = [code.ir.gep(function.args[0], [I64(index)], source_etype=I64) for index in range(arguments)]
+        given = [*threads, *(code.ir.load(place, typ=I64) for place in places)]
+        write(code, *(Value(code, value) for value in given))
+        code.ir.ret_void()
+        self._engine = _compiled(str(module))  # owns the code
+        self._address = self._engine.get_function_address(function.name)
+        self._alone = _FUNCTION(self._address)
+        self._array = ctypes.c_int64 * arguments
+
+    def __call__(self, *arguments: int) -> None:
+        """In as many threads as PyTorch computes in; returns when all have."""
+        parallel()(self._address, self._given(arguments), torch.get_num_threads(), 0)  # type: ignore[misc]
+
+    def alone(self, *arguments: int) -> None:
+        """In this thread, which is the first and only one."""
+        self._alone(self._given(arguments))
+
+    def _given(self, arguments: tuple[int, ...]) -> ctypes.Array:
+        if len(arguments) != self._array._length_:
+            raise TypeError(f"{self._array._length_} arguments, not {len(arguments)}")
+        return self._array(*arguments)
+
+
+def _compiled(text: str) -> binding.ExecutionEngine:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    cpu, features = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
+    target = binding.Target.from_default_triple()
+    machine = target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True)  # the engine's, which frees it
+    parsed = binding.parse_assembly(text)
+    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
+    passes.getModulePassManager().run(parsed, passes)
+    engine = binding.create_mcjit_compiler(parsed, machine)
+    engine.finalize_object()
+    return engine
+
+
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -40,9 +40,15 @@ def multiplies_pairs(dtype: torch.dtype, size: int = 0) -> bool:
 
 
 @functools.cache
+def features() -> dict[str, bool]:
+    """What this CPU has, by LLVM's names; without AVX512 and what came after it if PyTorch leaves that out."""
+    left_out = () if lanes() == 16 else ("avx512", "avx10", "amx")
+    return {name: has and not name.startswith(left_out) for name, has in binding.get_host_cpu_features().items()}
+
+
 def cpu_has(feature: str) -> bool:
     """By LLVM's name."""
-    return bool(binding.get_host_cpu_features().get(feature))
+    return features().get(feature, False)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from llvmlite import binding, ir
 
-from .cpu import OF_THREADS, parallel
+from .cpu import OF_THREADS, features, lanes, parallel
 from .machine_code import I32, I64, POINTER, Code, Value
 
 
@@ -61,9 +61,10 @@ class Function:
 def _compiled(text: str) -> binding.ExecutionEngine:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    cpu, features = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
+    cpu = binding.get_host_cpu_name() if lanes() == 16 else "x86-64-v3"  # AVX2, where others may mean AVX512
+    names = ",".join(f"{'+' if has else '-'}{name}" for name, has in features().items())
     target = binding.Target.from_default_triple()
-    machine = target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True)  # the engine's, which frees it
+    machine = target.create_target_machine(cpu=cpu, features=names, opt=3, jit=True)  # the engine's, which frees it
     parsed = binding.parse_assembly(text)
     passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
     passes.getModulePassManager().run(parsed, passes)

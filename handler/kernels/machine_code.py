@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from llvmlite import ir
 
-from .cpu import cpu_has, lanes
+from .cpu import lanes, multiplies_pairs
 
 LINE = 64  # bytes of the CPU's caches
 _I8, _I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -285,7 +285,7 @@ class Code:
     def narrowed(self, values: Value, dtype: torch.dtype) -> ir.Value:
         """The bits of float32 as numbers of 16 bits, rounded to the nearest one, or to the even one of two."""
         halves = ir.VectorType(_I16, lanes())
-        if dtype == torch.float16 or cpu_has("avx512bf16"):
+        if dtype == torch.float16 or multiplies_pairs(dtype):
             kind = ir.HalfType() if dtype == torch.float16 else _BF16
             return self.ir.bitcast(self.ir.fptrunc(values.of, ir.VectorType(kind, lanes())), halves)
         integers = ir.VectorType(I32, lanes())

@@ -27,6 +27,23 @@ def lacking(monkeypatch):
     return widened
 
 
+@pytest.mark.parametrize(
+    "capability, features, trusted",
+    [
+        ("AVX512", {"avx512f"}, False),  # oneDNN takes bfloat16 there, and is slow
+        ("AVX512", {"avx512f", "avx512bf16"}, True),
+        ("AVX512", {"amx-bf16"}, True),
+        ("DEFAULT", set(), True),  # no x86
+    ],
+)
+def test_bfloat16_is_had_where_there_are_instructions(monkeypatch, capability, features, trusted):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(cpu_linear, "cpu_has", lambda feature: feature in features)
+    taken = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert cpu_linear.cpu_lacks(torch.bfloat16) == (not taken or not trusted)
+    assert not cpu_linear.cpu_lacks(torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, biased", [((16, 24), True), ((2, 9, 24), False), ((1, 24), True)])
 def test_it_is_the_exact_product_rounded_once(monkeypatch, dtype, shape, biased):

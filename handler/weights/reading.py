@@ -13,6 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
+from .page_cache import cached_pages
+
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 4096  # bytes, which direct reads need of offsets, sizes and addresses
@@ -166,6 +168,8 @@ class Reader:
         tensor before it may have a part, and let go of it. True where nobody can tell."""
         try:
             file, at = self._file(piece.path, direct=False), piece.start + min(ALIGNMENT, piece.needed - 1)
+            if (pages := cached_pages(file.fileno(), at, 1)) is not None:
+                return pages > 0
             return os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT) == 1
         except BlockingIOError:
             return False

@@ -24,7 +24,7 @@ from handler.weights.cpu_linear import widens
 
 MATRICES = [(1024, 4096), (4096, 1024), (576, 3072), (1024, 250880)]  # in, out
 ROWS = (1, 8, 32, 128, 256)
-WIDENED_ROWS = (1, 8, 32, 1000)
+WIDENED_ROWS = (1, 8, 32, 256)
 HEADS = [(1, 16, 16, 96), (8, 16, 16, 96), (32, 16, 16, 96), (32, 16, 16, 1000), (32, 9, 3, 96), (1, 9, 3, 2000)]
 PROMPTS = [  # rows, heads, key heads, new tokens, columns
     (1, 16, 16, 1000, 1000),

@@ -5,8 +5,7 @@ for a prompt and for rows that decode. BLOOM's attention goes so in every dtype,
 without making it a mask for all heads. The sizes are right for a CPU's caches; on a GPU they were not measured.
 
 Scores are rounded to the dtype between the products, as in the library's "eager" attention; the softmax counts in
-float32 (python -m benchmarks.step, python -m benchmarks.attention). Rows of one new token have a kernel, where it takes
-them.
+float32 (python -m benchmarks.step, python -m benchmarks.attention). Only what handler/kernels does not take goes so.
 """
 
 import torch

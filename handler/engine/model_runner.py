@@ -58,7 +58,7 @@ class ModelRunner:
         self._takes_position_ids = architecture.takes_position_ids
         self._config = model.config.get_text_config()
         self._window, self._longrope_border = architecture.sliding_window, architecture.longrope_border
-        widens = cpu_lacks(model.dtype) and (self.streams_weights or has_plain_matrices(model))
+        widens = cpu_lacks(model.dtype) and has_plain_matrices(model)
         self._products = WideLinear if widens else nullcontext  # which looks at each operator
 
     @property

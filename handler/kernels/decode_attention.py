@@ -10,15 +10,14 @@ import functools
 
 import torch
 
-from .cpu import has_code_for, lanes, multiplies_pairs
+from .attention import LEAST, is_enough, is_taken, visible
+from .cpu import lanes, multiplies_pairs
 from .function import Function, bits_of_float, share
 from .machine_code import Code, Place, Value, Variable
 
 _KEYS_AT_ONCE = 256
 _MOST_SHARED = 8  # queries of a key head: more make products that torch.bmm is good at
-FEW_COLUMNS = 1024  # one thread is quick enough with; where more are, each half of the threads has key heads to do
 _MOST_SUMS = 24  # vectors that registers hold beside others, with AVX512
-_LEAST = torch.finfo(torch.bfloat16).min  # a hidden score: not infinite, so that who sees nothing sees all alike
 
 
 def can_decode(
@@ -29,21 +28,11 @@ def can_decode(
     bias: torch.Tensor | None = None,
 ) -> bool:
     """Whether `decode_attention` takes these, and is worth it."""
-    rows, heads, new, size = query.shape
+    rows, heads, new, _ = query.shape
     kv_heads, columns = key.shape[1:3]
-    if new != 1 or 0 in (rows, kv_heads, columns) or not _has_function(query.dtype, size):
+    if new != 1 or not is_taken(query, key, value, mask, bias):
         return False
-    return (
-        key.shape == value.shape == (rows, kv_heads, columns, size)
-        and heads % kv_heads == 0
-        and heads // kv_heads <= _MOST_SHARED
-        and query.stride(3) == key.stride(3) == value.stride(3) == 1
-        and query.device.type == key.device.type == value.device.type == "cpu"
-        and query.dtype == key.dtype == value.dtype
-        and (mask is None or _is_one_for_all_heads(mask, query.dtype, rows, columns))
-        and (bias is None or is_for_each_head(bias, query.dtype, rows * heads, columns))
-        and (columns <= FEW_COLUMNS or 2 * rows * kv_heads >= torch.get_num_threads())
-    )
+    return heads // kv_heads <= _MOST_SHARED and is_enough(rows * kv_heads, columns)
 
 
 def decode_attention(
@@ -71,20 +60,6 @@ def decode_attention(
         *(rows * kv_heads, kv_heads, columns, bits_of_float(scaling)),
     )
     return output
-
-
-def _is_one_for_all_heads(mask: torch.Tensor, dtype: torch.dtype, rows: int, columns: int) -> bool:
-    shape = tuple(mask.shape)
-    is_whole = shape[0] in (1, rows) and shape[1:3] == (1, 1) and shape[3] >= columns and mask.stride(3) == 1
-    return is_whole and mask.dtype in (torch.bool, dtype) and mask.device.type == "cpu"
-
-
-def is_for_each_head(bias: torch.Tensor, dtype: torch.dtype, heads: int, columns: int) -> bool:
-    return bias.dtype == dtype and bias.shape == (heads, 1, columns) and bias.device.type == "cpu"
-
-
-def _has_function(dtype: torch.dtype, size: int) -> bool:
-    return has_code_for(dtype) and size % lanes() == 0
 
 
 @functools.cache
@@ -147,7 +122,7 @@ class _Writer:
         code, shared, size = self._code, self._shared, self._size
         seen = self._seen_columns(mask)
         for room, floats, number in (
-            (self._best, shared * lanes(), _LEAST),
+            (self._best, shared * lanes(), LEAST),
             (self._totals, shared * lanes(), 0.0),
             (self._sums, shared * size, 0.0),
         ):
@@ -182,12 +157,7 @@ class _Writer:
             return columns
         with code.loop(0, columns, lanes()) as start:
             within = code.first_lanes(columns - start)
-            if mask.dtype == torch.bool:
-                visible = mask[start].booleans(within)
-            else:
-                added = code.where(within, mask[start].floats(within), code.number(_LEAST))
-                visible = added > torch.finfo(mask.dtype).min / 2
-            with code.when(code.any_of(visible)):
+            with code.when(code.any_of(visible(code, mask[start], within))):
                 seen.set(code.least(start + lanes(), columns))
         return code.where(seen.get() > 0, seen.get(), columns)
 
@@ -197,8 +167,8 @@ class _Writer:
         """Of one query with `count` keys, as many at a time as there are lanes. Values are fetched meanwhile."""
         code, in_vector = self._code, self._in_vector
         parts = range(0, self._size, in_vector)
-        query_parts = [self._vector(query[part]) for part in parts]
-        least, best = code.number(_LEAST), Variable(code, code.number(_LEAST))
+        query_parts = [query[part].vector(self._computed) for part in parts]
+        least, best = code.number(LEAST), Variable(code, code.number(LEAST))
         with code.loop(0, count, lanes()) as start:
             products = []
             for lane in range(lanes()):
@@ -206,7 +176,7 @@ class _Writer:
                 values[column * self._value_column].fetch(self._size * self._dtype.itemsize)
                 key, product = keys[column * self._key_column], code.number(0.0)
                 for part, query_part in zip(parts, query_parts, strict=True):
-                    product = code.multiply_add(self._vector(key[part]), query_part, product, self._computed)
+                    product = code.multiply_add(key[part].vector(self._computed), query_part, product, self._computed)
                 products.append(product)
             within = code.first_lanes(count - start)
             scores = _sums_of_lanes(code, products) * self._scaling
@@ -268,7 +238,7 @@ class _Writer:
         numbers of each eight, then the four others, which is one instruction."""
         parts = []
         for at in range(0, self._size, self._in_vector):
-            vectors = [self._vector(column[at]) for column in columns]
+            vectors = [column[at].vector(self._computed) for column in columns]
             if not self._pairs:
                 parts += vectors
                 continue
@@ -277,9 +247,6 @@ class _Writer:
                 both = [number for lane in first for number in (lane, lane + self._in_vector)]
                 parts.append(self._code.shuffle_halves(vectors[0], vectors[1], both))
         return parts
-
-    def _vector(self, place: Place) -> Value:
-        return place.bits() if self._pairs else place.numbers()
 
     def _write_output(self, index: Value, output: Place) -> None:
         code = self._code

@@ -123,6 +123,10 @@ class Place:
             return self.bits()
         return code.widened(code.ir.load(self.of, typ=ir.VectorType(_I16, lanes()), align=2), self.dtype)
 
+    def vector(self, computed: torch.dtype) -> Value:
+        """What is multiplied in a dtype: as it lies there if that is its own, or widened."""
+        return self.bits() if computed == self.dtype else self.numbers()
+
     def spread_bits(self) -> Value:
         """The first float32, or pair of bfloat16, in every lane."""
         return self._code.same(self._code.ir.load(self.of, typ=_F32, align=self.dtype.itemsize))

@@ -245,8 +245,7 @@ class _Writer:
                 with code.when(lines > least - 1):
                     ahead[step * lines * line + first * line].fetch(count * LINE)
             here = matrix[step * (_PANEL * in_step)]
-            places_here = [here[at * lanes() * in_step] for at in range(self._vectors)]
-            vectors = [place.numbers() if self._widens else place.bits() for place in places_here]
+            vectors = [here[at * lanes() * in_step].vector(self._dtype) for at in range(self._vectors)]
             for row, row_totals in enumerate(totals):
                 number = inputs[columns * row + step * in_step].spread_bits()
                 for vector, total in zip(vectors, row_totals, strict=True):

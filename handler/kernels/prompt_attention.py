@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from .cpu import cpu_has, has_code_for, lanes, multiplies_pairs
-from .decode_attention import FEW_COLUMNS, is_for_each_head
+from .attention import LEAST, is_enough, is_taken, visible
+from .cpu import cpu_has, lanes, multiplies_pairs
 from .function import Function, bits_of_float, share
 from .machine_code import Code, Place, Value, Variable
 
@@ -19,7 +19,6 @@ _QUERIES = 6  # at a time, so that registers hold their sums
 _CHUNK = 16 * _QUERIES  # for which a block of keys is turned once
 _KEYS = 64  # in a block
 _MOST_DIMENSIONS = 512  # of a head: what a chunk of it takes is on the thread's stack
-_LEAST = torch.finfo(torch.bfloat16).min  # a hidden score: not infinite, so that who sees nothing gets numbers
 
 
 def can_attend(
@@ -32,23 +31,11 @@ def can_attend(
     """Whether `prompt_attention` takes these."""
     rows, heads, new, size = query.shape
     kv_heads, columns = key.shape[1:3]
-    if new < 2 or 0 in (rows, kv_heads) or columns < new or not has_code_for(query.dtype):
+    if new < 2 or columns < new or size > _MOST_DIMENSIONS or not is_taken(query, key, value, mask, bias):
         return False
-    chunks = rows * kv_heads * -(-new * heads // (kv_heads * _CHUNK))
     if query.dtype == torch.bfloat16 and cpu_has("amx-bf16"):  # two products are fast there, how fast was not measured
         return False
-    return (
-        size % lanes() == 0
-        and size <= _MOST_DIMENSIONS
-        and key.shape == value.shape == (rows, kv_heads, columns, size)
-        and heads % kv_heads == 0
-        and query.stride(3) == key.stride(3) == value.stride(3) == 1
-        and query.device.type == key.device.type == value.device.type == "cpu"
-        and query.dtype == key.dtype == value.dtype
-        and (mask is None or _is_one_for_all_heads(mask, query, columns))
-        and (columns <= FEW_COLUMNS or 2 * chunks >= torch.get_num_threads())
-        and (bias is None or is_for_each_head(bias, query.dtype, rows * heads, columns))
-    )
+    return is_enough(rows * kv_heads * -(-new * heads // (kv_heads * _CHUNK)), columns)
 
 
 def prompt_attention(
@@ -77,12 +64,6 @@ def prompt_attention(
         *(rows, heads, kv_heads, new, columns, bits_of_float(scaling)),
     )
     return output
-
-
-def _is_one_for_all_heads(mask: torch.Tensor, query: torch.Tensor, columns: int) -> bool:
-    rows, _, new, _ = query.shape
-    is_whole = mask.shape[0] in (1, rows) and mask.shape[1:3] == (1, new) and mask.shape[3] >= columns
-    return is_whole and mask.stride(3) == 1 and mask.dtype in (torch.bool, query.dtype) and mask.device.type == "cpu"
 
 
 @functools.cache
@@ -195,15 +176,9 @@ class _Writer:
         with code.loop(start, stop) as index:
             of_query = mask[self._positions[index].integer() * self._mask_new + column]
             for at in range(0, _KEYS, lanes()):
-                visible = self._visible(of_query[at], keys - at)
-                seen.set(code.where(visible, code.number(1.0), seen.get()))
+                is_seen = visible(code, of_query[at], code.first_lanes(keys - at))
+                seen.set(code.where(is_seen, code.number(1.0), seen.get()))
         return code.when(code.any_of(seen.get() > 0.0))
-
-    def _visible(self, mask: Place, keys: Value) -> Value:
-        code, within = self._code, self._code.first_lanes(keys)
-        if mask.dtype == torch.bool:
-            return mask.booleans(within)
-        return code.where(within, mask.floats(within), code.number(_LEAST)) > torch.finfo(mask.dtype).min / 2
 
     def _write_start(self, row: Value, head: Value, first: Value, count: Value, tiles: Value) -> None:
         """Queries, of which the last is there again until its tile is full, and where they come from."""
@@ -215,21 +190,20 @@ class _Writer:
             self._query_heads[index].store_integer(own)
             source = self._query[row * self._query_row + own * self._query_head + position * self._query_new]
             for at in range(0, self._units, lanes()):
-                self._queries[index * self._units + at].store(self._unit_vector(source[at * self._in_unit]))
-            self._best[index * lanes()].store(code.number(_LEAST))
+                self._queries[index * self._units + at].store(source[at * self._in_unit].vector(self._computed))
+            self._best[index * lanes()].store(code.number(LEAST))
             self._totals[index * lanes()].store(code.number(0.0))
             for at in range(0, self._size, lanes()):
                 self._sums[index * self._size + at].store(code.number(0.0))
-
-    def _unit_vector(self, place: Place) -> Value:
-        return place.bits() if self._pairs else place.numbers()
 
     def _write_keys(self, key: Place, column: Value) -> None:
         """Units of one dimension of all keys of a block are side by side."""
         code, last = self._code, self._columns - 1
         with code.loop(0, _KEYS, lanes()) as at, code.loop(0, self._units, lanes()) as unit:
             vectors = [
-                self._unit_vector(key[code.least(column + at + lane, last) * self._key_column + unit * self._in_unit])
+                key[code.least(column + at + lane, last) * self._key_column + unit * self._in_unit].vector(
+                    self._computed
+                )
                 for lane in range(lanes())
             ]
             for lane, vector in enumerate(code.transposed(vectors)):
@@ -278,7 +252,7 @@ class _Writer:
 
     def _write_weights(self, query: Value, index: Value, mask: Place, bias: Place, keys: Value, column: Value) -> None:
         """A query's scores become weights, and what it has so far is to be multiplied by its factor."""
-        code, least = self._code, self._code.number(_LEAST)
+        code, least = self._code, self._code.number(LEAST)
         position = self._positions[query].integer()
         if self._is_biased:
             bias = bias[self._query_heads[query].integer() * self._columns]

@@ -90,9 +90,8 @@ def can_pack_all(model: PreTrainedModel) -> bool:
     tensor, for instance. The model may be on the meta device."""
     if not _packs(model):
         return False
-    packed = {model.get_submodule(name).weight for name in matrices(model, None)}
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    return all(weight.dim() < 2 or weight in packed or weight in embeddings for weight in model.parameters())
+    found = {model.get_submodule(name).weight for name in matrices(model, None)} | _embedded(model)
+    return all(weight.dim() < 2 or weight in found for weight in model.parameters())
 
 
 def _packs(model: PreTrainedModel) -> bool:
@@ -100,13 +99,19 @@ def _packs(model: PreTrainedModel) -> bool:
     return is_x86 and not getattr(model.config, "slow_but_exact", False)  # BLOOM's, whose code slices weights
 
 
+def _embedded(model: nn.Module) -> set[torch.Tensor]:
+    """What embeddings look up."""
+    return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
 def has_plain_matrices(model: nn.Module) -> bool:
-    """Whether 16-bit matrices are in memory that are not packed, besides those that embeddings look up."""
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    return any(
+    """Whether 16-bit matrices are multiplied that are not packed: what steps bring to the device that computes, and
+    what is in memory, but for what embeddings look up."""
+    embedded = _embedded(model)
+    return any(hook.offload for module in model.modules() for hook in align_hooks(module)) or any(
         matrix.dim() > 1 and matrix.itemsize == 2 and matrix.device.type == "cpu" and not _is_packed(matrix)
         for name, matrix in model.named_parameters()
-        if matrix not in embeddings and not name.endswith("_scale")  # of integers
+        if matrix not in embedded and not name.endswith("_scale")  # of integers
     )
 
 
@@ -133,11 +138,10 @@ def products_of(model: PreTrainedModel, main_device: str, packed: int) -> str:
         return dtype
     if getattr(model, "is_quantized", False):
         return f"integers, for {dtype}"
-    streams = any(hook.offload for module in model.modules() for hook in align_hooks(module))
     words = [dtype]
     if packed:
         words.append(f"{packed / 1e9:.2f} GB packed" + (" and multiplied in float32" if widens(model.dtype) else ""))
-    if cpu_lacks(model.dtype) and (streams or has_plain_matrices(model)):
+    if cpu_lacks(model.dtype) and has_plain_matrices(model):
         words.append(("the rest " if packed else "") + "of many rows in blocks of float32")
     return ", ".join(words)
 

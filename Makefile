@@ -31,7 +31,7 @@ PIP_INSTALL := $(PIP) --no-deps -r
 COMPILE := .venv/bin/uv pip compile --universal --generate-hashes --no-annotate --no-header --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop predict download shard zip archive upload releases plan manifest deploy test test-fast lint lock bench clean
+.PHONY: help setup demo serve stop predict download shard zip archive upload releases plan manifest deploy test test-fast test-gpu lint lock bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -134,6 +134,9 @@ test: $(READY) $(READY_KSERVE_OLD) ## every test, the real TorchServe among them
 
 test-fast: $(READY) $(READY_KSERVE_OLD) ## the tests that start no server and do not search long
 	$(PYTEST) -m "not e2e and not cloud and not slow"
+
+test-gpu: $(READY) ## on a machine with a GPU: the tests of what computes there
+	TEST_DEVICE=cuda $(PYTEST) tests/engine tests/weights
 
 lint: $(READY) ## ruff and mypy
 	.venv/bin/ruff check .

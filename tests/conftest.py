@@ -9,6 +9,11 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests import clouds
 
+# A machine with a GPU runs the same tests as any other; those that a GPU can run, it runs with TEST_DEVICE=cuda.
+ON_GPU = os.environ.get("TEST_DEVICE") == "cuda"
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # What `make test-fast` leaves out besides servers and stores: files and tests that search long.
 SLOW = (
     "test_equality.py",
@@ -21,11 +26,25 @@ SLOW = (
     "test_what_is_missing_is_named",
     "test_a_real_group",
 )
+# What `make test-gpu` runs: what computes on the device that there is.
+GPU_TESTS = (
+    "test_onloading.py",
+    "test_cuda_graphs.py",
+    "test_architectures.py",
+    "test_equality.py",
+    "test_draft_model.py",
+    "test_kv_cache.py",
+    "test_prefix_cache.py",
+    "test_requests.py",
+    "test_speculation.py",
+)
 STORES = ["s3", "gcs", "azure"]
 
 
 def pytest_collection_modifyitems(items):
     """The longest first, so that all processes end at the same time."""
+    if ON_GPU:
+        items[:] = [item for item in items if item.path.name in GPU_TESTS]
     for item in items:
         if "cloud_server" in item.fixturenames:
             item.add_marker("cloud")

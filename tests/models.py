@@ -8,6 +8,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # that models compute on
+
 CORPUS = [
     "My dog is cute and my cat is not.",
     "The quick brown fox jumps over the lazy dog, again and again.",

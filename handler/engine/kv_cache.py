@@ -40,8 +40,8 @@ class ForwardContext:
         where other rows are twice as long.
     store_shape: rows and columns that the store must have.
     is_ragged: whether rows differ in length. Only then are set:
-    rows, steps, columns: int64 [tokens]. New token i, found at [rows[i], steps[i]] of the forward's keys, counting
-        rows from first_row, goes to column columns[i] of that row.
+    rows, steps, columns: int64 [tokens], on the CPU unless `direct_to` made them. New token i, found at [rows[i],
+        steps[i]] of the forward's keys, counting rows from first_row, goes to column columns[i] of that row.
     slots: int64 [tokens * kv_heads], where the new tokens go in a store seen as [rows * kv_heads * columns, head_dim];
         by its kv heads, columns and device.
     """
@@ -64,6 +64,7 @@ class KVCache(Cache):
 
     def __init__(self, max_tokens: int, max_bytes: int | None, bytes_per_token: int):
         self.context, self.prefixes = ForwardContext(), PrefixCache()
+        self.version = 0  # of where the stores lie in memory
         self._max_tokens, self._max_bytes, self._bytes_per_token = max_tokens, max_bytes, bytes_per_token
         super().__init__(layer_class_to_replicate=partial(RowLayer, self))  # type: ignore[arg-type]
 
@@ -85,6 +86,19 @@ class KVCache(Cache):
         """Bytes that the next forward allocates for more rows and columns."""
         more = math.prod(self.context.store_shape) - math.prod(self._allocated)
         return max(0, more) * self.bytes_per_token
+
+    @property
+    def growth_is_due(self) -> bool:
+        """Whether the next forward makes the stores of another size."""
+        return self.context.store_shape != self._allocated
+
+    def direct_to(self, columns: torch.Tensor) -> None:
+        """Let the forward that is prepared, of one token a row, read from a tensor of the GPU where each row's goes:
+        columns, int64 [rows]. It shows each row all that the mask shows, whatever its length."""
+        context = self.context
+        context.past_length, context.is_ragged = context.kv_length - 1, True
+        context.rows, context.columns = torch.arange(len(columns), device=columns.device), columns
+        context.slots = {}
 
     def prepare_forward(
         self, first_row: int, lengths: Sequence[int], num_new_tokens: Sequence[int], shape: tuple[int, int]
@@ -222,6 +236,7 @@ class RowLayer(CacheLayerMixin):
         if self.keys.shape[0] != rows or self.keys.shape[2] != columns:
             resized = _resized(self.keys, rows, columns), _resized(self.values, rows, columns)
             self.keys, self.values = resized  # both or none: the second may be one too many for the memory
+            self._cache.version += 1
 
     def _write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         context = self._cache.context
@@ -242,7 +257,8 @@ class RowLayer(CacheLayerMixin):
         context, (_, heads, columns, _) = self._cache.context, store.shape
         key = heads, columns, store.device
         if key not in context.slots:
-            of_heads = (context.first_row + context.rows).unsqueeze(1) * heads + torch.arange(heads)
+            head = torch.arange(heads, device=context.rows.device)
+            of_heads = (context.first_row + context.rows).unsqueeze(1) * heads + head
             context.slots[key] = (of_heads * columns + context.columns.unsqueeze(1)).flatten().to(store.device)
         return context.slots[key]
 

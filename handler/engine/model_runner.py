@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from handler.weights.placement import align_hooks
 from .architecture import Architecture
 from .attention import UNSEEN, gpt_neo_sees, key_positions, longrope_by_row, window_masks
 from .capacity import activation_bytes, kv_copy_bytes
+from .cuda_graphs import DecodeGraphs, can_replay
 from .heap import release_freed_memory, reusing_blocks
 from .kv_cache import ForwardContext, KVCache
 from .scheduler import Batch
@@ -58,6 +60,9 @@ class ModelRunner:
         self._takes_position_ids = architecture.takes_position_ids
         self._config = model.config.get_text_config()
         self._window, self._longrope_border = architecture.sliding_window, architecture.longrope_border
+        # What is done around a forward for these is not in its graph.
+        is_plain = self._longrope_border is None and self._config.model_type != "gpt_neo"
+        self._graphs = DecodeGraphs(model, cache) if is_plain and can_replay(model) else None
         widens = cpu_lacks(model.dtype) and has_plain_matrices(model)
         self._products = WideLinear if widens else nullcontext  # which looks at each operator
 
@@ -69,7 +74,8 @@ class ModelRunner:
     def forward(self, batch: Batch) -> torch.Tensor:
         """Run a batch; the cache holds its new tokens afterwards. To be called in inference mode.
 
-        Returns logits [sum(batch.logits_to_keep), vocab] in the model's dtype, the sequences one after the other.
+        Returns logits [sum(batch.logits_to_keep), vocab] in the model's dtype, the sequences one after the other, until
+        the next forward.
         """
         sequences, num_new_tokens = batch.sequences, batch.num_scheduled_tokens
         lengths = [sequence.num_cached_tokens for sequence in sequences]
@@ -92,7 +98,8 @@ class ModelRunner:
             inputs["position_ids"] = torch.where(new < count, length + new, 0).to(self.device)
         with ExitStack() as during:
             during.enter_context(reusing_blocks())
-            during.enter_context(self._head_sees_only(keep))
+            if not keep.all():
+                during.enter_context(self._head_sees_only(keep))
             during.enter_context(self._products())
             inputs["attention_mask"] = self._attention_mask(length, count, context, during)
             border = self._longrope_border
@@ -100,10 +107,19 @@ class ModelRunner:
             # Drafts may be beyond the border that their sequence is not at yet.
             if border is not None and (any(is_long) or (length + count).max() > border):
                 during.enter_context(longrope_by_row(self._model, torch.tensor(is_long), border))
-            logits = self._model(**inputs).logits
+            logits = self._replayed(inputs, lengths) if keep.all() else None
+            if logits is None:
+                logits = self._model(**inputs).logits.flatten(0, -2)
+        if self.streams_weights and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # who measures what a forward costs looks at a clock
         if batch.num_positions >= _MANY_POSITIONS:
             release_freed_memory()
         return logits
+
+    def _replayed(self, inputs: dict[str, Any], lengths: list[int]) -> torch.Tensor | None:
+        if self._graphs is None:
+            return None
+        return self._graphs.forward(inputs, lengths, lambda: self._model(**inputs).logits.flatten(0, -2))
 
     def _bytes_to_come(self, context: ForwardContext) -> int:
         """More keys and values, copies of them, activations."""
@@ -136,8 +152,10 @@ class ModelRunner:
         another.
         """
 
+        kept = keep.flatten().nonzero().squeeze(1)  # here: a GPU would be waited for to know how many
+
         def select(module, args):
-            return (args[0][keep.to(args[0].device)],)  # [kept positions, hidden]
+            return (args[0].flatten(0, 1).index_select(0, kept.to(args[0].device)),)  # [kept positions, hidden]
 
         handle = self._head.register_forward_pre_hook(select)
         try:
@@ -148,7 +166,7 @@ class ModelRunner:
 
 def _input_device(model: PreTrainedModel) -> torch.device:
     """Where the model wants its inputs; `model.device` may be "meta" when layers are offloaded."""
-    for hook in align_hooks(model):
+    for hook in (hook for module in model.modules() for hook in align_hooks(module)):  # the model's own first
         if hook.execution_device is not None:
             return torch.device(hook.execution_device)
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from handler.engine.architecture import Architecture
+from tests.models import DEVICE
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 VOCAB, EOS, CONTEXT, WINDOW, BORDER = 320, 0, 96, 8, 24
@@ -74,7 +75,7 @@ class Case:
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.3, generator=generator)
-        return model.eval()
+        return model.eval().to(DEVICE)
 
 
 RUNS = [

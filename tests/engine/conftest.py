@@ -19,7 +19,7 @@ from transformers import (
 
 from handler.engine.model_runner import ModelRunner
 from handler.weights.packed import pack_weights
-from tests.models import train_tokenizer
+from tests.models import DEVICE, train_tokenizer
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
 
@@ -56,20 +56,21 @@ def _config(kind: str):
 def make_model(kind: str):
     """A float32 model with its weights in memory."""
     torch.manual_seed(7)
-    return AutoModelForCausalLM.from_config(_config(kind)).eval()
+    return AutoModelForCausalLM.from_config(_config(kind)).eval().to(DEVICE)
 
 
 @functools.cache
 def reference(kind: str, prompt: tuple[int, ...], new: int = 24) -> list[int]:
     """What `model.generate` makes of this prompt when it is alone. A shorter answer is its beginning."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=DEVICE)
     out = make_model(kind).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
     return out[0, len(prompt) :].tolist()
 
 
 @functools.cache
 def offloaded_model(kind: str, on_disk: tuple[int, ...]):
-    """The same weights through Accelerate: layers `on_disk` are read anew in every forward, the others are packed."""
+    """The same weights through Accelerate: layers `on_disk` are read anew in every forward, the second one from memory
+    where a GPU computes; the others stay on the device, packed on a CPU."""
     model = make_model(kind)
     if not on_disk:
         return model
@@ -77,12 +78,14 @@ def offloaded_model(kind: str, on_disk: tuple[int, ...]):
     model.save_pretrained(folder)
     base = model.base_model_prefix
     stack = "h" if hasattr(model.base_model, "h") else "layers"
-    places = {f"{base}.{name}": "cpu" for name, _ in model.base_model.named_children() if name != stack}
-    places |= {f"{base}.{stack}.{i}": "disk" if i in on_disk else "cpu" for i in range(3)}
+    main: int | str = "cpu" if DEVICE.type == "cpu" else 0
+    places = {f"{base}.{name}": main for name, _ in model.base_model.named_children() if name != stack}
+    away = {0: "disk", 1: "disk" if main == "cpu" else "cpu", 2: "disk"}
+    places |= {f"{base}.{stack}.{i}": away[i] if i in on_disk else main for i in range(3)}
     model = AutoModelForCausalLM.from_pretrained(
-        folder, device_map=places | {"lm_head": "cpu"}, offload_folder=tempfile.mkdtemp()
+        folder, device_map=places | {"lm_head": main}, offload_folder=tempfile.mkdtemp()
     )
-    assert pack_weights(model)
+    assert pack_weights(model) or main == 0
     return model
 
 

@@ -19,7 +19,7 @@ assert any(p < BORDER < p + n for p, n in VISITORS) and all(p + n > 2 * WINDOW f
 
 
 def alone(model, prompt: list[int], new: int) -> list[int]:
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
     return out[0, len(prompt) :].tolist()
 

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from handler.engine import Request, draft_model, scheduler, speculation
 from handler.engine.draft_model import DraftModel
 from handler.engine.forward_cost import ForwardCost
+from tests.models import DEVICE
 
 from .conftest import KINDS, VOCAB, make_model, prompt_ids, reference
 from .test_speculation import ANY_TEXT, REQUESTS, answers, make_engine
@@ -29,7 +30,7 @@ def engine_with(draft, kind="llama", seconds=0.0, **config):
 def noisy(kind):
     """The model with other weights here and there: right at times."""
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(make_model(kind).config).eval()
+    model = AutoModelForCausalLM.from_config(make_model(kind).config).eval().to(DEVICE)
     model.load_state_dict(make_model(kind).state_dict())
     with torch.no_grad():
         for parameter in model.parameters():

@@ -20,6 +20,7 @@ from transformers import (
 from handler.engine import Engine, EngineConfig, Request, UnsupportedModel
 from handler.engine.architecture import Architecture
 from handler.engine.kv_cache import KVCache
+from tests.models import DEVICE
 
 from .conftest import VOCAB, make_model, prompt_ids, reference
 
@@ -196,15 +197,15 @@ WINDOWS = {
 @pytest.mark.parametrize("layers", WINDOWS)
 def test_sequences_grow_far_beyond_a_sliding_window(layers, offload, tokenizer):
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(WINDOWS[layers]).eval()
+    model = AutoModelForCausalLM.from_config(WINDOWS[layers]).eval().to(DEVICE)
     prompts = [prompt_ids(i, n) for i, n in enumerate((40, 2, 9, 21))]
     alone = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=DEVICE)
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
         alone.append(whole[0, len(prompt) :].tolist())
     if offload:
-        cpu_offload(model)
+        cpu_offload(model, DEVICE)
     engine = Engine(model, tokenizer, EngineConfig(prefill_chunk=7))
     assert engine.capacity.max_sequence_length == 128
     jobs = []
@@ -218,7 +219,7 @@ def test_sequences_grow_far_beyond_a_sliding_window(layers, offload, tokenizer):
 
 def test_padding_attends_to_something(tokenizer):
     """Softmax over nothing is no number in some kernels, and 0 x NaN is NaN wherever a weight is 0."""
-    model = AutoModelForCausalLM.from_config(WINDOWS["sliding"]).eval()
+    model = AutoModelForCausalLM.from_config(WINDOWS["sliding"]).eval().to(DEVICE)
     engine = Engine(model, tokenizer, EngineConfig(prefill_chunk=20))
     masks = []
     model.register_forward_pre_hook(

@@ -1,0 +1,138 @@
+"""A replayed forward gives what an ordinary one gives, or is not believed.
+
+What a graph captures runs anew at each replay where there is no GPU: all but the capture is tested so.
+"""
+
+import pytest
+import torch
+
+from handler.engine import Engine, EngineConfig, Request, cuda_graphs, model_runner
+from tests.models import DEVICE
+
+from .conftest import KINDS, make_model, make_tokenizer, prompt_ids, reference
+
+LENGTHS = (3, 9, 1, 20, 14, 5)
+
+
+class Rerun(cuda_graphs._Graph):
+    """Stands for a graph: the same forward, on the tensors that were there when it was made."""
+
+    def __init__(self, model, cache, inputs, lengths, pool):
+        self._inputs, self._columns = cuda_graphs._copied(inputs), torch.tensor(lengths)
+        self._graph, self._model, self._cache = self, model, cache
+
+    def replay(self, inputs, lengths):
+        for own, given in zip(cuda_graphs._tensors(self._inputs), cuda_graphs._tensors(inputs), strict=True):
+            own.copy_(given)
+        self._columns.copy_(torch.tensor(lengths))
+        self._cache.direct_to(self._columns)
+        return self._model(**self._inputs).logits.flatten(0, -2)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """graphs(kind) -> an engine, and its graphs."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(cuda_graphs, "_Graph", Rerun)
+        monkeypatch.setattr(model_runner, "can_replay", lambda model: True)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+
+    def make(kind):
+        settings = EngineConfig(max_batch_size=4, num_speculative_tokens=0, prefill_chunk=7)
+        engine = Engine(make_model(kind), make_tokenizer(), settings)
+        return engine, engine._runner._graphs
+
+    return make
+
+
+def serve(engine):
+    """Answers of rows that come and go, and whether they are what `generate` gives."""
+    jobs = []
+    for seed, length in enumerate(LENGTHS):
+        jobs.append(engine.submit(Request(prompt_ids(seed, length), {"max_new_tokens": 24})))
+        for _ in range(5):
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    return [job.sequences[0].token_ids for job in jobs]
+
+
+def expected(kind):
+    return [reference(kind, tuple(prompt_ids(seed, length)))[:24] for seed, length in enumerate(LENGTHS)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_those_of_generate(kind, graphs, monkeypatch):
+    engine, own = graphs(kind)
+    replays, replay = [], cuda_graphs._Graph.replay
+    monkeypatch.setattr(cuda_graphs._Graph, "replay", lambda *given: replays.append(1) or replay(*given))
+    assert serve(engine) == expected(kind)
+    assert own._is_on and own._trials == 0 and len(replays) > 20 and own._graphs
+
+
+def test_a_graph_that_gives_other_logits_is_not_believed(graphs, monkeypatch, caplog):
+    engine, own = graphs("llama")
+    replay = cuda_graphs._Graph.replay
+
+    def wrong(*given):
+        return replay(*given).roll(1, dims=-1)
+
+    monkeypatch.setattr(cuda_graphs._Graph, "replay", wrong)
+    assert serve(engine) == expected("llama")
+    assert not own._is_on and "other logits" in caplog.text
+
+
+def test_a_forward_that_cannot_be_captured_is_launched(graphs, monkeypatch, caplog):
+    engine, own = graphs("llama")
+
+    def fail(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(cuda_graphs._Graph, "__init__", fail)
+    assert serve(engine) == expected("llama")
+    assert not own._is_on and "not permitted" in caplog.text
+
+
+def test_no_graph_outlives_the_memory_that_it_reads(graphs, monkeypatch):
+    engine, _ = graphs("llama")
+    stores, replay = [], cuda_graphs._Graph.replay
+
+    def record(graph, *given):
+        stores.append({store.data_ptr() for store in engine._cache._stores()})
+        graph.stores = getattr(graph, "stores", stores[-1])
+        assert graph.stores == stores[-1]
+        return replay(graph, *given)
+
+    monkeypatch.setattr(cuda_graphs._Graph, "replay", record)
+    job = engine.submit(Request(prompt_ids(0, 5), {"max_new_tokens": 90, "min_new_tokens": 90}))
+    while engine.has_work:
+        engine.step()
+    assert job.error is None and stores[0] != stores[-1] and len(stores) > 60
+
+
+def test_there_are_not_too_many(graphs, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "_MOST", 2)
+    engine, own = graphs("llama")
+    most = 0
+    jobs = [engine.submit(Request(prompt_ids(n, 5), {"max_new_tokens": 6 + 4 * n})) for n in range(4)]
+    while engine.has_work:
+        engine.step()
+        most = max(most, len(own._graphs))
+    assert most == 2 and [len(job.sequences[0].token_ids) for job in jobs]
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="no GPU here")
+def test_what_the_host_must_know_cannot_be_captured(graphs, caplog):
+    """As of mixtures of experts that ask how many tokens each expert gets."""
+    engine, own = graphs("llama")
+    model = make_model("llama")
+    handle = model.model.norm.register_forward_hook(lambda *given: given[-1] * float(given[-1].isnan().sum() == 0))
+    try:
+        assert serve(engine) == expected("llama")
+    finally:
+        handle.remove()
+    assert not own._is_on and "kernel by kernel" in caplog.text
+
+
+def test_no_graphs_on_a_cpu(monkeypatch):
+    assert cuda_graphs.can_replay(make_model("llama")) == (DEVICE.type == "cuda")

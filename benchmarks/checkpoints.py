@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, BloomConfig
 
-from tests.models import train_tokenizer
+from tests.models import DEVICE, train_tokenizer
 
 WORK = Path(".run/bench")  # of every benchmark
 
@@ -18,7 +18,8 @@ def bloom_560m(folder: Path, shard_size: str = "100MB") -> Path:
     if not (folder / "model.safetensors.index.json").is_file():
         torch.manual_seed(0)
         config = BloomConfig(vocab_size=250880, hidden_size=1024, n_layer=24, n_head=16, pad_token_id=3)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        with torch.device(DEVICE):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder, max_shard_size=shard_size)
         train_tokenizer().save_pretrained(folder)
     return folder
@@ -30,7 +31,7 @@ def bloom_7b1(folder: Path) -> Path:
     if index.is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     config = BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32, pad_token_id=3)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -45,10 +46,10 @@ def bloom_7b1(folder: Path) -> Path:
             # Norms are ones, as a model's own are about; with random ones nothing but noise would come of it.
             name: torch.ones(shape)
             if "norm" in name or "ln_f" in name
-            else torch.randn(shape, generator=generator) / 50
+            else torch.randn(shape, generator=generator, device=DEVICE) / 50
             for name, shape in shapes.items()
         }
-        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
+        save_file({name: tensor.bfloat16().cpu() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
     config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A checkpoint folder -> a model across GPUs, CPU and disk, with Accelerate. GPU code is Accelerate's alone."""
+"""A checkpoint folder -> a model across GPUs, CPU and disk, with Accelerate."""
 
 import logging
 import os
@@ -29,6 +29,7 @@ from handler.memory import device_limits, free_memory, limits_beside_draft
 from handler.settings import Settings
 from handler.weights.cpu_linear import cpu_lacks, widens
 from handler.weights.files import weight_files
+from handler.weights.onloading import onload_weights
 from handler.weights.packed import can_pack_all, own_resident_weights, pack_weights, products_of
 from handler.weights.placement import Placement, device_map, max_memory, weight_bytes
 from handler.weights.quantized import quantize_modules
@@ -88,7 +89,7 @@ def load_model(folder: Path, settings: Settings, work_folder: Path, draft_folder
         offload_buffers=settings.offload_buffers,
     )
     # A model that went to one device whole has no map of its own.
-    placed = getattr(model, "hf_device_map", {"": model.device.type})
+    placed = getattr(model, "hf_device_map", {"": "cpu" if model.device.type == "cpu" else model.device.index})
     placement = Placement.of(model, placed)
     draft = None
     if draft_folder and empty_draft:
@@ -103,6 +104,8 @@ def load_model(folder: Path, settings: Settings, work_folder: Path, draft_folder
     streamed = stream_weights(model, placement.read_ahead_bytes)
     if streamed is not None:
         logger.info("what is on disk is read with %s, %.2f GB/s", streamed.reader.method, streamed.rate / 1e9)
+    if placement.main_device != "cpu":
+        onload_weights(model, placement.ring_bytes)
     return LoadedModel(model, tokenizer, placed, placement, streamed, products, draft)
 
 

@@ -44,7 +44,7 @@ def device_limits(model: PreTrainedModel, settings: Settings, free: Mapping[int 
     for device, size in free.items():
         limits[device] = size
         if device in computing:
-            usable = max(0, size - capacity.activation_bytes) * (1 - RESERVE)
+            usable = max(0, size - capacity.activation_bytes_on(device)) * (1 - RESERVE)
             held = capacity.kv_cache_bytes / len(computing) + capacity.kv_copy_bytes
             limits[device] = int(usable - min(held, usable * share))
     if computing == ["cpu"]:
@@ -106,7 +106,8 @@ def kv_cache_budget(placement: Placement, capacity: Capacity) -> int:
     layers = placement.computed_layers
     shares = []
     for device, count in layers.items():
-        taken = capacity.activation_bytes + (placement.main_device_bytes if device == placement.main_device else 0)
+        taken = capacity.activation_bytes_on(device)
+        taken += placement.main_device_bytes if device == placement.main_device else 0
         free = free_host_memory() if device == "cpu" else torch.cuda.mem_get_info(int(device.split()[1]))[0]
         if count:
             usable = max(0, int((free - taken) * (1 - RESERVE)))

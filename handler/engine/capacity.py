@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from handler.settings import EngineConfig
 
 from .architecture import Architecture
-from .block_attention import BLOCK_BYTES
+from .block_attention import BLOCK_BYTES, GPU_BLOCK_BYTES
 from .bloom import FEWEST_QUERIES
 from .heap import HEAP_BYTES
 
@@ -41,7 +41,8 @@ class Capacity:
         decodes in.
     padded_tokens: most rows x new columns of a forward, whose rows are padded to the one with the most new tokens.
     kv_cache_tokens, kv_cache_bytes: most rows x columns of the KV cache, and its most bytes.
-    activation_bytes: the most bytes of activations on a device that computes.
+    activation_bytes: the most bytes of activations on a CPU that computes.
+    gpu_activation_bytes: the same on a GPU, where attention goes by larger blocks.
     copied_layers: layers' worth of the keys and values that attention copies besides.
     kv_copy_bytes: bytes of those copies.
     max_logits: most positions in a step whose logits are computed to be sampled from.
@@ -55,6 +56,7 @@ class Capacity:
     kv_cache_tokens: int
     kv_cache_bytes: int
     activation_bytes: int
+    gpu_activation_bytes: int
     copied_layers: int
     kv_copy_bytes: int
     max_logits: int
@@ -69,6 +71,7 @@ class Capacity:
             kv_cache_bytes = min(kv_cache_bytes, config.kv_cache_memory)
         padded = min(max(idle_chunk, config.max_batch_size), tokens)
         cached = kv_cache_bytes // architecture.kv_bytes_per_token
+        step = architecture, config.max_batch_size, padded, cached, length
         return cls(
             max_sequence_length=length,
             max_prompt_tokens=config.max_prompt_tokens or length,
@@ -77,11 +80,16 @@ class Capacity:
             padded_tokens=padded,
             kv_cache_tokens=tokens,
             kv_cache_bytes=kv_cache_bytes,
-            activation_bytes=activation_bytes(architecture, config.max_batch_size, padded, cached, length),
+            activation_bytes=activation_bytes(*step),
+            gpu_activation_bytes=activation_bytes(*step, GPU_BLOCK_BYTES),
             copied_layers=architecture.copied_layers,
             kv_copy_bytes=kv_copy_bytes(architecture, kv_cache_bytes),
             max_logits=config.max_batch_size + _MOST_DRAFTS,
         )
+
+    def activation_bytes_on(self, device: int | str) -> int:
+        """On "cpu"; on a GPU, such as 0 or "gpu 0"."""
+        return self.activation_bytes if device == "cpu" else self.gpu_activation_bytes
 
     def max_width(self, lengths: Sequence[int]) -> int:
         """Most new columns of a forward whose rows hold so many tokens.
@@ -100,11 +108,13 @@ def kv_copy_bytes(architecture: Architecture, kv_cache_bytes: int) -> int:
     return kv_cache_bytes * architecture.copied_layers // max(1, architecture.num_layers)
 
 
-def activation_bytes(architecture: Architecture, rows: int, padded: int, cached: int, length: int) -> int:
+def activation_bytes(
+    architecture: Architecture, rows: int, padded: int, cached: int, length: int, block_bytes: int = BLOCK_BYTES
+) -> int:
     """The most bytes of tensors that live at the same time in a step, but for weights and all keys and values.
 
     rows: that are sampled for. padded: rows x new columns of its forward. cached: rows x columns of keys and values.
-    length: most tokens of a row.
+    length: most tokens of a row. block_bytes: of scores that block_attention.py makes at once.
     Counted in the forwards of BLOOM, Llama and GPT-2 by which tensors live at the peak;
     python -m benchmarks.plan_memory measures it.
     """
@@ -121,7 +131,7 @@ def activation_bytes(architecture: Architecture, rows: int, padded: int, cached:
         attention += padded * columns * architecture.num_attention_heads * each
     elif architecture.is_mended or item == 2:  # scores of a block of queries, and their softmax, in block_attention.py
         scores, fewest = item * architecture.num_attention_heads, FEWEST_QUERIES if architecture.is_mended else 1
-        attention += 2 * min(max(BLOCK_BYTES, scores * fewest * (cached + padded)), scores * padded * columns)
+        attention += 2 * min(max(block_bytes, scores * fewest * (cached + padded)), scores * padded * columns)
         attention += scores * cached if architecture.is_mended else 0  # what ALiBi adds
     # Four tensors of the inner size, if an activation function goes in steps.
     inner_tensors = 2 if architecture.is_mended else 4

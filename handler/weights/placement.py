@@ -16,6 +16,7 @@ from handler.settings import Settings
 logger = logging.getLogger(__name__)
 
 _READ_AHEAD = 64 << 20  # bytes of weights that are read ahead, at least
+SMALL_BYTES = 256 << 10  # smaller tensors, such as norms and biases, are brought to where they are used once, and stay
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,17 @@ class Placement:
     main_device: where Accelerate computes what lies on "cpu" or "disk": the first GPU of its map, or the CPU.
     read_ahead_bytes: memory of the host for weights of the disk tier, in use and read ahead: the largest tensor, and
         beside it the largest of a layer or many small ones, so that reading goes on while one computes.
+    ring_bytes: memory of a GPU for weights that are brought to it, in use and copied ahead: the largest tensor, and
+        beside it the largest layer or many small tensors.
+    small_bytes: of what is brought to a GPU once, and stays.
     draft_cache_bytes: keys and values of a draft model, on the main device, where its weights are a part too.
     """
 
     parts: list[Part]
     main_device: str
     read_ahead_bytes: int = 0
+    ring_bytes: int = 0
+    small_bytes: int = 0
     draft_cache_bytes: int = 0
 
     @classmethod
@@ -102,16 +108,31 @@ class Placement:
         main_device = next(iter(gpus), "cpu")
         table = _lookup_table(model) if main_device == "cpu" else None  # Accelerate brings a whole one to a GPU
         streamed: dict[str, int] = {}
+        brought: dict[str, int] = {}
         for name, parameter in model.named_parameters():
             module = max((key for key in device_map if f"{name}.".startswith(f"{key}." if key else "")), key=len)
             part, device = _decoder_layer(name) or name.rpartition(".")[0], _device_name(device_map[module])
             sizes[part, device] += parameter.nbytes
             if device == "disk" and part != table:
                 streamed[name] = parameter.nbytes
+            if main_device != "cpu" and device in ("cpu", "disk"):
+                brought[name] = parameter.nbytes
         parts = [Part(name, device, size, name == table) for (name, device), size in sizes.items()]
         of_layers = max((size for name, size in streamed.items() if _decoder_layer(name)), default=0)
         read_ahead = max(streamed.values(), default=0) + max(of_layers, _READ_AHEAD)
-        return cls(parts, main_device, min(read_ahead, sum(streamed.values())))
+        large = {name: size for name, size in brought.items() if size > SMALL_BYTES}
+        layers: dict[str | None, int] = defaultdict(int)
+        for name, size in large.items():
+            layers[_decoder_layer(name)] += size
+        layers.pop(None, None)
+        ring = max(large.values(), default=0) + max(_READ_AHEAD, *layers.values(), 0)
+        return cls(
+            parts,
+            main_device,
+            read_ahead_bytes=min(read_ahead, sum(streamed.values())),
+            ring_bytes=min(ring, sum(large.values())),
+            small_bytes=sum(brought.values()) - sum(large.values()),
+        )
 
     def with_draft(self, draft: PreTrainedModel, cache_bytes: int) -> "Placement":
         """With a draft model on the main device, which may be on the meta device yet."""
@@ -142,11 +163,10 @@ class Placement:
 
     @property
     def main_device_bytes(self) -> int:
-        """Room that the main device needs besides: for a draft model's keys and values, and for what is brought there
-        in each step: what is read ahead, on the CPU, or the largest part, on a GPU."""
-        if self.main_device == "cpu":
-            return self.draft_cache_bytes + self.read_ahead_bytes
-        return self.draft_cache_bytes + max((part.bytes for part in self.parts if self.is_streamed(part)), default=0)
+        """Room that the main device needs besides: for a draft model's keys and values, and for weights that are
+        brought there."""
+        brought = self.read_ahead_bytes if self.main_device == "cpu" else self.ring_bytes + self.small_bytes
+        return self.draft_cache_bytes + brought
 
     def is_streamed(self, part: Part) -> bool:
         return part.device == "disk" or (part.device == "cpu" and self.main_device != "cpu")

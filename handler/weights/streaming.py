@@ -22,11 +22,11 @@ import torch
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from transformers import PreTrainedModel
 
-from .placement import align_hooks
+from .foresight import Foresight
+from .placement import SMALL_BYTES, align_hooks
 from .reading import ALIGNMENT, Range, fastest_reader
 from .safetensors_format import DTYPES, read_header
 
-_SMALL = 256 << 10  # bytes; smaller tensors, such as norms and biases, are read once and stay
 _GOLDEN = (5**0.5 - 1) / 2
 _STEPS = 256  # in which the page cache's part grows, from nothing to everything
 _PATIENCE = 64  # passes in which two thirds of what the page cache has lost are forgotten
@@ -71,6 +71,7 @@ def stream_weights(model: PreTrainedModel, budget: int) -> "StreamedWeights | No
 class StreamedWeights(Mapping[str, torch.Tensor]):
     """What a model's hooks get the disk tier's tensors from, by name. For the thread that runs the model.
 
+    source: where Accelerate would have them from, and has what is in the host's memory.
     reader: reads the files, by the method that was fastest on them; rate: the bytes a second that it then reached.
     wait_seconds: for how long forwards have waited for tensors so far.
     page_cache_room: asked when a forward begins, how many bytes of the tensors the kernel's page cache may keep; set by
@@ -81,10 +82,10 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
         """names: the model's tensors in its order.
         budget: bytes of memory for tensors in use and read ahead; a tensor that has no room there gets its own.
         table: of the input embedding, where the CPU computes."""
-        self._source = source
+        self.source = source
         self._arena = _Arena(budget + 4 * ALIGNMENT)  # two large tensors, wherever they begin in their files
         self._stored = _stored_tensors(source, names)
-        small = [name for name, stored in self._stored.items() if stored.range.size <= _SMALL]
+        small = [name for name, stored in self._stored.items() if stored.range.size <= SMALL_BYTES]
         self._small = {name: source[name].clone() for name in small}
         self.reader, self.rate = fastest_reader([self._stored[name].range for name in self._large()])
         self.page_cache_room: Callable[[], int] = int
@@ -100,9 +101,7 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
         self._sizes = [0, *accumulate(piece.size for piece in self._pieces)]  # of beginnings
         self._looked_up: dict[str, _Arriving] = {}
         self.wait_seconds = 0.0
-        self._ahead: dict[str, _Arriving] = {}  # what is being read, in the order in which it will be asked for
-        self._follower: dict[str, str] = {}  # what was asked for after each tensor the last time
-        self._last: str | None = None
+        self._foresight = Foresight(self._start_ahead, _Arriving.cancel)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU. Its memory is used again when nobody holds it any more.
@@ -112,35 +111,32 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
         if name in self._small:
             return self._small[name]
         if name not in self._stored:
-            return self._source[name]  # of the CPU tier, when a GPU computes; or unknown
+            return self.source[name]  # of the CPU tier, when a GPU computes; or unknown
         if name in self._looked_up:
             return self._wait(self._looked_up.pop(name))
-        arriving = self._take(name)
-        if self._last is not None:
-            self._follower[self._last] = name
-        self._last = name
+        arriving = self._foresight.take(name) or self._start(name)
         self.read_ahead()
         try:
             return self._wait(arriving)
         except OSError:
             # It may have failed a while ago, and so may what was read ahead with it.
-            self._forget(list(self._ahead))
+            self._foresight.forget_all()
             return self._wait(self._start(name))
 
+    @property
+    def memory(self) -> np.ndarray:
+        """uint8, that tensors are read into."""
+        return self._arena.memory
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._source)
+        return iter(self.source)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def read_ahead(self) -> None:
         """Begin to read what comes next, as far as the budget allows."""
-        name = next(reversed(self._ahead), self._last)
-        while name is not None and (name := self._follower.get(name)) is not None and name not in self._ahead:
-            buffer = self._arena.take(self._stored[name].range.buffer_size)
-            if buffer is None:
-                return
-            self._ahead[name] = self._start(name, buffer)
+        self._foresight.go_on()
 
     @property
     def page_cache_bytes(self) -> int:
@@ -179,15 +175,9 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
     def _large(self) -> list[str]:
         return [name for name in self._stored if name not in self._small]
 
-    def _take(self, name: str) -> "_Arriving":
-        """What was read ahead as `name`, or else a read that begins now. What was foreseen before it is forgotten."""
-        foreseen = list(self._ahead)
-        self._forget(foreseen[: foreseen.index(name)] if name in self._ahead else foreseen)
-        return self._ahead.pop(name, None) or self._start(name)
-
-    def _forget(self, names: Sequence[str]) -> None:
-        for name in names:
-            self._ahead.pop(name).cancel()
+    def _start_ahead(self, name: str) -> "_Arriving | None":
+        buffer = self._arena.take(self._stored[name].range.buffer_size)
+        return None if buffer is None else self._start(name, buffer)
 
     def _start(self, name: str, buffer: np.ndarray | None = None) -> "_Arriving":
         """Begin to read into `buffer`, by default one of the arena, or its own where the arena has no room."""
@@ -233,7 +223,7 @@ class _Arena:
     """Memory for tensors that come and go, in one piece: to ask the kernel for more would mean to clear each page."""
 
     def __init__(self, size: int):
-        self._memory = aligned_memory(size)
+        self.memory = aligned_memory(size)
         self._used: dict[int, int] = {}  # where a piece ends that somebody holds, by where it begins
         self._returned: deque[int] = deque()  # by finalizers, which may run anywhere and so take no lock
 
@@ -246,10 +236,10 @@ class _Arena:
             if used - start >= size:
                 break
             start = end
-        if start + size > len(self._memory):
+        if start + size > len(self.memory):
             return None
         self._used[start] = start + size
-        piece = self._memory[start : start + size]
+        piece = self.memory[start : start + size]
         weakref.finalize(piece, self._returned.append, start).atexit = False
         return piece
 

@@ -90,7 +90,7 @@ def test_javas_heap_has_room_to_grow(tmp_path):
 
 
 def needs(activation_bytes, copied_layers=0):
-    return SimpleNamespace(activation_bytes=activation_bytes, copied_layers=copied_layers)
+    return SimpleNamespace(activation_bytes_on=lambda device: activation_bytes, copied_layers=copied_layers)
 
 
 def test_a_gpus_room_is_shared_by_the_layers_that_it_computes(monkeypatch):
@@ -109,7 +109,8 @@ def test_a_gpus_room_is_shared_by_the_layers_that_it_computes(monkeypatch):
 def test_what_is_streamed_has_room_beside_keys_and_values(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10_000, 10**6))
     layers = [Part("h.0", "gpu 0", 70), Part("h.1", "cpu", 50), Part("head", "disk", 3_000)]
-    assert memory.kv_cache_budget(Placement(layers, "gpu 0"), needs(1_000)) == (10_000 - 1_000 - 3_000) * 9 // 10
+    placement = Placement(layers, "gpu 0", ring_bytes=2_900, small_bytes=100)
+    assert memory.kv_cache_budget(placement, needs(1_000)) == (10_000 - 1_000 - 3_000) * 9 // 10
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def answers(engine, count, after_step=lambda: None):
 
 def test_the_page_cache_has_what_keys_and_values_do_not_take_now(bloom, tmp_path, monkeypatch):
     """One request leaves room for weights, many take it, and give it back; no answer is another one."""
-    monkeypatch.setattr(streaming, "_SMALL", 0)
+    monkeypatch.setattr(streaming, "SMALL_BYTES", 0)
     monkeypatch.setattr(reading, "_PIECE", reading.ALIGNMENT)
     monkeypatch.setattr(reading.Reader, "_is_cached", lambda *_: True)  # the kernel takes nothing back meanwhile
     settings = Settings(max_memory={"cpu": 0}, max_batch_size=32, num_speculative_tokens=0)

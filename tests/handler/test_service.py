@@ -270,7 +270,7 @@ def test_a_client_that_hung_up_is_a_line_too(make_handler, caplog):
 def test_what_comes_from_disk_is_told(make_handler, monkeypatch, reported):
     frontend = make_handler(True)
     assert frontend.answer(frontend.send({}, describe="True"))[1]["streaming"] is None
-    monkeypatch.setattr(streaming, "_SMALL", 0)
+    monkeypatch.setattr(streaming, "SMALL_BYTES", 0)
     monkeypatch.setattr(speculation, "prompt_lookup", lambda token_ids, limit: [9] * limit)
     monkeypatch.setattr(service, "read_settings", lambda _: Settings(max_memory={"cpu": 0}, max_batch_size=4))
     frontend = make_handler(True)

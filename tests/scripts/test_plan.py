@@ -139,7 +139,7 @@ def test_a_node_must_hold_the_shard_that_is_being_read(bloom_7b1):
 
 def test_without_max_memory_one_gpu_keeps_a_fifth_for_keys_and_values_and_two_are_balanced(bloom_7b1):
     one = make_plan(bloom_7b1, Settings(), [12 * GB])
-    usable = 12 * GB - GPU_CONTEXT_BYTES - capacity(bloom_7b1).activation_bytes
+    usable = 12 * GB - GPU_CONTEXT_BYTES - capacity(bloom_7b1).gpu_activation_bytes
     limit = usable * (1 - RESERVE) * (1 - 0.2)
     assert limit - 2 * LAYER_BYTES < one.devices[0].weights <= limit + LAYER_BYTES
     two = make_plan(bloom_7b1, Settings(), [80 * GB, 80 * GB], 6 * GB)

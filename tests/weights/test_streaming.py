@@ -23,7 +23,7 @@ IDS = torch.tensor([[5, 6, 7, 8]])
 
 @pytest.fixture(autouse=True)
 def _nothing_is_small(monkeypatch):
-    monkeypatch.setattr(streaming, "_SMALL", 0)
+    monkeypatch.setattr(streaming, "SMALL_BYTES", 0)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_each_tensor_is_read_once_a_step_within_the_budget(bloom, load, budget):
     rows = 4 * 2 * 4096  # of the embedding: two blocks each, at most
     for _ in range(5):
         torch.testing.assert_close(logits(loaded.model), expected)
-    ahead = sum(len(arriving.buffer) for arriving in loaded.streamed._ahead.values())
+    ahead = sum(len(arriving.buffer) for arriving in loaded.streamed._foresight.ahead.values())
     read = loaded.streamed.reader.bytes_read
     assert 5 * sum(wanted.size for wanted in ranges) <= read
     assert read <= 5 * (sum(wanted.aligned_size for wanted in ranges) + rows) + ahead
@@ -92,12 +92,12 @@ def test_what_is_foreseen_wrongly_is_forgotten(bloom, load):
     for _ in range(2):
         for name in names:
             assert torch.equal(streamed[name], expected[name])
-    assert names[0] in streamed._ahead
+    assert names[0] in streamed._foresight.ahead
     assert torch.equal(streamed[names[2]], expected[names[2]])  # two are skipped, as experts that nobody chose
-    assert next(iter(streamed._ahead)) == names[3]
+    assert next(iter(streamed._foresight.ahead)) == names[3]
     assert torch.equal(streamed["transformer.ln_f.weight"], expected["transformer.ln_f.weight"])
     streamed.reader.close()  # a read that has begun holds its buffer until it ends
-    held = {id(arriving.buffer) for arriving in streamed._ahead.values()}
+    held = {id(arriving.buffer) for arriving in streamed._foresight.ahead.values()}
     assert len(streamed._arena._used) - len(streamed._arena._returned) == len(held)
 
 
@@ -122,7 +122,7 @@ def test_of_the_input_embedding_only_rows_that_are_looked_up_are_read(load, bloo
 
 
 def test_small_tensors_stay(load, monkeypatch):
-    monkeypatch.setattr(streaming, "_SMALL", 500)
+    monkeypatch.setattr(streaming, "SMALL_BYTES", 500)
     loaded = load()
     logits(loaded.model)
     before = loaded.streamed.reader.bytes_read

@@ -7,7 +7,8 @@ with SDPA, in turns; and where they go.
     python -m benchmarks.step --only SmolLM2-135M --profile
     python -m benchmarks.step --of prompt           # a minute
 
-Beside a prompt's time stands that of its linear layers alone, on as many rows.
+Beside a prompt's time stands that of its linear layers alone, on as many rows, and what both make of the processor: the
+operations a second of the prompt, attention's included, over those of the layers.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from benchmarks.machine import processor
 from benchmarks.peers import MODELS, checkpoint
 from benchmarks.running import finish
 from handler.engine import Engine, Job, Request
+from handler.engine.architecture import Architecture
 from handler.engine.block_attention import attention
 from handler.engine.heap import reusing_blocks
 from handler.loading import load_model
@@ -98,6 +100,18 @@ def products(engine: Engine, clock: Callable[[], float]) -> float:
     return clock() - began
 
 
+def operations(engine: Engine) -> tuple[int, int]:
+    """Floating-point operations of the linear layers that a prompt goes through, and of its attention: for each layer,
+    two products of queries with the keys and values of half of the tokens."""
+    architecture, model = Architecture.of(engine._runner._model), engine._runner._model
+    sizes = {m: m.in_features * m.out_features for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    del sizes[model.get_output_embeddings()]
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = architecture.num_layers * config.num_attention_heads * size * LONG_PROMPT**2 * 2
+    return 2 * LONG_PROMPT * sum(sizes.values()), attention
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", choices=MODELS)
@@ -123,6 +137,7 @@ def main() -> None:
             measures[name] = lambda engine, clients=clients: closed_loop(engine, clients, clock)
         measures[f"a prompt of {LONG_PROMPT} tokens"] = lambda engine: prefill(engine, clock)
         measures["that prompt's products"] = lambda engine: products(engine, clock)
+        reports = {}
         for name in (name for name in measures if args.of in name):
             measure = measures[name]
             seconds: dict[str, list[float]] = {kind: [] for kind in engines}
@@ -131,11 +146,18 @@ def main() -> None:
                     AttentionInterface.register("sdpa", sdpa_attention_forward if kind == "sdpa" else attention)
                     seconds[kind].append(measure(engines[kind]))
             report = {kind: round_ms(statistics.median(values[1:])) for kind, values in seconds.items()}
+            reports[name] = report
             print(json.dumps({"model": model, "of": name, "milliseconds": report}), flush=True)
             if args.profile:
+                AttentionInterface.register("sdpa", attention)
                 with profile(activities=[ProfilerActivity.CPU]) as profiler:
                     measure(engines["as it is"])
                 print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+        if len(both := [report["as it is"] for name, report in reports.items() if "prompt" in name]) == 2:
+            linear, attending = operations(engines["as it is"])
+            shares = {"its linear layers' time": round(both[1] / both[0], 3)}
+            shares["their operations a second"] = round((linear + attending) / linear * both[1] / both[0], 3)
+            print(json.dumps({"model": model, "of a prompt": shares}), flush=True)
 
 
 def round_ms(seconds: float) -> float:

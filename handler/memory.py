@@ -42,17 +42,20 @@ def device_limits(model: PreTrainedModel, settings: Settings, free: Mapping[int 
     share = 1.0 if settings.kv_cache_memory is not None else _KV_CACHE_SHARE
     limits = {}
     for device, size in free.items():
-        limits[device] = size
+        limits[device] = int(size * (1 - RESERVE))  # of what is pinned for a GPU nothing can be taken back
         if device in computing:
             usable = max(0, size - capacity.activation_bytes_on(device)) * (1 - RESERVE)
             held = capacity.kv_cache_bytes / len(computing) + capacity.kv_copy_bytes
-            limits[device] = int(usable - min(held, usable * share))
+            limits[device] = max(0, int(usable - min(held, usable * share)))
     if computing == ["cpu"]:
         # The less memory there is for weights, the larger may be what is read ahead: once more with what is left.
         usable = limits["cpu"]
         for _ in range(2):
             placement = Placement.of(model, spread_map(model, limits["cpu"]))
             limits["cpu"] = usable - placement.read_ahead_bytes
+    else:
+        placement = Placement.of(model, settled_map(settings, len(computing), model, limits))
+        limits["cpu"] -= placement.read_ahead_bytes
     return {device: max(0, limit) for device, limit in limits.items()}
 
 

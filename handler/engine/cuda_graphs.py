@@ -1,8 +1,8 @@
 """Forwards on a GPU that are launched once and then replayed.
 
-A step in which each row gets one token takes a GPU less time than Python takes to launch its kernels: 7 ms instead of
-30 for BLOOM-7b1 on an H100 (python -m benchmarks.gpu). So such forwards are captured as CUDA graphs, where all weights
-are on one GPU: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+A GPU is through with the kernels of a step in which each row gets one token before Python has launched them
+(docs/gpu.md). So such forwards are captured as CUDA graphs, where all weights are on one GPU:
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 import logging
@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from handler.weights.placement import align_hooks
 
 from .kv_cache import KVCache
+from .rounding import differences, tolerance
 
 logger = logging.getLogger(__name__)
 
-_MOST = 64  # graphs at once, of different numbers of rows
+_MOST = 32  # graphs at once, of different numbers of rows
 _TRIALS = 3  # replays that are held against an ordinary forward before the others are believed
-_TOLERANCE = 0.05  # of the length of the logits as a vector: kernels for other shapes may round otherwise
 
 _Inputs = Mapping[str, Any]
 
@@ -46,77 +46,108 @@ class DecodeGraphs:
         self._version = -1  # of the cache whose addresses the graphs hold
         self._graphs: dict[tuple, _Graph] = {}
         self._seen: set[tuple] = set()
+        self._logits = torch.empty(0, 0)  # [rows, vocab], of whichever graph was replayed last
 
-    def forward(
-        self, inputs: _Inputs, lengths: Sequence[int], ordinary: Callable[[], torch.Tensor]
-    ) -> torch.Tensor | None:
-        """Logits [rows, vocab] of the forward that the cache is prepared for; None where it is to run as any other.
+    def forward(self, inputs: _Inputs, lengths: Sequence[int], ordinary: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Logits [rows, vocab] of the forward that the cache is prepared for, until the next one.
 
-        inputs: of the model's forward. lengths: tokens that each row holds. ordinary: runs the forward, and returns
-        its logits. The logits are overwritten by the next forward.
+        inputs: of the model's forward. lengths: tokens that each row holds. ordinary: runs the forward kernel by
+        kernel, and returns its logits.
         """
+        graph = self._graph(inputs, lengths, ordinary)
+        if graph is None:
+            return ordinary()
+        logits = graph.replay(inputs, lengths)
+        if not self._trials:
+            return logits
+        # After it: what a replay has written to the cache is then written once more, as it should be.
+        expected = ordinary()
+        difference = differences(logits, expected).nan_to_num(0 if expected.isnan().any() else torch.inf).max().item()
+        if difference > tolerance(self._model):
+            self._turn_off(f"they give other logits, off by {difference:.2g} standard deviations")
+        self._trials -= 1
+        return expected
+
+    def forget(self) -> None:
+        """Give back the memory of all graphs."""
+        self._graphs.clear()
+        self._seen.clear()
+        self._pool = None  # it is gone with the last graph of it
+        self._logits = torch.empty(0, 0)
+
+    def _graph(self, inputs: _Inputs, lengths: Sequence[int], ordinary: Callable[[], torch.Tensor]) -> "_Graph | None":
         context = self._cache.context
         if not self._is_on or context.query_length > 1 or context.past_length == 0 or self._cache.growth_is_due:
             return None
         if self._version != self._cache.version:
-            self._forget_graphs()
-            self._seen.clear()
+            self.forget()
             self._version = self._cache.version
-        # A mask may be one tensor or several.
-        key = context.first_row, context.num_rows, context.kv_length, str(_shapes(inputs))
-        if key not in self._graphs and key not in self._seen:
-            self._seen.add(key)  # an ordinary forward also loads the kernels
-            return None
-        expected = ordinary() if self._trials else None
-        graph = self._graphs.pop(key, None) or self._captured(inputs, lengths)
-        if graph is None:
-            return expected
-        self._graphs[key] = graph  # the last used is the last
-        logits = graph.replay(inputs, lengths)
-        return logits if expected is None else self._believed(logits, expected)
+        shapes = [tuple(tensor.shape) for tensor in _tensors(inputs)]  # a mask may be one tensor or several
+        key = context.first_row, context.num_rows, context.kv_length, str(shapes)
+        if key not in self._graphs:
+            if key not in self._seen:
+                self._seen.add(key)
+                return None  # an ordinary forward, which also loads the kernels
+            if (captured := self._captured(inputs, lengths, ordinary)) is None:
+                return None
+            self._graphs[key] = captured
+        graph = self._graphs[key] = self._graphs.pop(key)  # the last used is the last
+        return graph
 
-    def _captured(self, inputs: _Inputs, lengths: Sequence[int]) -> "_Graph | None":
+    def _captured(
+        self, inputs: _Inputs, lengths: Sequence[int], ordinary: Callable[[], torch.Tensor]
+    ) -> "_Graph | None":
+        if len(lengths) > len(self._logits):  # all graphs write their logits to the same place
+            self.forget()
+            like = ordinary()
+            self._logits = like.new_empty(2 * len(like), like.shape[1])
         if len(self._graphs) >= _MOST:
             del self._graphs[next(iter(self._graphs))]
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        context = self._cache.context
+        prepared = dict(vars(context))
         try:
-            return _Graph(self._model, self._cache, inputs, lengths, self._pool)
+            return _Graph(self._model, self._cache, inputs, lengths, self._logits[: len(lengths)], self._pool)
         except Exception as error:
             self._turn_off(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             return None
-
-    def _believed(self, logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-        """The logits, if they are those that are expected, but for rounding."""
-        difference = (logits.float() - expected.float()).norm() / expected.float().norm()
-        if not difference <= _TOLERANCE:
-            self._turn_off(f"they give other logits, off by {difference:.2g}")
-            return expected
-        self._trials -= 1
-        return logits
+        finally:
+            vars(context).update(prepared)  # in a graph that is captured, and in none that was not, nothing has run
 
     def _turn_off(self, reason: str) -> None:
         logger.warning("forwards are launched kernel by kernel, not as CUDA graphs: %s", reason)
         self._is_on = False
-        self._forget_graphs()
-
-    def _forget_graphs(self) -> None:
-        self._graphs.clear()
-        self._pool = None  # it is gone with the last graph of it
+        self.forget()
 
 
 class _Graph:
-    """A captured forward, and the tensors that it reads its inputs from."""
+    """A captured forward, and the tensors that it reads its inputs from.
+
+    logits: [rows, vocab], what the forward's are written to. pool: of memory, shared by graphs of which one runs at a
+    time.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, cache: KVCache, inputs: _Inputs, lengths: Sequence[int], pool: Any
+        self,
+        model: PreTrainedModel,
+        cache: KVCache,
+        inputs: _Inputs,
+        lengths: Sequence[int],
+        logits: torch.Tensor,
+        pool: Any,
     ) -> None:
-        self._inputs = _copied(inputs)
-        self._columns = torch.tensor(lengths).to(next(model.parameters()).device)
+        self._inputs, self._logits = _copied(inputs), logits
+        self._columns = torch.tensor(lengths).to(logits.device)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may ask the driver for something meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            cache.direct_to(self._columns)  # what it makes is read by the graph, and so is made in it
-            self._logits = model(**self._inputs).logits.flatten(0, -2)
+        stream = torch.cuda.current_stream(logits.device)
+        try:
+            # Other threads may ask the driver for something meanwhile.
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                cache.direct_to(self._columns)  # what it makes is read by the graph, and so is made in it
+                self._logits.copy_(model(**self._inputs).logits.flatten(0, -2))
+        except Exception:
+            _leave_capture(stream, pool)
+            raise
 
     def replay(self, inputs: _Inputs, lengths: Sequence[int]) -> torch.Tensor:
         for own, given in zip(_tensors(self._inputs), _tensors(inputs), strict=True):
@@ -124,6 +155,18 @@ class _Graph:
         self._columns.copy_(torch.tensor(lengths))
         self._graph.replay()
         return self._logits
+
+
+def _leave_capture(stream: torch.cuda.Stream, pool: Any) -> None:
+    """What `torch.cuda.graph` leaves out where the capture cannot even be ended: to go back to the stream that was, and
+    to let the allocator free memory again."""
+    torch.cuda.set_stream(stream)
+    device = stream.device_index
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return  # it was ended
+    torch._C._cuda_releasePool(device, pool)
 
 
 def _copied(inputs: _Inputs) -> dict[str, Any]:
@@ -145,7 +188,3 @@ def _tensors(inputs: _Inputs) -> list[torch.Tensor]:
         elif isinstance(value, dict):
             tensors += _tensors(value)
     return tensors
-
-
-def _shapes(inputs: _Inputs) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape) for tensor in _tensors(inputs)]

@@ -311,8 +311,7 @@ class Engine:
         if isinstance(error, OutOfMemory):
             running = [sequence for sequence in self._scheduler.running if not sequence.finished]
             victims = [max(running, key=lambda sequence: sequence.order)] if running else []
-            if self._runner.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._runner.release_memory()
         for sequence in victims:
             self._fail(sequence.job, error)
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -107,19 +106,24 @@ class ModelRunner:
             # Drafts may be beyond the border that their sequence is not at yet.
             if border is not None and (any(is_long) or (length + count).max() > border):
                 during.enter_context(longrope_by_row(self._model, torch.tensor(is_long), border))
-            logits = self._replayed(inputs, lengths) if keep.all() else None
-            if logits is None:
-                logits = self._model(**inputs).logits.flatten(0, -2)
+
+            def ordinary() -> torch.Tensor:
+                return self._model(**inputs).logits.flatten(0, -2)
+
+            replays = self._graphs if keep.all() else None
+            logits = replays.forward(inputs, lengths, ordinary) if replays else ordinary()
         if self.streams_weights and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # who measures what a forward costs looks at a clock
         if batch.num_positions >= _MANY_POSITIONS:
             release_freed_memory()
         return logits
 
-    def _replayed(self, inputs: dict[str, Any], lengths: list[int]) -> torch.Tensor | None:
-        if self._graphs is None:
-            return None
-        return self._graphs.forward(inputs, lengths, lambda: self._model(**inputs).logits.flatten(0, -2))
+    def release_memory(self) -> None:
+        """Give back what can be made anew, after a forward that ran out of it."""
+        if self._graphs:
+            self._graphs.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _bytes_to_come(self, context: ForwardContext) -> int:
         """More keys and values, copies of them, activations."""

@@ -13,14 +13,12 @@ from .architecture import Architecture
 from .errors import UnsupportedModel
 from .kv_cache import KVCache
 from .model_runner import ModelRunner, Row
+from .rounding import differences, tolerance
 from .scheduler import Batch
 from .sequence import Sequence
 
 _TOKENS = 12
 _COMPARED = 5  # positions after a cut: there what was before it counts most
-# Most of the logits' standard deviation that the median position may be off. Rounding comes to 0.03 in bfloat16, to
-# 0.1 where it changes experts, to 0.0001 in float32; a wrong position or a missing token to 0.3 and more.
-_TOLERANCE, _TOLERANCE_FLOAT32 = 0.2, 0.01
 
 
 @torch.inference_mode()
@@ -40,8 +38,7 @@ def check_rows(model: PreTrainedModel, architecture: Architecture) -> None:
         raise UnsupportedModel(f"{name} cannot run rows of different length together: {reason}") from error
     if math.isnan(difference):
         raise UnsupportedModel(f"{name} gives logits that are not numbers in {model.dtype}: set dtype to another one")
-    is_exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
-    if difference > (_TOLERANCE_FLOAT32 if is_exact else _TOLERANCE):
+    if difference > tolerance(model):
         raise UnsupportedModel(
             f"{name} gives other logits when a prompt is cut into chunks beside other rows: off by {difference:.2g} "
             "standard deviations"
@@ -79,8 +76,5 @@ def _forward(runner: ModelRunner, new_tokens: dict[Row, int]) -> tuple[torch.Ten
 
 
 def _median_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Between logits [positions, vocab] of the first positions. What all words have in common makes no difference, and
-    words that a model blanks out do not count."""
-    pairs = zip(logits[:_COMPARED], expected[:_COMPARED], strict=True)
-    real = [(one[~(other.abs() > 1e9)], other[~(other.abs() > 1e9)]) for one, other in pairs]  # keeps what is no number
-    return torch.stack([(one - other).std() / other.std() for one, other in real]).median().item()
+    """Of the first positions of logits [positions, vocab]."""
+    return differences(logits[:_COMPARED], expected[:_COMPARED]).median().item()

@@ -6,6 +6,7 @@ for each tensor anew. Here the host's tensors lie in memory that the driver know
 their own into a ring of the GPU's memory, in the order in which modules ask for them.
 """
 
+import contextlib
 import copy
 import logging
 import weakref
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import nn
-from transformers import PreTrainedModel
 
 from .foresight import Foresight
 from .placement import SMALL_BYTES, align_hooks
@@ -29,13 +29,13 @@ _PORTABLE = 1  # cudaHostRegisterPortable: for all GPUs
 _ALIGNMENT = 512  # of what the driver allocates, which kernels rely on
 
 
-def onload_weights(model: PreTrainedModel, room: int) -> "OnloadedWeights | None":
-    """Let the hooks of a dispatched model bring weights to the GPU ahead of their use; None where none has to.
+def onload_weights(model: nn.Module, room: int) -> "OnloadedWeights | None":
+    """Let the hooks of a model that was dispatched to a GPU bring weights there ahead of their use; None where none has
+    to.
 
     Small tensors stay there from now on. room: bytes of the ring, taken when the first forward begins.
     """
     hooked = [(module, hook) for module in model.modules() for hook in align_hooks(module) if hook.offload]
-    hooked = [(module, hook) for module, hook in hooked if torch.device(hook.execution_device).type == "cuda"]
     if not hooked:
         return None
     all_tiers, device = hooked[0][1].weights_map.dataset, hooked[0][1].execution_device
@@ -115,9 +115,9 @@ class OnloadedWeights:
 
     def _place(self, size: int) -> "Place | None":
         if self._ring is None:
-            self._ring = Ring(self._room)
             with torch.inference_mode(False):
                 self._memory = torch.empty(self._room, dtype=torch.uint8, device=self._device)
+            self._ring = Ring(self._room)
             self._copying.wait_stream(torch.cuda.current_stream(self._device))  # for whose tensors it was before
         return self._ring.take(size)
 
@@ -210,6 +210,8 @@ def register(memory: np.ndarray) -> None:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, _PORTABLE))
     except RuntimeError as error:
         logger.warning("%.2f GB of weights cannot be pinned, and are copied slowly: %s", memory.nbytes / 1e9, error)
+        with contextlib.suppress(RuntimeError):  # or the next kernel would be blamed for it
+            torch.zeros(1, device="cuda")
         return
     # Or what is mapped there next would be taken for the same memory.
     weakref.finalize(memory, torch.cuda.cudart().cudaHostUnregister, address).atexit = False
@@ -218,15 +220,17 @@ def register(memory: np.ndarray) -> None:
 def _bring_for(module: nn.Module, hook: AlignDevicesHook, weights: OnloadedWeights) -> None:
     """Let a hook's module have its tensors through `weights`; what else the hook does, it does as before."""
     owned: list[tuple[nn.Module, str, nn.Parameter, str]] = []
-    recurse = hook.place_submodules
-    for prefix, owner in module.named_modules() if recurse else [("", module)]:
+    stored, device = hook.weights_map, hook.execution_device
+    for prefix, owner in module.named_modules() if hook.place_submodules else [("", module)]:
+        prefix += "." if prefix else ""
         for name, parameter in owner.named_parameters(recurse=False):
-            full = hook.weights_map.prefix + (f"{prefix}." if prefix else "") + name
-            if parameter.nbytes <= SMALL_BYTES:
-                value = hook.weights_map.dataset[full].to(hook.execution_device)
-                setattr(owner, name, nn.Parameter(value, requires_grad=False))
+            if parameter.nbytes > SMALL_BYTES:
+                owned.append((owner, name, parameter, f"{stored.prefix}{prefix}{name}"))
             else:
-                owned.append((owner, name, parameter, full))
+                setattr(owner, name, nn.Parameter(stored[prefix + name].to(device), requires_grad=False))
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.device.type == "meta":  # offload_buffers
+                owner._buffers[name] = stored[prefix + name].to(device)
     aligning = copy.copy(hook)
     aligning.offload = False
 

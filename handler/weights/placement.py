@@ -89,7 +89,7 @@ class Placement:
         beside it the largest of a layer or many small ones, so that reading goes on while one computes.
     ring_bytes: memory of a GPU for weights that are brought to it, in use and copied ahead: the largest tensor, and
         beside it the largest layer or many small tensors.
-    small_bytes: of what is brought to a GPU once, and stays.
+    small_bytes: of what is brought to a GPU once, when it is loaded, and stays.
     draft_cache_bytes: keys and values of a draft model, on the main device, where its weights are a part too.
     """
 
@@ -163,10 +163,9 @@ class Placement:
 
     @property
     def main_device_bytes(self) -> int:
-        """Room that the main device needs besides: for a draft model's keys and values, and for weights that are
-        brought there."""
-        brought = self.read_ahead_bytes if self.main_device == "cpu" else self.ring_bytes + self.small_bytes
-        return self.draft_cache_bytes + brought
+        """Room that the main device needs, once all is loaded: for a draft model's keys and values, and for weights
+        that are brought there."""
+        return self.draft_cache_bytes + (self.read_ahead_bytes if self.main_device == "cpu" else self.ring_bytes)
 
     def is_streamed(self, part: Part) -> bool:
         return part.device == "disk" or (part.device == "cpu" and self.main_device != "cpu")

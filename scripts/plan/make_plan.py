@@ -207,7 +207,7 @@ def _devices(
     for name, size in [*((f"gpu {index}", size) for index, size in enumerate(gpus)), ("cpu", cpu), ("disk", None)]:
         tier = placement.tiers.get(name, none)
         workspace = capacity.activation_bytes_on(name) if name in computed else 0
-        workspace += placement.main_device_bytes if name == placement.main_device else 0
+        workspace += placement.main_device_bytes + placement.small_bytes if name == placement.main_device else 0
         workspace += placement.read_ahead_bytes if name == "cpu" != placement.main_device else 0
         kv_cache = capacity.kv_cache_bytes * computed.get(name, 0) // num_layers
         kv_copies = capacity.kv_copy_bytes if name in computed else 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from handler.engine import Engine, EngineConfig, Request, cuda_graphs, model_runner
+from handler.engine.kv_cache import KVCache
 from tests.models import DEVICE
 
 from .conftest import KINDS, make_model, make_tokenizer, prompt_ids, reference
@@ -17,16 +18,20 @@ LENGTHS = (3, 9, 1, 20, 14, 5)
 class Rerun(cuda_graphs._Graph):
     """Stands for a graph: the same forward, on the tensors that were there when it was made."""
 
-    def __init__(self, model, cache, inputs, lengths, pool):
+    def __init__(self, model, cache, inputs, lengths, logits, pool):
         self._inputs, self._columns = cuda_graphs._copied(inputs), torch.tensor(lengths)
-        self._graph, self._model, self._cache = self, model, cache
+        self._model, self._cache, self._logits = model, cache, logits
 
     def replay(self, inputs, lengths):
         for own, given in zip(cuda_graphs._tensors(self._inputs), cuda_graphs._tensors(inputs), strict=True):
             own.copy_(given)
         self._columns.copy_(torch.tensor(lengths))
+        context = self._cache.context
+        prepared = dict(vars(context))
         self._cache.direct_to(self._columns)
-        return self._model(**self._inputs).logits.flatten(0, -2)
+        self._logits.copy_(self._model(**self._inputs).logits.flatten(0, -2))
+        vars(context).update(prepared)
+        return self._logits
 
 
 @pytest.fixture
@@ -82,15 +87,54 @@ def test_a_graph_that_gives_other_logits_is_not_believed(graphs, monkeypatch, ca
     assert not own._is_on and "other logits" in caplog.text
 
 
-def test_a_forward_that_cannot_be_captured_is_launched(graphs, monkeypatch, caplog):
+def test_a_graph_that_writes_keys_elsewhere_is_not_believed(graphs, monkeypatch, caplog):
+    """An ordinary forward before it would have written them."""
     engine, own = graphs("llama")
+    direct_to = KVCache.direct_to
+    monkeypatch.setattr(KVCache, "direct_to", lambda cache, columns: direct_to(cache, columns.clamp(max=0)))
+    engine.submit(Request(prompt_ids(3, 20), {"max_new_tokens": 12}))
+    while engine.has_work:
+        engine.step()
+    assert not own._is_on and "other logits" in caplog.text
 
-    def fail(*_):
+
+@pytest.mark.parametrize("trials", [0, 3])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_forward_that_cannot_be_captured_is_launched(graphs, monkeypatch, caplog, at, trials):
+    engine, own = graphs("llama")
+    own._trials, made, init = trials, [], cuda_graphs._Graph.__init__
+
+    def fail(graph, model, cache, inputs, *given):
+        made.append(graph)
+        if len(made) <= at:
+            return init(graph, model, cache, inputs, *given)
+        cache.direct_to(torch.zeros(len(inputs["input_ids"]), dtype=torch.long, device=DEVICE))
+        cache.context.rows.zero_()  # what is captured has not run
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(cuda_graphs._Graph, "__init__", fail)
     assert serve(engine) == expected("llama")
-    assert not own._is_on and "not permitted" in caplog.text
+    assert len(made) == at + 1 and not own._is_on and "not permitted" in caplog.text
+
+
+def test_graphs_make_way_when_memory_ends(graphs, monkeypatch):
+    engine, own = graphs("llama")
+    job = engine.submit(Request(prompt_ids(0, 5), {"max_new_tokens": 20}))
+    other = engine.submit(Request(prompt_ids(1, 5), {"max_new_tokens": 20}))
+    while not own._graphs:
+        engine.step()
+    forward = own.forward
+
+    def fail(*_):
+        monkeypatch.setattr(own, "forward", forward)
+        raise torch.OutOfMemoryError("planned")
+
+    monkeypatch.setattr(own, "forward", fail)
+    engine.step()
+    assert other.error is not None and not own._graphs
+    while engine.has_work:
+        engine.step()
+    assert job.sequences[0].token_ids == reference("llama", tuple(prompt_ids(0, 5)))[:20]
 
 
 def test_no_graph_outlives_the_memory_that_it_reads(graphs, monkeypatch):
@@ -118,7 +162,8 @@ def test_there_are_not_too_many(graphs, monkeypatch):
     while engine.has_work:
         engine.step()
         most = max(most, len(own._graphs))
-    assert most == 2 and [len(job.sequences[0].token_ids) for job in jobs]
+    answers = [reference("llama", tuple(prompt_ids(n, 5)))[: 6 + 4 * n] for n in range(4)]
+    assert most == 2 and [job.sequences[0].token_ids for job in jobs] == answers
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="no GPU here")

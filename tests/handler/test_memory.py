@@ -109,7 +109,7 @@ def test_a_gpus_room_is_shared_by_the_layers_that_it_computes(monkeypatch):
 def test_what_is_streamed_has_room_beside_keys_and_values(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10_000, 10**6))
     layers = [Part("h.0", "gpu 0", 70), Part("h.1", "cpu", 50), Part("head", "disk", 3_000)]
-    placement = Placement(layers, "gpu 0", ring_bytes=2_900, small_bytes=100)
+    placement = Placement(layers, "gpu 0", ring_bytes=3_000, small_bytes=100)  # these are there already
     assert memory.kv_cache_budget(placement, needs(1_000)) == (10_000 - 1_000 - 3_000) * 9 // 10
 
 
@@ -165,15 +165,21 @@ WORKSPACE = 250_880 * (2 * (128 + 32 + 32) + 3 * 4 * 32) + HEAP + KEPT
         # If the embedding has to be read too, which is the output's too, that needs all that there is.
         ({}, {"cpu": 10**9}, {"cpu": 0}),
         ({}, {"cpu": 10**6}, {"cpu": 0}),
-        # GPUs share the keys and values; the host has none.
+        # GPUs share the keys and values; the host has none, and keeps a tenth free.
         (
             {"kv_cache_memory": 10**9},
             {0: 10**10, 1: 5 * 10**9, "cpu": 10**9},
             {
                 0: (10**10 - WORKSPACE) * 0.9 - 5e8 - 1e9 / 24,
                 1: (5 * 10**9 - WORKSPACE) * 0.9 - 5e8 - 1e9 / 24,
-                "cpu": 10**9,
+                "cpu": 9 * 10**8,
             },
+        ),
+        # What is on disk is read ahead into the host's memory.
+        (
+            {},
+            {0: 1_235_000_000, "cpu": 3 * 10**8},
+            {0: (1_235_000_000 - WORKSPACE) * 0.9 * 0.8, "cpu": 3 * 10**8 * 0.9 - 4 * 1024 * 1024 * 2 - 2**26},
         ),
     ],
 )

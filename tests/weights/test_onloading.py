@@ -2,10 +2,14 @@
 
 import random
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.utils import OffloadedWeightsLoader
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from handler.engine import Engine, EngineConfig, Request
@@ -14,6 +18,7 @@ from handler.settings import Settings
 from handler.weights import onloading, placement, streaming
 from handler.weights.foresight import Foresight
 from handler.weights.onloading import OnloadedWeights, Ring
+from handler.weights.placement import align_hooks
 from tests.models import save_tiny_bloom
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -190,6 +195,103 @@ def test_whatever_happens_when_the_right_weights_are_multiplied(monkeypatch):
             streams.run_some()
         assert len(computed) > 10 and not wrong, (round, wrong)
     assert in_vain > 50 and own > 10
+
+
+class Parent(nn.Module):
+    """Has weights of its own, and a buffer, beside those of the modules in it; one fails when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(1, 400))
+        self.register_buffer("shift", torch.rand(400))
+        self.first, self.second = nn.Linear(400, 300), nn.Linear(300, 400)
+        self.fails = False
+
+    def forward(self, x):
+        inner = self.first(x * self.scale + self.shift)
+        if self.fails:
+            raise RuntimeError("planned")
+        return self.second(inner) * self.scale
+
+
+@pytest.fixture
+def offloaded(monkeypatch):
+    """offloaded(model, ...) -> the same through Accelerate's hooks, all of it in the host's memory. "GPU" is this CPU,
+    and all happens when it is launched."""
+    stream = Stream(SimpleNamespace(run_some=lambda _: None))
+    monkeypatch.setattr(Stream, "launch", lambda stream, work, when=lambda: True: work())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    registered = []
+    monkeypatch.setattr(onloading, "register", registered.append)
+
+    def offloaded(model, room, **options):
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        cpu_offload(model, "cpu", state_dict=state, **options)
+        loader = OffloadedWeightsLoader(state_dict=state)
+        for hook in (hook for module in model.modules() for hook in align_hooks(module) if hook.offload):
+            hook.weights_map.dataset = loader
+        weights = onloading.onload_weights(model, room)
+        assert len(registered) == 1 and registered[0].nbytes >= sum(t.nbytes for t in loader.state_dict.values())
+        return weights
+
+    return offloaded
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("small", [0, 10_000, 10**6])
+@pytest.mark.parametrize("room", [0, 500_000, 1_000_000, 2_000_000])
+def test_modules_within_modules_and_buffers(offloaded, monkeypatch, buffers, small, room):
+    monkeypatch.setattr(onloading, "SMALL_BYTES", small)
+    model = nn.Sequential(Parent(), Parent())
+    x = torch.rand(2, 400)
+    expected = model(x)
+    weights = offloaded(model, room, offload_buffers=buffers)
+    for round in range(6):
+        model[1].fails = round == 3
+        if model[1].fails:
+            with pytest.raises(RuntimeError, match="planned"):
+                model(x)
+        else:
+            torch.testing.assert_close(model(x), expected)
+            assert not weights._in_use
+            large = {name for name, p in model.named_parameters() if p.device.type == "meta"}
+            assert large == {name for name, p in model.named_parameters() if p.nbytes > small}
+    assert (len(weights._foresight.ahead) > 0) == (small < 10**6 and room > 0)
+
+
+def test_tied_weights_take_memory_once(monkeypatch):
+    registered = []
+    monkeypatch.setattr(onloading, "register", registered.append)
+    weight, other = torch.rand(300, 300), torch.rand(300, 300)
+    given = {"embedding": weight, "other": other, "head": weight, "none": torch.empty(0)}
+    moved = onloading.pinned(given)
+    assert not given and moved["embedding"].data_ptr() == moved["head"].data_ptr() != weight.data_ptr()
+    assert torch.equal(moved["head"], weight) and torch.equal(moved["other"], other) and moved["none"].numel() == 0
+    assert registered[0].nbytes < 2 * weight.nbytes + 4096
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, caplog):
+    refused = SimpleNamespace(cudaHostRegister=lambda *_: 801)
+
+    kernels = []
+
+    def check(error):
+        raise RuntimeError(f"CUDA error {error}: operation not supported")
+
+    def launch(*_, device):
+        kernels.append(device)
+        raise RuntimeError("an error of before")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refused)
+    monkeypatch.setattr(torch.cuda, "check_error", check)
+    monkeypatch.setattr(torch, "zeros", launch)
+    tensors = {"a": torch.rand(5, 7), "b": torch.arange(3)}
+    moved = onloading.pinned(dict(tensors))
+    assert "cannot be pinned" in caplog.text and kernels == ["cuda"]
+    assert all(torch.equal(moved[name], tensors[name]) for name in tensors)
 
 
 # Bytes in float32, of an embedding of 49 kB and 4 layers of 51. Accelerate leaves room for one more on each device.

@@ -141,8 +141,8 @@ def main() -> None:
         for name in (name for name in measures if args.of in name):
             measure = measures[name]
             seconds: dict[str, list[float]] = {kind: [] for kind in engines}
-            for round in range(1 + ROUNDS):  # the first one warms up
-                for kind in list(engines)[:: 1 if round % 2 else -1]:
+            for turn in range(1 + ROUNDS):  # the first one warms up
+                for kind in list(engines)[:: 1 if turn % 2 else -1]:
                     AttentionInterface.register("sdpa", sdpa_attention_forward if kind == "sdpa" else attention)
                     seconds[kind].append(measure(engines[kind]))
             report = {kind: round_ms(statistics.median(values[1:])) for kind, values in seconds.items()}

@@ -23,13 +23,20 @@ _MOST = 32  # graphs at once, of different numbers of rows
 _TRIALS = 3  # replays that are held against an ordinary forward before the others are believed
 
 _Inputs = Mapping[str, Any]
+_is_used = True
+
+
+def use_cuda_graphs(is_used: bool) -> None:
+    """Whether models that the process loads from now on get graphs."""
+    global _is_used
+    _is_used = is_used
 
 
 def can_replay(model: PreTrainedModel) -> bool:
     """Whether one GPU holds all of a model, so that a forward is nothing but kernels."""
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
     is_moved = any(True for module in model.modules() for _ in align_hooks(module))
-    return len(devices) == 1 and next(iter(devices)).type == "cuda" and not is_moved
+    return _is_used and len(devices) == 1 and next(iter(devices)).type == "cuda" and not is_moved
 
 
 class DecodeGraphs:

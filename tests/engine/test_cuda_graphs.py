@@ -201,5 +201,9 @@ def test_what_the_host_must_know_cannot_be_captured(graphs, caplog):
     assert not own._is_on and "kernel by kernel" in caplog.text
 
 
-def test_no_graphs_on_a_cpu(monkeypatch):
-    assert cuda_graphs.can_replay(make_model("llama")) == (DEVICE.type == "cuda")
+def test_graphs_are_for_one_gpu_that_holds_all_and_where_they_are_wanted(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "_is_used", True)
+    model = make_model("llama")
+    assert cuda_graphs.can_replay(model) == (DEVICE.type == "cuda")
+    cuda_graphs.use_cuda_graphs(False)
+    assert not cuda_graphs.can_replay(model)

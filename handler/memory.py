@@ -53,9 +53,11 @@ def device_limits(model: PreTrainedModel, settings: Settings, free: Mapping[int 
         for _ in range(2):
             placement = Placement.of(model, spread_map(model, limits["cpu"]))
             limits["cpu"] = usable - placement.read_ahead_bytes
-    else:
-        placement = Placement.of(model, settled_map(settings, len(computing), model, limits))
-        limits["cpu"] -= placement.read_ahead_bytes
+    elif isinstance(settings.device_map, str):
+        usable = limits["cpu"]
+        for _ in range(2):
+            placement = Placement.of(model, settled_map(settings, len(computing), model, limits))
+            limits["cpu"] = max(0, usable - placement.read_ahead_bytes)
     return {device: max(0, limit) for device, limit in limits.items()}
 
 

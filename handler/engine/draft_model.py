@@ -72,6 +72,10 @@ class DraftModel:
             unseen += max(0, sequence.length - seen) / max(1, sequence.max_length - sequence.length)
         return count * self._cost.seconds(len(sequences)) + unseen * self._cost.per_position
 
+    def release_memory(self) -> None:
+        """Give back what can be made anew."""
+        self._runner.release_memory()
+
     def forget(self) -> None:
         """Believe that forwards have become a little faster, so that who is not asked is asked again some day."""
         self._cost.reading *= 0.99

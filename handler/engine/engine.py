@@ -16,7 +16,7 @@ from handler.settings import EngineConfig
 from .architecture import Architecture
 from .capacity import PROMPT_LOGPROB_ROWS, Capacity
 from .detokenizer import Detokenizer
-from .errors import EngineError, InvalidRequest, OutOfMemory, QueueTimeout, as_engine_error
+from .errors import CacheSpoiled, EngineError, InvalidRequest, OutOfMemory, QueueTimeout, as_engine_error
 from .forward_cost import ForwardCost
 from .grammar_compiler import GrammarCompiler
 from .kv_cache import KVCache
@@ -155,6 +155,9 @@ class Engine:
         for batch in batches:
             try:
                 self._postprocess(batch, self._run(batch))  # whose logits are free before the next needs memory
+            except CacheSpoiled:
+                self._scheduler.preempt_all(zero=True)
+                break
             except Exception as error:  # a bug of ours, or no memory for float32 scores
                 for sequence in batch.sequences:
                     self._fail(sequence.job, error)
@@ -224,6 +227,8 @@ class Engine:
             logits = self._runner.forward(batch)
             self._cost.record(batch.num_positions, time.monotonic() - start, self._runner.wait_seconds - waited)
             return logits
+        except CacheSpoiled:
+            raise
         except Exception as error:
             return as_engine_error(error)
         finally:
@@ -312,6 +317,8 @@ class Engine:
             running = [sequence for sequence in self._scheduler.running if not sequence.finished]
             victims = [max(running, key=lambda sequence: sequence.order)] if running else []
             self._runner.release_memory()
+            if draft := self.speculator.draft_model:
+                draft.release_memory()
         for sequence in victims:
             self._fail(sequence.job, error)
 

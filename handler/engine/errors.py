@@ -35,6 +35,10 @@ class ModelError(EngineError):
     """The model's forward or its output failed for this job."""
 
 
+class CacheSpoiled(EngineError):
+    """What the cache holds is not known any more: all rows have to be computed again."""
+
+
 class UnsupportedModel(EngineError):
     """The model's cache or positions cannot be batched row by row."""
 

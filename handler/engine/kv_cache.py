@@ -100,6 +100,11 @@ class KVCache(Cache):
         context.rows, context.columns = torch.arange(len(columns), device=columns.device), columns
         context.slots = {}
 
+    def spoil_new_tokens(self) -> None:
+        """Make what the prepared forward, of one token a row, has written something that no attention overlooks."""
+        for layer in self._row_layers():
+            layer.spoil_new_tokens()
+
     def prepare_forward(
         self, first_row: int, lengths: Sequence[int], num_new_tokens: Sequence[int], shape: tuple[int, int]
     ) -> ForwardContext:
@@ -252,6 +257,14 @@ class RowLayer(CacheLayerMixin):
             # while the forward runs. A copy for one layer at a time beats spare columns in every layer for good.
             return torch.cat([rows[:, :, : context.past_length], new], dim=2)
         return rows[:, :, : context.kv_length]
+
+    def spoil_new_tokens(self) -> None:
+        context = self._cache.context
+        for store in (self.keys, self.values):
+            if context.is_ragged:
+                store.view(-1, store.shape[3]).index_fill_(0, self._slots(store), torch.nan)
+            else:
+                store[context.first_row :][: context.num_rows, :, context.past_length] = torch.nan
 
     def _slots(self, store: torch.Tensor) -> torch.Tensor:
         context, (_, heads, columns, _) = self._cache.context, store.shape

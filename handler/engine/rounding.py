@@ -17,6 +17,7 @@ def tolerance(model: PreTrainedModel) -> float:
 def differences(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """[positions], between logits [positions, vocab], in standard deviations of those that are expected. What all words
     have in common makes no difference, and words that a model blanks out do not count."""
+    blank = min(1e9, torch.finfo(expected.dtype).max / 2)
     pairs = zip(logits.float(), expected.float(), strict=True)
-    real = [(one[~(other.abs() > 1e9)], other[~(other.abs() > 1e9)]) for one, other in pairs]  # keeps what is no number
+    real = [(one[~(other.abs() > blank)], other[~(other.abs() > blank)]) for one, other in pairs]  # what is NaN, too
     return torch.stack([(one - other).std() / other.std() for one, other in real])

@@ -159,8 +159,12 @@ class Scheduler:
             batch.cache_shape = self._cache_shape(chunk)
         return batches
 
-    def preempt_all(self) -> None:
-        """Let all who run begin again, because what is in their rows is not known."""
+    def preempt_all(self, zero: bool = False) -> None:
+        """Let all who run begin again, because what is in their rows is not known; zero: nor is what is in others."""
+        if zero:
+            self._cache.prefixes.shrink(0)
+            for row in range(self._cache.num_rows):
+                self._cache.zero_row(row)
         for sequence in list(self.running):
             self._preempt(sequence)
 

@@ -69,7 +69,7 @@ def _forward(runner: ModelRunner, new_tokens: dict[Row, int]) -> tuple[torch.Ten
     """Carry rows on by so many tokens; logits [tokens, vocab] of each."""
     rows = 1 + max(row.row for row in new_tokens)
     batch = Batch(cast(list[Sequence], list(new_tokens)), list(new_tokens.values()), (rows, _TOKENS))
-    logits = runner.forward(batch).float()
+    logits = runner.forward(batch)
     for row, count in new_tokens.items():
         row.num_cached_tokens += count
     return logits.split(batch.num_scheduled_tokens)

@@ -20,13 +20,12 @@ from accelerate.hooks import AlignDevicesHook
 from torch import nn
 
 from .foresight import Foresight
-from .placement import SMALL_BYTES, align_hooks
+from .placement import GPU_ALIGNMENT, SMALL_BYTES, align_hooks
 from .streaming import StreamedWeights, aligned_memory
 
 logger = logging.getLogger(__name__)
 
 _PORTABLE = 1  # cudaHostRegisterPortable: for all GPUs
-_ALIGNMENT = 512  # of what the driver allocates, which kernels rely on
 
 
 def onload_weights(model: nn.Module, room: int) -> "OnloadedWeights | None":
@@ -56,11 +55,12 @@ class OnloadedWeights:
 
     source: the tensors on the host; asked for one that is not in `host`, it reads it from disk, ahead by itself.
     host: those of the host's memory, which can be copied ahead.
+    device: where the tensors go.
     """
 
     def __init__(self, source: Mapping[str, torch.Tensor], host: Mapping[str, torch.Tensor], device, room: int):
-        self._source, self._host, self._device, self._room = source, host, torch.device(device), room
-        self._copying = torch.cuda.Stream(self._device)
+        self._source, self._host, self.device, self._room = source, host, torch.device(device), room
+        self._copying = torch.cuda.Stream(self.device)
         self._ring: Ring | None = None
         self._memory = torch.empty(0)
         self._foresight = Foresight(self._copy_ahead, self._forget)
@@ -71,13 +71,13 @@ class OnloadedWeights:
         found = self._foresight.take(name) or self._copy(name, self._source[name])
         self._in_use[name] = found
         self._foresight.go_on()
-        torch.cuda.current_stream(self._device).wait_event(found.ready)
+        torch.cuda.current_stream(self.device).wait_event(found.ready)
         return found.tensor
 
     def let_go(self, name: str) -> None:
         """What was launched on the current stream is the last that needs the tensor."""
         if (used := self._in_use.pop(name, None)) is not None:
-            self._release(used, torch.cuda.current_stream(self._device).record_event())
+            self._release(used, torch.cuda.current_stream(self.device).record_event())
         self._foresight.go_on()
 
     def begin_pass(self) -> None:
@@ -97,9 +97,9 @@ class OnloadedWeights:
             copied = self._copy_to(place, tensor)
         else:  # modules within modules may hold more at once than the ring has room for
             with torch.cuda.stream(self._copying):
-                target = torch.empty_like(tensor, device=self._device)
+                target = torch.empty_like(tensor, device=self.device)
                 _launch_copy(target, tensor)
-            target.record_stream(torch.cuda.current_stream(self._device))
+            target.record_stream(torch.cuda.current_stream(self.device))
             copied = _Copy(target, self._copying.record_event(), None)
         if name not in self._host:
             copied.ready.synchronize()  # its memory is read into again
@@ -116,9 +116,9 @@ class OnloadedWeights:
     def _place(self, size: int) -> "Place | None":
         if self._ring is None:
             with torch.inference_mode(False):
-                self._memory = torch.empty(self._room, dtype=torch.uint8, device=self._device)
+                self._memory = torch.empty(self._room, dtype=torch.uint8, device=self.device)
             self._ring = Ring(self._room)
-            self._copying.wait_stream(torch.cuda.current_stream(self._device))  # for whose tensors it was before
+            self._copying.wait_stream(torch.cuda.current_stream(self.device))  # for whose tensors it was before
         return self._ring.take(size)
 
     def _forget(self, copied: "_Copy") -> None:
@@ -166,7 +166,7 @@ class Ring:
         start = self._places[-1].end if self._places else 0
         if start + size > self._size:
             start = 0
-        end = -(-(start + size) // _ALIGNMENT) * _ALIGNMENT
+        end = -(-(start + size) // GPU_ALIGNMENT) * GPU_ALIGNMENT
         if start + size > self._size:
             return None
         overlapping = [i for i, place in enumerate(self._places) if place.start < end and start < place.end]
@@ -192,7 +192,7 @@ def pinned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for tensor in remaining.values():
         if (tensor.data_ptr(), tensor.nbytes) not in starts:
             starts[tensor.data_ptr(), tensor.nbytes] = size
-            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            size += -(-tensor.nbytes // GPU_ALIGNMENT) * GPU_ALIGNMENT
     memory = aligned_memory(max(1, size))
     whole, moved = torch.from_numpy(memory), {}
     for name in list(remaining):
@@ -224,6 +224,8 @@ def _bring_for(module: nn.Module, hook: AlignDevicesHook, weights: OnloadedWeigh
     for prefix, owner in module.named_modules() if hook.place_submodules else [("", module)]:
         prefix += "." if prefix else ""
         for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.device == weights.device:  # tied to one that is there
+                continue
             if parameter.nbytes > SMALL_BYTES:
                 owned.append((owner, name, parameter, f"{stored.prefix}{prefix}{name}"))
             else:

@@ -16,6 +16,7 @@ from handler.settings import Settings
 logger = logging.getLogger(__name__)
 
 _READ_AHEAD = 64 << 20  # bytes of weights that are read ahead, at least
+GPU_ALIGNMENT = 512  # bytes; of tensors on a GPU
 SMALL_BYTES = 256 << 10  # smaller tensors, such as norms and biases, are brought to where they are used once, and stay
 
 
@@ -130,7 +131,7 @@ class Placement:
             parts,
             main_device,
             read_ahead_bytes=min(read_ahead, sum(streamed.values())),
-            ring_bytes=min(ring, sum(large.values())),
+            ring_bytes=min(ring, sum(large.values()) + len(large) * GPU_ALIGNMENT),
             small_bytes=sum(brought.values()) - sum(large.values()),
         )
 

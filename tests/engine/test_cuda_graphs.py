@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from handler.engine import Engine, EngineConfig, Request, cuda_graphs, model_runner
-from handler.engine.kv_cache import KVCache
 from tests.models import DEVICE
 
 from .conftest import KINDS, make_model, make_tokenizer, prompt_ids, reference
@@ -18,7 +17,7 @@ LENGTHS = (3, 9, 1, 20, 14, 5)
 class Rerun(cuda_graphs._Graph):
     """Stands for a graph: the same forward, on the tensors and by the numbers that were there when it was made."""
 
-    def __init__(self, model, cache, inputs, lengths, logits, pool):
+    def __init__(self, model, cache, inputs, lengths, logits, stream, pool):
         self._inputs, self._columns = cuda_graphs._copied(inputs), torch.tensor(lengths)
         self._model, self._cache, self._logits = model, cache, logits
         cache.direct_to(self._columns)
@@ -43,6 +42,7 @@ def graphs(monkeypatch):
         monkeypatch.setattr(cuda_graphs, "_Graph", Rerun)
         monkeypatch.setattr(model_runner, "can_replay", lambda model: True)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
 
     def make(kind):
         settings = EngineConfig(max_batch_size=4, num_speculative_tokens=0, prefill_chunk=7)
@@ -89,15 +89,36 @@ def test_a_graph_that_gives_other_logits_is_not_believed(graphs, monkeypatch, ca
     assert not own._is_on and "other logits" in caplog.text
 
 
-def test_a_graph_that_writes_keys_elsewhere_is_not_believed(graphs, monkeypatch, caplog):
-    """An ordinary forward before it would have written them."""
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("from_replay", [0, 2])
+def test_a_graph_that_writes_keys_elsewhere_is_not_believed(kind, graphs, monkeypatch, caplog, from_replay):
+    """What it has written over is computed anew, for everyone."""
+    engine, own = graphs(kind)
+    own._trials, replays, replay = 3, [], cuda_graphs._Graph.replay
+
+    def elsewhere(graph, inputs, lengths):
+        replays.append(lengths)
+        return replay(graph, inputs, [0] * len(lengths) if len(replays) > from_replay else lengths)
+
+    monkeypatch.setattr(cuda_graphs._Graph, "replay", elsewhere)
+    assert serve(engine) == expected(kind)
+    assert not own._is_on and len(replays) == from_replay + 1 and "other logits" in caplog.text
+    assert not any(store.isnan().any() for store in engine._cache._stores())
+
+
+def test_each_graph_is_tried_once(graphs, monkeypatch):
     engine, own = graphs("llama")
-    direct_to = KVCache.direct_to
-    monkeypatch.setattr(KVCache, "direct_to", lambda cache, columns: direct_to(cache, columns.clamp(max=0)))
-    engine.submit(Request(prompt_ids(3, 20), {"max_new_tokens": 12}))
-    while engine.has_work:
-        engine.step()
-    assert not own._is_on and "other logits" in caplog.text
+    own._trials, tried, replayed = 0, [], []
+    for name, calls in (("replay", replayed), ("__init__", tried)):
+        method = getattr(cuda_graphs._Graph, name)
+        monkeypatch.setattr(
+            cuda_graphs._Graph, name, lambda *given, method=method, calls=calls: calls.append(1) or method(*given)
+        )
+    spoil = engine._cache.spoil_new_tokens
+    trials = []
+    monkeypatch.setattr(engine._cache, "spoil_new_tokens", lambda: trials.append(1) or spoil())
+    assert serve(engine) == expected("llama")
+    assert 3 < len(tried) == len(trials) < len(replayed)
 
 
 @pytest.mark.parametrize("trials", [0, 3])

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from handler.engine import Engine, UnsupportedModel, model_runner, self_check
+from handler.engine import Engine, UnsupportedModel, model_runner, rounding, self_check
 from handler.engine.architecture import Architecture
 from handler.engine.attention import UNSEEN, key_positions
 from handler.engine.kv_cache import RowLayer
@@ -15,6 +15,16 @@ from .conftest import make_model, make_tokenizer, offloaded_model
 
 CASES = {case.model_type: case for case in RUNS}
 WITH_EXPERTS = ("gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_words_that_a_model_blanks_out_hide_no_difference(dtype):
+    logits, others = torch.randn(2, 3, 500).to(dtype)
+    for of in (logits, others):
+        of[:, 400:] = torch.finfo(dtype).min
+    assert rounding.differences(logits, others).min() > 1 and not rounding.differences(logits, logits).any()
+    others[1, 7] = torch.nan
+    assert rounding.differences(others, logits).isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -42,23 +42,22 @@ def device_limits(model: PreTrainedModel, settings: Settings, free: Mapping[int 
     share = 1.0 if settings.kv_cache_memory is not None else _KV_CACHE_SHARE
     limits = {}
     for device, size in free.items():
-        limits[device] = int(size * (1 - RESERVE))  # of what is pinned for a GPU nothing can be taken back
         if device in computing:
             usable = max(0, size - capacity.activation_bytes_on(device)) * (1 - RESERVE)
             held = capacity.kv_cache_bytes / len(computing) + capacity.kv_copy_bytes
             limits[device] = max(0, int(usable - min(held, usable * share)))
-    if computing == ["cpu"]:
+        else:  # the host of a GPU, for which it is pinned: nothing can be taken back
+            limits[device] = int(size * (1 - RESERVE))
+    on_cpu = computing == ["cpu"]
+    if on_cpu or isinstance(settings.device_map, str):
         # The less memory there is for weights, the larger may be what is read ahead: once more with what is left.
         usable = limits["cpu"]
         for _ in range(2):
-            placement = Placement.of(model, spread_map(model, limits["cpu"]))
-            limits["cpu"] = usable - placement.read_ahead_bytes
-    elif isinstance(settings.device_map, str):
-        usable = limits["cpu"]
-        for _ in range(2):
-            placement = Placement.of(model, settled_map(settings, len(computing), model, limits))
-            limits["cpu"] = max(0, usable - placement.read_ahead_bytes)
-    return {device: max(0, limit) for device, limit in limits.items()}
+            placed = (
+                spread_map(model, limits["cpu"]) if on_cpu else settled_map(settings, len(computing), model, limits)
+            )
+            limits["cpu"] = max(0, usable - Placement.of(model, placed).read_ahead_bytes)
+    return limits
 
 
 def limits_beside_draft(

@@ -1,9 +1,9 @@
 """Memory that was freed: what the C library keeps of it for who comes next, and what goes back to the system."""
 
-import ctypes
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+
+from handler.weights.c_library import c_function
 
 # mallopt(3)'s M_TRIM_THRESHOLD, bytes that are kept at the heap's end, and M_MMAP_THRESHOLD: for larger blocks the heap
 # does not grow; they go back when they are freed, but the kernel zeroes each new one.
@@ -29,7 +29,7 @@ def mapping_blocks() -> AbstractContextManager[None]:
 
 def release_freed_memory() -> None:
     """Give it back to the system, also what lies between blocks in use: about a millisecond."""
-    if trim := _c_function("malloc_trim"):
+    if trim := c_function("malloc_trim"):
         trim(0)
 
 
@@ -45,12 +45,7 @@ def _during(thresholds: tuple[int, int]) -> Iterator[None]:
 
 def _set(thresholds: tuple[int, int]) -> None:
     global _now
-    if mallopt := _c_function("mallopt"):
+    if mallopt := c_function("mallopt"):
         for parameter, size in zip(_PARAMETERS, thresholds, strict=True):
             mallopt(parameter, size)
     _now = thresholds
-
-
-@functools.cache
-def _c_function(name: str) -> Callable[..., int] | None:
-    return getattr(ctypes.CDLL(None), name, None)  # glibc has both

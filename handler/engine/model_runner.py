@@ -86,6 +86,7 @@ class ModelRunner:
         new = torch.arange(width)  # [width]
         count, length = torch.tensor(num_new_tokens)[:, None], torch.tensor(lengths)[:, None]  # [rows, 1]
         keep = (new < count) & (new >= count - torch.tensor(batch.logits_to_keep)[:, None])
+        keeps_all = bool(keep.all())
         inputs = {
             "input_ids": torch.tensor(token_ids).to(self.device),  # [rows, width]
             "past_key_values": self._cache,
@@ -97,7 +98,7 @@ class ModelRunner:
             inputs["position_ids"] = torch.where(new < count, length + new, 0).to(self.device)
         with ExitStack() as during:
             during.enter_context(reusing_blocks())
-            if not keep.all():
+            if not keeps_all:
                 during.enter_context(self._head_sees_only(keep))
             during.enter_context(self._products())
             inputs["attention_mask"] = self._attention_mask(length, count, context, during)
@@ -110,7 +111,7 @@ class ModelRunner:
             def ordinary() -> torch.Tensor:
                 return self._model(**inputs).logits.flatten(0, -2)
 
-            replays = self._graphs if keep.all() else None
+            replays = self._graphs if keeps_all else None
             logits = replays.forward(inputs, lengths, ordinary) if replays else ordinary()
         if self.streams_weights and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # who measures what a forward costs looks at a clock

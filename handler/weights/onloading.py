@@ -181,22 +181,19 @@ class Ring:
         return place
 
 
-def pinned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def pinned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors in memory that a GPU can read by itself, where the driver allows. Tied ones stay so. The dict
     given is empty afterwards: each tensor's own memory is free before the next needs more."""
-    remaining = dict(tensors)
-    if isinstance(tensors, dict):
-        tensors.clear()
     starts: dict[tuple[int, int], int] = {}
     size = 0
-    for tensor in remaining.values():
+    for tensor in tensors.values():
         if (tensor.data_ptr(), tensor.nbytes) not in starts:
             starts[tensor.data_ptr(), tensor.nbytes] = size
             size += -(-tensor.nbytes // GPU_ALIGNMENT) * GPU_ALIGNMENT
     memory = aligned_memory(max(1, size))
     whole, moved = torch.from_numpy(memory), {}
-    for name in list(remaining):
-        tensor = remaining.pop(name)
+    for name in list(tensors):
+        tensor = tensors.pop(name)
         start = starts[tensor.data_ptr(), tensor.nbytes]
         moved[name] = whole[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
     register(memory)

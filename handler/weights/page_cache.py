@@ -2,6 +2,8 @@
 
 import ctypes
 
+from .c_library import c_function
+
 _CACHESTAT = 451  # the system call's number, on every architecture that PyTorch runs on; Linux 6.5
 
 
@@ -16,8 +18,7 @@ class _Pages(ctypes.Structure):
 def cached_pages(descriptor: int, start: int, size: int) -> int | None:
     """How many pages of `size` bytes of an open file are cached; None where the kernel does not tell, or not whoever
     asks. Nothing is read: to ask by RWF_NOWAIT is to begin, and a fast disk may be through before the answer."""
-    call = getattr(ctypes.CDLL(None), "syscall", None)
-    pages = _Pages()
+    call, pages = c_function("syscall"), _Pages()
     if call is None or call(_CACHESTAT, descriptor, ctypes.byref(_Range(start, size)), ctypes.byref(pages), 0):
         return None
     return pages.cached

@@ -122,11 +122,11 @@ class Placement:
         of_layers = max((size for name, size in streamed.items() if _decoder_layer(name)), default=0)
         read_ahead = max(streamed.values(), default=0) + max(of_layers, _READ_AHEAD)
         large = {name: size for name, size in brought.items() if size > SMALL_BYTES}
-        layers: dict[str | None, int] = defaultdict(int)
+        layers: dict[str, int] = defaultdict(int)
         for name, size in large.items():
-            layers[_decoder_layer(name)] += size
-        layers.pop(None, None)
-        ring = max(large.values(), default=0) + max(_READ_AHEAD, *layers.values(), 0)
+            if layer := _decoder_layer(name):
+                layers[layer] += size
+        ring = max(large.values(), default=0) + max([_READ_AHEAD, *layers.values()])
         return cls(
             parts,
             main_device,

@@ -19,7 +19,6 @@ from handler.weights import onloading, placement, streaming
 from handler.weights.foresight import Foresight
 from handler.weights.onloading import OnloadedWeights, Ring
 from handler.weights.placement import align_hooks
-from tests.models import save_tiny_bloom
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -100,13 +99,12 @@ class Streams:
         yield
         self.current = before
 
-    def run_some(self, until=lambda: False):
-        """Until that is so, or for as long as the dice say."""
-        while not until() and (ready := [s for s in self.all if s.todo and s.todo[0][0]()]):
-            stream = self.dice.choice(ready)
-            stream.todo.popleft()[1]()
-            if until.__name__ == "<lambda>" and self.dice.random() < 0.2:
+    def run_some(self, until=None):
+        """Until an event has happened, or for as long as the dice say."""
+        while ready := [s for s in self.all if s.todo and s.todo[0][0]()]:
+            if until.has_happened if until else self.dice.random() < 0.2:
                 return
+            self.dice.choice(ready).todo.popleft()[1]()
 
 
 class Stream:
@@ -136,10 +134,7 @@ class Event:
         self.has_happened = True
 
     def synchronize(self):
-        def happened():
-            return self.has_happened
-
-        self.streams.run_some(happened)
+        self.streams.run_some(self)
         assert self.has_happened
 
 
@@ -303,11 +298,6 @@ LIMITS = {
 }
 
 
-@pytest.fixture
-def wide_bloom(tmp_path):
-    return save_tiny_bloom(tmp_path / "bloom")
-
-
 def logits(model, ids):
     with torch.inference_mode():
         return model(ids.to("cuda")).logits.cpu()
@@ -317,13 +307,13 @@ def logits(model, ids):
 @pytest.mark.parametrize("small", [0, 1000, 256 << 10])
 @pytest.mark.parametrize("tiers", LIMITS)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_logits_are_those_of_a_model_that_fits(wide_bloom, tmp_path, monkeypatch, tiers, small, dtype):
+def test_the_logits_are_those_of_a_model_that_fits(bloom, tmp_path, monkeypatch, tiers, small, dtype):
     for module in (onloading, placement, streaming):
         monkeypatch.setattr(module, "SMALL_BYTES", small)
     ids = torch.arange(5, 13)[None]
-    expected = logits(load_model(wide_bloom, Settings(dtype=dtype), tmp_path).model, ids)
+    expected = logits(load_model(bloom, Settings(dtype=dtype), tmp_path).model, ids)
     limits = {device: limit * getattr(torch, dtype).itemsize // 4 for device, limit in LIMITS[tiers].items()}
-    loaded = load_model(wide_bloom, Settings(max_memory=limits, dtype=dtype), tmp_path)
+    loaded = load_model(bloom, Settings(max_memory=limits, dtype=dtype), tmp_path)
     assert ", ".join(loaded.placement.tiers) == tiers and loaded.placement.main_device == "gpu 0"
     for _ in range(4):
         torch.testing.assert_close(logits(loaded.model, ids), expected)
@@ -331,25 +321,25 @@ def test_the_logits_are_those_of_a_model_that_fits(wide_bloom, tmp_path, monkeyp
 
 @on_gpu
 @pytest.mark.parametrize("room", [0, 3000, 8192, 20_000])
-def test_a_ring_of_any_size_gives_the_same(wide_bloom, tmp_path, monkeypatch, room):
+def test_a_ring_of_any_size_gives_the_same(bloom, tmp_path, monkeypatch, room):
     for module in (onloading, placement, streaming):
         monkeypatch.setattr(module, "SMALL_BYTES", 0)
     ids = torch.arange(5, 13)[None]
-    expected = logits(AutoModelForCausalLM.from_pretrained(wide_bloom).cuda(), ids)
+    expected = logits(AutoModelForCausalLM.from_pretrained(bloom).cuda(), ids)
     made = []
     monkeypatch.setattr(
         "handler.loading.onload_weights", lambda model, _: made.append(onloading.onload_weights(model, room))
     )
-    loaded = load_model(wide_bloom, Settings(max_memory=LIMITS["gpu 0, cpu, disk"]), tmp_path)
+    loaded = load_model(bloom, Settings(max_memory=LIMITS["gpu 0, cpu, disk"]), tmp_path)
     for _ in range(5):
         torch.testing.assert_close(logits(loaded.model, ids), expected)
     assert made[0] is not None and not made[0]._in_use
 
 
 @on_gpu
-def test_a_forward_that_fails_leaves_nothing_in_use(wide_bloom, tmp_path, monkeypatch):
+def test_a_forward_that_fails_leaves_nothing_in_use(bloom, tmp_path, monkeypatch):
     monkeypatch.setattr(onloading, "SMALL_BYTES", 0)
-    loaded = load_model(wide_bloom, Settings(max_memory=LIMITS["gpu 0, cpu"]), tmp_path)
+    loaded = load_model(bloom, Settings(max_memory=LIMITS["gpu 0, cpu"]), tmp_path)
     ids = torch.arange(5, 13)[None]
     expected = logits(loaded.model, ids)
     last = loaded.model.transformer.h[-1].mlp.dense_4h_to_h
@@ -368,12 +358,12 @@ def test_a_forward_that_fails_leaves_nothing_in_use(wide_bloom, tmp_path, monkey
 
 @on_gpu
 @pytest.mark.parametrize("tiers", LIMITS)
-def test_many_at_once_on_a_model_that_does_not_fit(wide_bloom, tmp_path, monkeypatch, tiers):
+def test_many_at_once_on_a_model_that_does_not_fit(bloom, tmp_path, monkeypatch, tiers):
     for module in (onloading, placement, streaming):
         monkeypatch.setattr(module, "SMALL_BYTES", 500)
 
     def answers(max_memory):
-        loaded = load_model(wide_bloom, Settings(max_memory=max_memory), tmp_path)
+        loaded = load_model(bloom, Settings(max_memory=max_memory), tmp_path)
         engine = Engine(loaded.model, loaded.tokenizer, EngineConfig(max_batch_size=8))
         jobs = [engine.submit(Request(list(range(5, 6 + n)), {"max_new_tokens": 30 + n})) for n in range(12)]
         while engine.has_work:

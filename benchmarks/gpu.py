@@ -53,14 +53,14 @@ def static_generate(folder: Path, memory: int | None, new: int) -> Callable[[int
     return answer
 
 
-def own_engine(folder: Path, memory: int | None, new: int, cuda_graphs: bool = True) -> Callable[[int], object]:
+def own_engine(folder: Path, memory: int | None, new: int, replay_steps: bool = True) -> Callable[[int], object]:
     settings = Settings(
         dtype="float16",
         max_memory=places(memory),
         num_speculative_tokens=0,
         prefix_cache="off",
         max_batch_size=32,
-        cuda_graphs=cuda_graphs,
+        replay_steps=replay_steps,
     )
     loaded = load_model(folder, settings, WORK)
     engine = Engine(loaded.model, loaded.tokenizer, settings)
@@ -73,7 +73,7 @@ def own_engine(folder: Path, memory: int | None, new: int, cuda_graphs: bool = T
     return answer
 
 
-ENGINES = {"generate": static_generate, "launched": partial(own_engine, cuda_graphs=False), "ours": own_engine}
+ENGINES = {"generate": static_generate, "launched": partial(own_engine, replay_steps=False), "ours": own_engine}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """A step of the engine in this process, without a server: milliseconds at 1, 8 and 32 rows, for 1,000 tokens of as many
-clients in a closed loop, and for a prompt of 1,000 tokens, as it is, with products that share an input made apart, and
-with SDPA, in turns; and where they go.
+clients in a closed loop, and for a prompt of 1,000 tokens, as it is, with products that share an input made apart, with
+SDPA, and without replaying steps, in turns; and where they go.
 
     python -m benchmarks.step                       # SmolLM2-135M and BLOOM-560m's shape in bfloat16
     python -m benchmarks.step --cpu-time            # of one thread, on a machine that has other things to do
@@ -36,6 +36,7 @@ from handler.engine import Engine, Job, Request
 from handler.engine.architecture import Architecture
 from handler.engine.block_attention import attention
 from handler.engine.heap import reusing_blocks
+from handler.engine.replay import use_replay
 from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import packed
@@ -131,6 +132,8 @@ def main() -> None:
             settings = Settings(max_batch_size=max(ROWS), num_speculative_tokens=0)
             engines[kind] = Engine(loaded.model, loaded.tokenizer, settings)
         engines["sdpa"] = engines["as it is"]
+        use_replay(False)
+        engines["not replayed"] = Engine(engines["as it is"]._runner._model, loaded.tokenizer, settings)
         measures = {f"{rows} rows": lambda engine, rows=rows: decode(engine, rows, clock) for rows in ROWS}
         for clients in ROWS:
             name = f"1,000 tokens of {clients} clients"

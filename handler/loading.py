@@ -21,9 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from handler.engine.block_attention import use_block_attention
 from handler.engine.bloom import mend_bloom
-from handler.engine.cuda_graphs import use_cuda_graphs
 from handler.engine.draft_model import DraftModel
 from handler.engine.norms import mend_norms
+from handler.engine.replay import use_replay
 from handler.errors import LoadError, first_line
 from handler.kernels.cpu import use_machine_code
 from handler.memory import device_limits, free_memory, limits_beside_draft
@@ -65,7 +65,7 @@ def load_model(folder: Path, settings: Settings, work_folder: Path, draft_folder
     another tokenizer.
     """
     use_machine_code(settings.compile_kernels)
-    use_cuda_graphs(settings.cuda_graphs)
+    use_replay(settings.replay_steps)
     files = weight_files(folder)
     config = read_config(folder, settings)
     tokenizer = _load_tokenizer(folder, settings)

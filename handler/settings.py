@@ -133,8 +133,8 @@ class Settings(EngineConfig):
     compile_kernels: bool = Field(
         True, description="Decode on an x86 CPU with code that is compiled for it, in place of PyTorch's operators."
     )
-    cuda_graphs: bool = Field(
-        True, description="Replay steps in which each sequence gets one token, where one GPU holds all weights."
+    replay_steps: bool = Field(
+        True, description="Replay steps in which each sequence gets one token, where one device holds all weights."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
 

@@ -29,7 +29,7 @@ SLOW = (
 # What `make test-gpu` runs: what computes on the device that there is.
 GPU_TESTS = (
     "test_onloading.py",
-    "test_cuda_graphs.py",
+    "test_replay.py",
     "test_architectures.py",
     "test_equality.py",
     "test_draft_model.py",

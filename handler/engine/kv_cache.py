@@ -7,7 +7,7 @@ where their new tokens go; a forward that fails has therefore changed nothing th
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -19,14 +19,23 @@ from .heap import mapping_blocks
 from .prefix_cache import Prefix, PrefixCache
 
 # The store has more columns than are needed now, so that it is not copied at every step: the next multiple of
-# _COLUMN_STEP after an eighth more. Not many more: attention computes with them. Its rows double.
-_COLUMN_STEP = 32
+# COLUMN_STEP after an eighth more. Not many more: attention computes with them. Its rows double.
+COLUMN_STEP = 32
 _SPARE_COLUMNS = 1.125
+# Few rows get them by longer steps where forwards are replayed, which are captured for one size: by so many in all, if
+# that is no more than this part of what there may be.
+_LONG_STEP, _LONG_PART = 512, 16
 
 
-def with_spare_columns(columns: int) -> int:
-    """Columns that are allocated where so many are needed and memory does not end."""
-    return math.ceil(columns * _SPARE_COLUMNS / _COLUMN_STEP) * _COLUMN_STEP
+def replayed_step(rows: int, capacity: int) -> int:
+    """Columns that are allocated at once where forwards of so many rows are replayed. capacity: the most rows x columns
+    that may be allocated."""
+    return max(1, min(_LONG_STEP, capacity // _LONG_PART) // rows // COLUMN_STEP) * COLUMN_STEP
+
+
+def with_spare_columns(columns: int, step: int) -> int:
+    """Columns that are allocated, in such steps, where so many are needed and memory does not end."""
+    return math.ceil(columns * _SPARE_COLUMNS / step) * step
 
 
 class ForwardContext:
@@ -64,7 +73,8 @@ class KVCache(Cache):
 
     def __init__(self, max_tokens: int, max_bytes: int | None, bytes_per_token: int):
         self.context, self.prefixes = ForwardContext(), PrefixCache()
-        self.version = 0  # of where the stores lie in memory
+        # Called before keys and values move in memory; set where forwards are captured for the place that they have.
+        self.on_move: Callable[[], None] | None = None
         self._max_tokens, self._max_bytes, self._bytes_per_token = max_tokens, max_bytes, bytes_per_token
         super().__init__(layer_class_to_replicate=partial(RowLayer, self))  # type: ignore[arg-type]
 
@@ -186,19 +196,22 @@ class KVCache(Cache):
     def _next_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns to allocate where so many are needed.
 
-        The columns that are there stay unless they are too few, or twice as many as needed or more; the rows, unless
-        they are too few, or four times as many. Where memory ends, the spare ones go.
+        The columns that are there stay unless they are too few, or twice as many as needed or more, a step more where
+        forwards are replayed; the rows, unless they are too few, or four times as many. Where memory ends, the spare
+        ones go.
         """
         # After a forward that ran out of memory some layers have grown and others not: what all have counts.
         allocated_rows, allocated_columns = self._allocated
         capacity = self.capacity_tokens
         room = capacity - self.prefixes.num_tokens
-        if columns <= allocated_columns < 2 * columns:
-            columns = max(columns, min(allocated_columns, room // rows))
-        else:  # prefixes make way for the spare columns too, or the store would be copied for each few tokens
-            columns = max(columns, min(with_spare_columns(columns), capacity // rows))
         if not allocated_rows // 4 < rows <= allocated_rows:
             allocated_rows = 2 * min(rows, allocated_rows)
+        step = replayed_step(max(rows, allocated_rows), capacity) if self.on_move else COLUMN_STEP
+        needed = columns + step if self.on_move else columns
+        if columns <= allocated_columns < 2 * needed:
+            columns = max(columns, min(allocated_columns, room // rows))
+        else:  # prefixes make way for the spare columns too, or the store would be copied for each few tokens
+            columns = max(columns, min(with_spare_columns(columns, step), capacity // rows))
         return max(rows, min(allocated_rows, room // columns)), columns
 
     @property
@@ -239,9 +252,10 @@ class RowLayer(CacheLayerMixin):
     def resize(self, rows: int, columns: int) -> None:
         """Have so many rows and columns."""
         if self.keys.shape[0] != rows or self.keys.shape[2] != columns:
+            if self._cache.on_move:
+                self._cache.on_move()
             resized = _resized(self.keys, rows, columns), _resized(self.values, rows, columns)
             self.keys, self.values = resized  # both or none: the second may be one too many for the memory
-            self._cache.version += 1
 
     def _write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         context = self._cache.context

@@ -15,9 +15,9 @@ from handler.weights.placement import align_hooks
 from .architecture import Architecture
 from .attention import UNSEEN, gpt_neo_sees, key_positions, longrope_by_row, window_masks
 from .capacity import activation_bytes, kv_copy_bytes
-from .cuda_graphs import DecodeGraphs, can_replay
 from .heap import release_freed_memory, reusing_blocks
 from .kv_cache import ForwardContext, KVCache
+from .replay import Replays, can_replay
 from .scheduler import Batch
 
 _MANY_POSITIONS = 256  # of a forward that leaves holes in the heap, and takes long enough for them to be closed
@@ -59,9 +59,9 @@ class ModelRunner:
         self._takes_position_ids = architecture.takes_position_ids
         self._config = model.config.get_text_config()
         self._window, self._longrope_border = architecture.sliding_window, architecture.longrope_border
-        # What is done around a forward for these is not in its graph.
+        # What is done around a forward for these is not replayed.
         is_plain = self._longrope_border is None and self._config.model_type != "gpt_neo"
-        self._graphs = DecodeGraphs(model, cache) if is_plain and can_replay(model) else None
+        self._replays = Replays(model, cache) if is_plain and can_replay(model) else None
         widens = cpu_lacks(model.dtype) and has_plain_matrices(model)
         self._products = WideLinear if widens else nullcontext  # which looks at each operator
 
@@ -111,7 +111,7 @@ class ModelRunner:
             def ordinary() -> torch.Tensor:
                 return self._model(**inputs).logits.flatten(0, -2)
 
-            replays = self._graphs if keeps_all else None
+            replays = self._replays if keeps_all else None
             logits = replays.forward(inputs, lengths, ordinary) if replays else ordinary()
         if self.streams_weights and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # who measures what a forward costs looks at a clock
@@ -121,8 +121,8 @@ class ModelRunner:
 
     def release_memory(self) -> None:
         """Give back what can be made anew, after a forward that ran out of it."""
-        if self._graphs:
-            self._graphs.forget()
+        if self._replays:
+            self._replays.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

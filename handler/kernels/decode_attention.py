@@ -55,7 +55,7 @@ def decode_attention(
     kinds = None if mask is None else mask.dtype, bias is not None, multiplies_pairs(query.dtype, size)
     function = _function(query.dtype, size, heads // kv_heads, *kinds)
     function(
-        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+        *tensors,
         *strides,
         *(rows * kv_heads, kv_heads, columns, bits_of_float(scaling)),
     )

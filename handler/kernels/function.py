@@ -6,7 +6,8 @@ computed for PyTorch still spin, and start at once.
 
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from llvmlite import binding, ir
@@ -26,8 +27,23 @@ def bits_of_float(number: float) -> int:
     return bits
 
 
+Argument = torch.Tensor | int | None  # a tensor means its address, nothing means address 0
+Call = Callable[..., None]
+_watchers: list[Callable[[Call, tuple[Argument, ...]], None]] = []
+
+
+@contextmanager
+def watched(watcher: Callable[[Call, tuple[Argument, ...]], None]) -> Iterator[None]:
+    """Tell of each function that is called, and with what: no operator of PyTorch's shows it."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
 class Function:
-    """A compiled function of so many integers."""
+    """A compiled function of so many integers, addresses among them."""
 
     def __init__(self, write: Callable[..., None], arguments: int):
         """write: gets the code, the number of the thread that runs it, how many run it, and the integers."""
@@ -44,18 +60,22 @@ class Function:
         self._alone = _FUNCTION(self._address)
         self._array = ctypes.c_int64 * arguments
 
-    def __call__(self, *arguments: int) -> None:
+    def __call__(self, *arguments: Argument) -> None:
         """In as many threads as PyTorch computes in; returns when all have."""
         parallel()(self._address, self._given(arguments), torch.get_num_threads(), 0)  # type: ignore[misc]
+        for watcher in _watchers:
+            watcher(self, arguments)
 
-    def alone(self, *arguments: int) -> None:
+    def alone(self, *arguments: Argument) -> None:
         """In this thread, which is the first and only one."""
         self._alone(self._given(arguments))
+        for watcher in _watchers:
+            watcher(self.alone, arguments)
 
-    def _given(self, arguments: tuple[int, ...]) -> ctypes.Array:
+    def _given(self, arguments: tuple[Argument, ...]) -> ctypes.Array:
         if len(arguments) != self._array._length_:
             raise TypeError(f"{self._array._length_} arguments, not {len(arguments)}")
-        return self._array(*arguments)
+        return self._array(*(a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments))
 
 
 def _compiled(text: str) -> binding.ExecutionEngine:

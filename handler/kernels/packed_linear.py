@@ -52,7 +52,7 @@ def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | 
     def multiply_by(function: Function, biases: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         inputs = inputs.contiguous()
         outputs, rows = inputs.new_empty(*inputs.shape[:-1], out), inputs.numel() // columns
-        function(inputs.data_ptr(), matrix, biases.data_ptr(), outputs.data_ptr(), rows, columns, out)
+        function(inputs, matrix, biases, outputs, rows, columns, out)
         return outputs
 
     # Without the bias and the function, which would hide what another order makes of the product.
@@ -98,7 +98,7 @@ def widened_product(panels: torch.Tensor, out: int, bias: torch.Tensor | None, g
         outputs, rows = inputs.new_empty(*inputs.shape[:-1], out), inputs.numel() // columns
         if rows:
             wide = inputs.float().contiguous()
-            function(wide.data_ptr(), panels.data_ptr(), biases.data_ptr(), outputs.data_ptr(), rows, columns, out)
+            function(wide, panels, biases, outputs, rows, columns, out)
         return outputs
 
     return multiply

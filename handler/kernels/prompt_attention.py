@@ -59,7 +59,7 @@ def prompt_attention(
     pairs = multiplies_pairs(query.dtype, size)
     function = _function(query.dtype, size, None if mask is None else mask.dtype, bias is not None, pairs)
     function(
-        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+        *tensors,
         *strides,
         *(rows, heads, kv_heads, new, columns, bits_of_float(scaling)),
     )

@@ -27,8 +27,7 @@ def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: s
     outputs, size = torch.empty_like(inputs), len(weight)
     function = _function(inputs.dtype, kind)
     call = function.alone if inputs.numel() <= _FEW_NUMBERS else function
-    pointers = (tensor.data_ptr() for tensor in (inputs, weight, outputs))
-    call(*pointers, inputs.numel() // size, size, bits_of_float(epsilon))
+    call(inputs, weight, outputs, inputs.numel() // size, size, bits_of_float(epsilon))
     return outputs
 
 

@@ -17,7 +17,7 @@ from handler.engine import UnsupportedModel
 from handler.engine.architecture import Architecture
 from handler.engine.capacity import KERNEL_BYTES, Capacity, kv_copy_bytes
 from handler.engine.draft_model import DraftModel
-from handler.engine.kv_cache import with_spare_columns
+from handler.engine.kv_cache import COLUMN_STEP, replayed_step, with_spare_columns
 from handler.errors import CheckpointError, LoadError
 from handler.loading import meta_model, read_config
 from handler.memory import JAVA_BYTES, RESERVE, device_limits, limits_beside_draft
@@ -248,7 +248,8 @@ def _serving(
     full = cpu.needed - JAVA_BYTES
     if placement.main_device != "cpu" or settings.max_batch_size == 1:
         return {1: full, settings.max_batch_size: full}
-    row = with_spare_columns(capacity.max_sequence_length) * architecture.kv_bytes_per_token
+    step = COLUMN_STEP if placement.read_ahead_bytes else replayed_step(1, capacity.kv_cache_tokens)
+    row = with_spare_columns(capacity.max_sequence_length, step) * architecture.kv_bytes_per_token
     kv_cache = min(row, capacity.kv_cache_bytes)
     alone = Capacity.of(architecture, settings.model_copy(update={"max_batch_size": 1}))
     taken = kv_cache + kv_copy_bytes(architecture, kv_cache) + alone.activation_bytes

@@ -5,7 +5,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from handler.engine import Engine, EngineConfig, Request, UnsupportedModel, speculation
+from handler.engine import Engine, EngineConfig, Request, UnsupportedModel, replay, speculation
+from handler.engine.captured import Captured
 from handler.loading import mend
 from handler.weights.packed import pack_weights
 
@@ -16,6 +17,10 @@ from .conftest import guesser, make_tokenizer, prompt_ids
 # border of 24 tokens: one while it decodes, one with its prompt, and two never.
 VISITORS = ((20, 8), (2, 20), (33, 5), (9, 14))
 assert any(p < BORDER < p + n for p, n in VISITORS) and all(p + n > 2 * WINDOW for p, n in VISITORS)
+
+
+# What is done around their forwards, or what their forwards read from tensors, is not the same in each.
+NOT_REPLAYED = {"gpt_neo", "jetmoe", "llama, dynamic RoPE", "longcat_flash", "phi3, longrope", "phimoe, longrope"}
 
 
 def alone(model, prompt: list[int], new: int) -> list[int]:
@@ -58,6 +63,25 @@ def test_runs_as_generate_does(case: Case, monkeypatch, own_attention_afterwards
     assert answers == expected
     assert engine.speculator.num_accepted
     assert len({token for answer in answers for token in answer}) > 8  # not one word over and over
+
+
+@pytest.mark.parametrize("case", RUNS, ids=str)
+def test_replayed_steps_give_what_others_give(case: Case, monkeypatch, own_attention_afterwards):
+    monkeypatch.setattr(replay, "_SIGHTINGS", 1)
+    monkeypatch.setattr(replay, "_TRIALS", 100)
+    replayed, run = [], Captured.replay
+    monkeypatch.setattr(Captured, "replay", lambda *given: replayed.append(1) or run(*given))
+    model = case.make_model()
+    mend(model)
+    pack_weights(model)
+    engine = Engine(model, make_tokenizer(), EngineConfig(max_batch_size=2, num_speculative_tokens=0))
+    for seed in (1, 2):
+        engine.submit(Request(prompt_ids(seed, 5 * seed), {"max_new_tokens": 15}, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
+    own = engine._runner._replays
+    assert bool(own and own._is_on) == (str(case) not in NOT_REPLAYED)
+    assert len(replayed) >= 12 if own and own._is_on else not replayed
 
 
 def test_continuations_cross_longropes_border_one_after_the_other():

@@ -1,0 +1,53 @@
+"""What a forward that is replayed reads its inputs from: tensors of its own, which stay where they are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+class Captured:
+    """A forward in which each row gets one token, and the tensors that it reads its inputs from.
+
+    inputs: of the model's forward, [rows, ...]. lengths: tokens that each row holds; `columns`, int64 [rows], is where
+    its next one goes.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], lengths: Sequence[int], device: torch.device):
+        self.inputs = _copied(inputs)
+        self.columns = torch.tensor(lengths).to(device)
+
+    def replay(self, inputs: Mapping[str, Any], lengths: Sequence[int]) -> torch.Tensor:
+        """Logits [rows, vocab] for other inputs of the same shapes, until the next forward."""
+        for own, given in zip(tensors_of(self.inputs), tensors_of(inputs), strict=True):
+            own.copy_(given)
+        self.columns.copy_(torch.tensor(lengths))
+        return self.run()
+
+    def run(self) -> torch.Tensor:
+        """Logits for the inputs that are there."""
+        raise NotImplementedError
+
+    def spoil(self) -> None:
+        """Make what a run is to write anew something else."""
+
+
+def tensors_of(inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+    tensors = []
+    for value in inputs.values():
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, dict):
+            tensors += tensors_of(value)
+    return tensors
+
+
+def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    copied: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            value = value.clone()
+        elif isinstance(value, dict):
+            value = _copied(value)
+        copied[name] = value
+    return copied

@@ -1,0 +1,142 @@
+"""Forwards that are captured once and then replayed, without the Python of the model and of the library.
+
+A GPU is through with the kernels of a step in which each row gets one token before Python has launched them
+(docs/gpu.md), and a CPU waits for Python between the products of a small one (docs/performance.md). So such forwards
+are captured where all weights are on one device: as CUDA graphs, or call by call.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from handler.errors import first_line
+from handler.weights.placement import align_hooks
+
+from .captured import Captured, tensors_of
+from .cuda_graphs import CudaGraphs
+from .errors import CacheSpoiled
+from .kv_cache import KVCache
+from .recording import Recordings
+from .rounding import differences, tolerance
+
+logger = logging.getLogger(__name__)
+
+_MOST = 32  # captured at once: of different rows, and of columns that other rows do not let be as many
+_SIGHTINGS = 3  # of a forward, before it is worth capturing
+_TRIALS = 3  # later replays that are tried, and not only the first one of each capture
+
+_is_used = True
+
+
+def use_replay(is_used: bool) -> None:
+    """Whether forwards of models that the process loads from now on are replayed."""
+    global _is_used
+    _is_used = is_used
+
+
+def can_replay(model: PreTrainedModel) -> bool:
+    """Whether one device holds all of a model, so that a forward is nothing but computing."""
+    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+    devices.discard(torch.device("meta"))  # matrices that are packed as one have no memory of their own
+    is_moved = any(True for module in model.modules() for _ in align_hooks(module))
+    return _is_used and len(devices) == 1 and not is_moved
+
+
+class Replays:
+    """Replays forwards over the same rows and columns of a cache, in which each row gets one token.
+
+    model: of which `can_replay` is true.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: KVCache):
+        self._model, self._cache = model, cache
+        on_cpu = next(model.parameters()).device.type in ("cpu", "meta")
+        self._kind: Recordings | CudaGraphs = Recordings(model, cache) if on_cpu else CudaGraphs(model, cache)
+        self._is_on = True
+        self._trials = _TRIALS
+        self._captured: dict[tuple, Captured] = {}
+        self._seen: Counter[tuple] = Counter()
+        cache.on_move = self.forget  # what is captured has the addresses of keys and values, or holds on to them
+
+    def forward(
+        self, inputs: Mapping[str, Any], lengths: Sequence[int], ordinary: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """Logits [rows, vocab] of the forward that the cache is prepared for, until the next one.
+
+        inputs: of the model's forward. lengths: tokens that each row holds. ordinary: runs the forward as the model's
+        code does, and returns its logits.
+        Raises CacheSpoiled where a replay was tried and was wrong.
+        """
+        key = self._key(inputs)
+        if key is None:
+            return ordinary()
+        is_new = key not in self._captured
+        if is_new:
+            self._seen[key] += 1
+            captured = self._capture(inputs, lengths, ordinary) if self._seen[key] >= _SIGHTINGS else None
+            if captured is None:
+                return ordinary()
+            self._captured[key] = captured
+        captured = self._captured[key] = self._captured.pop(key)  # the last used is the last
+        if not is_new and not self._trials:
+            return captured.replay(inputs, lengths)
+        self._trials -= not is_new
+        return self._tried(captured, inputs, lengths, ordinary())
+
+    def forget(self) -> None:
+        """Give back the memory of all that is captured."""
+        self._captured.clear()
+        self._seen.clear()
+        self._kind.forget()
+
+    def _key(self, inputs: Mapping[str, Any]) -> tuple | None:
+        """Equal for forwards that one capture can stand for; None where none can."""
+        context = self._cache.context
+        if not self._is_on or context.query_length > 1 or context.past_length == 0 or self._cache.growth_is_due:
+            return None
+        shapes = [tuple(tensor.shape) for tensor in tensors_of(inputs)]  # a mask may be one tensor or several
+        return context.first_row, context.num_rows, context.kv_length, str(shapes)
+
+    def _capture(
+        self, inputs: Mapping[str, Any], lengths: Sequence[int], ordinary: Callable[[], torch.Tensor]
+    ) -> Captured | None:
+        if len(self._captured) >= _MOST:
+            del self._captured[next(iter(self._captured))]
+        context = self._cache.context
+        prepared = dict(vars(context))
+        try:
+            return self._kind.capture(inputs, lengths, ordinary)
+        except (torch.OutOfMemoryError, MemoryError):
+            self.forget()
+        except Exception as error:
+            self._turn_off(first_line(error))
+        finally:
+            vars(context).update(prepared)  # it is still to run, whether it was captured or not
+        return None
+
+    def _tried(
+        self, captured: Captured, inputs: Mapping[str, Any], lengths: Sequence[int], expected: torch.Tensor
+    ) -> torch.Tensor:
+        """Hold a replay against the logits that are expected. It has to write everything anew."""
+        self._cache.spoil_new_tokens()
+        captured.spoil()
+        try:
+            logits = captured.replay(inputs, lengths)
+        except Exception as error:
+            self._turn_off(first_line(error))
+            raise CacheSpoiled from error
+        known = ~expected.isnan().any(-1)  # a row that is broken anyway says nothing
+        off = differences(logits[known], expected[known]).nan_to_num(torch.inf).max().item() if known.any() else 0.0
+        if off > tolerance(self._model):
+            self._turn_off(f"they give other logits, off by {off:.2g} standard deviations")
+            raise CacheSpoiled
+        return logits
+
+    def _turn_off(self, reason: str) -> None:
+        logger.warning("forwards are run by the model's code, and not replayed: %s", reason)
+        self._is_on = False
+        self.forget()

@@ -1,0 +1,183 @@
+"""What is recorded does to other numbers what the forward would do, or is refused."""
+
+import copy
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
+
+from handler.engine import recording
+from handler.engine.recording import CannotRecord, recorded
+from handler.kernels.cpu import has_code_for
+from handler.kernels.rms_norm import rms_norm
+from handler.weights.packed import pack_weights
+from tests.models import DEVICE
+
+from .conftest import make_model
+
+pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="of a CPU")
+
+ROWS, SIZE = 3, 32
+WEIGHT = torch.randn(SIZE, generator=torch.Generator().manual_seed(1))
+STORE = torch.zeros(ROWS, SIZE)
+
+
+@torch.jit.script
+def scripted(x):
+    return x * 2 - 1  # Python does not see these calls, but the dispatcher does
+
+
+def in_place(x):
+    y = x.clone()
+    y += 1
+    y[:, 0] = 0
+    y[:, 1].mul_(3)
+    torch.add(y, y, out=y)
+    return y
+
+
+def views_of_what_stays(x):
+    STORE[1:].copy_(x[1:])
+    STORE.view(-1)[:2] = x[0, :2]
+    return STORE.mT.contiguous() + STORE.sum()
+
+
+def of_several(x):
+    a, b = x.split(SIZE // 2, dim=-1)
+    values, indices = torch.max(torch.cat([b, a], dim=1), dim=1)
+    _, (c, d) = None, x.chunk(2, dim=-1)
+    return values + indices + torch.stack((c, d)).sum((0, 2))
+
+
+def by_index(x):
+    rows = torch.arange(ROWS).flip(0)
+    return x[rows, torch.tensor([2, 0, 1])] + x.index_select(0, rows)[:, 3] + x[None, ..., 1:3].sum()
+
+
+def by_properties(x):
+    return x.data.T.mT.unsqueeze(0).real.detach()[0] * x.shape[0] + x.new_zeros(x.size())
+
+
+def by_functions(x):
+    y = torch.nn.functional.layer_norm(x, (SIZE,), WEIGHT, eps=1e-3)
+    y = torch.nn.functional.gelu(y, approximate="tanh") + torch.full_like(x, 0.5)
+    return torch.where(y > 0, y, -y).softmax(-1).to(torch.float64)
+
+
+def what_is_given(x):
+    return x.contiguous().to(x.dtype).view_as(x) + 0
+
+
+FORWARDS = [
+    lambda x: scripted(x) + scripted(-x * 3),
+    in_place,
+    views_of_what_stays,
+    of_several,
+    by_index,
+    by_properties,
+    by_functions,
+    what_is_given,
+    lambda x: torch.ops.aten.mul.Tensor(x, 3),
+]
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize("inference", [True, False])
+def test_other_numbers(forward, inference):
+    with torch.inference_mode(inference), torch.no_grad():
+        x = torch.randn(ROWS, SIZE)
+        again = recorded(lambda: forward(x))
+        for seed in range(3):
+            x.copy_(torch.randn(ROWS, SIZE, generator=torch.Generator().manual_seed(seed)))
+            result = again().clone()
+            assert torch.equal(result, forward(x))
+
+
+@pytest.mark.skipif(not has_code_for(torch.float32), reason="no code for this CPU")
+def test_kernels():
+    model = copy.deepcopy(make_model("llama"))
+    assert pack_weights(model)
+    mlp = model.model.layers[0].mlp
+    with torch.inference_mode():
+        x = torch.randn(ROWS, SIZE)
+        again = recorded(lambda: rms_norm(mlp(x), WEIGHT, 1e-5, "whole"))
+        x.copy_(torch.randn(ROWS, SIZE))
+        assert torch.equal(again(), rms_norm(mlp(x), WEIGHT, 1e-5, "whole"))
+
+
+READERS = [
+    lambda x: x if x.sum() > 0 else -x,
+    lambda x: x * x.sum().item(),
+    lambda x: x * float(x[0, 0]),
+    lambda x: x[: int(x[0, 0])],
+    lambda x: x[: x[0, 0].long()],
+    lambda x: x + torch.tensor(x.tolist()),
+    lambda x: x + torch.from_numpy(x.numpy()),
+    lambda x: x + torch.from_numpy(np.asarray(x)),
+    lambda x: x[x > 0],
+    lambda x: x[x.sum(1) > 0],
+    lambda x: x.nonzero(),
+    lambda x: torch.where(x > 0)[0],
+    lambda x: x.masked_select(x > 0),
+    lambda x: x if torch.equal(x, x) else -x,
+    lambda x: x if 0.5 in x else -x,
+    lambda x: torch.ones(3) * list(x.sum(1)).index(x.sum(1).max()),
+    lambda x: x.repeat_interleave(x[:, 0].long().abs(), 0),
+]
+
+
+@pytest.mark.parametrize("forward", READERS)
+@pytest.mark.parametrize("inference", [True, False])
+def test_what_depends_on_numbers_is_refused(forward, inference):
+    before = masking_utils.is_tracing
+    with torch.inference_mode(inference), torch.no_grad(), pytest.raises(CannotRecord):
+        x = torch.rand(ROWS, SIZE)
+        recorded(lambda: forward(x))
+    assert masking_utils.is_tracing is before
+    assert torch.ones(2).tolist() == [1, 1]  # no mode is left on
+
+
+class Alive(TorchDispatchMode):
+    """The most tensors that operators have made and that are there at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most = weakref.WeakSet(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.now.add(result)
+        self.most = max(self.most, len(self.now))
+        return result
+
+
+def test_tensors_go_after_their_last_use():
+    def forward():
+        y = x
+        for _ in range(20):
+            y = (y + 1) * 2
+        return y
+
+    with torch.inference_mode():
+        x = torch.randn(ROWS, SIZE)
+        again = recorded(forward)
+        gc.collect()
+        with Alive() as alive:
+            result = again()
+        assert torch.equal(result, forward()) and 1 < alive.most <= 3
+
+
+def test_a_recording_of_another_size_is_compiled_once():
+    def forward(x):
+        return (x.view(-1, 2) @ torch.ones(2, 2)).sum(0)
+
+    with torch.inference_mode():
+        recording._compiled.cache_clear()
+        for size in (2, 4, 6):
+            x = torch.randn(size, 2)
+            assert torch.equal(recorded(lambda x=x: forward(x))(), forward(x))
+    assert recording._compiled.cache_info().misses == 1

@@ -1,0 +1,259 @@
+"""A replayed forward gives what an ordinary one gives, or is not believed.
+
+What a CUDA graph captures runs anew at each replay where there is no GPU: all but the capture is tested so.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from handler.engine import Engine, EngineConfig, Request, cuda_graphs, kv_cache, replay
+from handler.engine.captured import Captured
+from tests.models import DEVICE
+
+from .conftest import KINDS, make_model, make_tokenizer, offloaded_model, prompt_ids, reference
+
+LENGTHS = (3, 9, 1, 20, 14, 5)
+
+
+class Rerun(cuda_graphs._Graph):
+    """Stands for a graph: the same forward, on the tensors and by the numbers that were there when it was made."""
+
+    def __init__(self, model, cache, inputs, lengths, logits, stream, pool):
+        Captured.__init__(self, inputs, lengths, logits.device)
+        self._model, self._cache, self._logits = model, cache, logits
+        self._graph = SimpleNamespace(replay=self._run)
+        cache.direct_to(self.columns)
+        self._known = dict(vars(cache.context))
+
+    def _run(self):
+        context = self._cache.context
+        prepared = dict(vars(context))
+        vars(context).update(self._known, slots={})
+        self._logits.copy_(self._model(**self.inputs).logits.flatten(0, -2))
+        vars(context).update(prepared)
+
+
+@pytest.fixture(params=["graph"] if DEVICE.type == "cuda" else ["graph", "recording"])
+def replays(request, monkeypatch):
+    """replays(kind) -> an engine, and its replays."""
+    if DEVICE.type == "cpu" and request.param == "graph":
+        monkeypatch.setattr(cuda_graphs, "_Graph", Rerun)
+        monkeypatch.setattr(replay, "Recordings", cuda_graphs.CudaGraphs)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
+
+    def make(kind):
+        settings = EngineConfig(max_batch_size=4, num_speculative_tokens=0, prefill_chunk=7)
+        engine = Engine(make_model(kind), make_tokenizer(), settings)
+        return engine, engine._runner._replays
+
+    return make
+
+
+def serve(engine):
+    """Answers of rows that come and go, and whether they are what `generate` gives."""
+    jobs = []
+    for seed, length in enumerate(LENGTHS):
+        jobs.append(engine.submit(Request(prompt_ids(seed, length), {"max_new_tokens": 24})))
+        for _ in range(5):
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    return [job.sequences[0].token_ids for job in jobs]
+
+
+def expected(kind):
+    return [reference(kind, tuple(prompt_ids(seed, length)))[:24] for seed, length in enumerate(LENGTHS)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_those_of_generate(kind, replays, monkeypatch):
+    engine, own = replays(kind)
+    replayed, run = [], Captured.replay
+    monkeypatch.setattr(Captured, "replay", lambda *given: replayed.append(1) or run(*given))
+    assert serve(engine) == expected(kind)
+    assert own._is_on and own._trials == 0 and len(replayed) > 20 and own._captured
+
+
+def test_a_replay_that_gives_other_logits_is_not_believed(replays, monkeypatch, caplog):
+    engine, own = replays("llama")
+    run = Captured.replay
+
+    def wrong(*given):
+        return run(*given).roll(1, dims=-1)
+
+    monkeypatch.setattr(Captured, "replay", wrong)
+    assert serve(engine) == expected("llama")
+    assert not own._is_on and "other logits" in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("from_replay", [0, 2])
+def test_a_replay_that_writes_keys_elsewhere_is_not_believed(kind, replays, monkeypatch, caplog, from_replay):
+    """What it has written over is computed anew, for everyone."""
+    engine, own = replays(kind)
+    own._trials, replayed, run = 3, [], Captured.replay
+
+    def elsewhere(captured, inputs, lengths):
+        replayed.append(lengths)
+        return run(captured, inputs, [0] * len(lengths) if len(replayed) > from_replay else lengths)
+
+    monkeypatch.setattr(Captured, "replay", elsewhere)
+    assert serve(engine) == expected(kind)
+    assert not own._is_on and len(replayed) == from_replay + 1 and "other logits" in caplog.text
+    assert not any(store.isnan().any() for store in engine._cache._stores())
+
+
+def test_a_replay_that_fails_when_it_is_tried_harms_nobody(replays, monkeypatch, caplog):
+    engine, own = replays("llama")
+
+    def fail(*given):
+        raise RuntimeError("sizes do not match")
+
+    monkeypatch.setattr(Captured, "replay", fail)
+    assert serve(engine) == expected("llama")
+    assert not own._is_on and "sizes do not match" in caplog.text
+    assert not any(store.isnan().any() for store in engine._cache._stores())
+
+
+def test_each_capture_is_tried_once(replays, monkeypatch):
+    engine, own = replays("llama")
+    own._trials, tried, replayed = 0, [], []
+    for name, calls in (("replay", replayed), ("__init__", tried)):
+        method = getattr(Captured, name)
+        monkeypatch.setattr(
+            Captured, name, lambda *given, method=method, calls=calls: calls.append(1) or method(*given)
+        )
+    spoil = engine._cache.spoil_new_tokens
+    trials = []
+    monkeypatch.setattr(engine._cache, "spoil_new_tokens", lambda: trials.append(1) or spoil())
+    assert serve(engine) == expected("llama")
+    assert 3 <= len(tried) == len(trials) < len(replayed)
+
+
+@pytest.mark.parametrize("trials", [0, 3])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_forward_that_cannot_be_captured_is_run(replays, monkeypatch, caplog, at, trials):
+    engine, own = replays("llama")
+    own._trials, made, capture = trials, [], own._kind.capture
+
+    def fail(inputs, lengths, ordinary):
+        made.append(lengths)
+        if len(made) <= at:
+            return capture(inputs, lengths, ordinary)
+        cache = engine._cache
+        cache.direct_to(torch.zeros(len(lengths), dtype=torch.long, device=DEVICE))
+        cache.context.rows.zero_()  # what is captured has not run
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(own._kind, "capture", fail)
+    assert serve(engine) == expected("llama")
+    assert len(made) == at + 1 and not own._is_on and "not permitted" in caplog.text
+
+
+def test_captures_make_way_when_memory_ends(replays, monkeypatch):
+    engine, own = replays("llama")
+    job = engine.submit(Request(prompt_ids(0, 5), {"max_new_tokens": 20}))
+    other = engine.submit(Request(prompt_ids(1, 5), {"max_new_tokens": 20}))
+    while not own._captured:
+        engine.step()
+    forward = own.forward
+
+    def fail(*_):
+        monkeypatch.setattr(own, "forward", forward)
+        raise torch.OutOfMemoryError("planned")
+
+    monkeypatch.setattr(own, "forward", fail)
+    engine.step()
+    assert other.error is not None and not own._captured
+    while engine.has_work:
+        engine.step()
+    assert job.sequences[0].token_ids == reference("llama", tuple(prompt_ids(0, 5)))[:20]
+
+
+def test_no_capture_outlives_the_memory_that_it_reads(replays, monkeypatch):
+    engine, _ = replays("llama")
+    stores, run = [], Captured.replay
+
+    def record(captured, *given):
+        stores.append({store.data_ptr() for store in engine._cache._stores()})
+        captured.stores = getattr(captured, "stores", stores[-1])
+        assert captured.stores == stores[-1]
+        return run(captured, *given)
+
+    monkeypatch.setattr(Captured, "replay", record)
+    job = engine.submit(Request(prompt_ids(0, 5), {"max_new_tokens": 90, "min_new_tokens": 90}))
+    while engine.has_work:
+        engine.step()
+        if job.sequences[0].length in (20, 40):  # rows come, and the store moves, and go
+            for seed in (1, 2, 3):
+                engine.submit(Request(prompt_ids(seed, 5), {"max_new_tokens": 3}))
+    assert job.error is None and len(set(map(frozenset, stores))) > 2 and len(stores) > 60
+
+
+def test_what_is_captured_is_let_go_before_keys_and_values_grow(replays, monkeypatch):
+    """It would hold on to those that they are copied from."""
+    engine, own = replays("llama")
+    held, resized = [], kv_cache._resized
+    monkeypatch.setattr(kv_cache, "_resized", lambda *given: held.append(len(own._captured)) or resized(*given))
+    job = engine.submit(Request(prompt_ids(0, 5), {"max_new_tokens": 60, "min_new_tokens": 60}))
+    while not own._captured:
+        engine.step()
+    held.clear()
+    engine.submit(Request(prompt_ids(1, 5), {"max_new_tokens": 60}))
+    while engine.has_work:
+        engine.step()
+    assert job.error is None and held and not any(held)
+
+
+def test_more_rows_than_at_first(replays):
+    engine, own = replays("llama")
+    long = [Request(prompt_ids(seed, 5), {"max_new_tokens": 20}) for seed in range(3)]
+    jobs = [engine.submit(long[0])]
+    for seed in (3, 4):  # memory for three rows, and for not so many that it goes back
+        engine.submit(Request(prompt_ids(seed, 5), {"max_new_tokens": 1}))
+    while not own._captured:
+        engine.step()
+    stores = [store.data_ptr() for store in engine._cache._stores()]
+    jobs += [engine.submit(request) for request in long[1:]]
+    while engine.has_work:
+        engine.step()
+    assert len(own._captured) > 1 and [store.data_ptr() for store in engine._cache._stores()] == stores
+    answers = [reference("llama", tuple(prompt_ids(seed, 5)))[:20] for seed in range(3)]
+    assert [job.sequences[0].token_ids for job in jobs] == answers
+
+
+def test_there_are_not_too_many(replays, monkeypatch):
+    monkeypatch.setattr(replay, "_MOST", 2)
+    engine, own = replays("llama")
+    most = 0
+    jobs = [engine.submit(Request(prompt_ids(n, 5), {"max_new_tokens": 6 + 4 * n})) for n in range(4)]
+    while engine.has_work:
+        engine.step()
+        most = max(most, len(own._captured))
+    answers = [reference("llama", tuple(prompt_ids(n, 5)))[: 6 + 4 * n] for n in range(4)]
+    assert most == 2 and [job.sequences[0].token_ids for job in jobs] == answers
+
+
+def test_what_the_host_must_know_cannot_be_captured(replays, monkeypatch, caplog):
+    """As of mixtures of experts that ask how many tokens each expert gets."""
+    engine, own = replays("llama")
+    if isinstance(own._kind, cuda_graphs.CudaGraphs) and DEVICE.type == "cpu":
+        pytest.skip("no GPU here")
+    model = make_model("llama")
+    handle = model.model.norm.register_forward_hook(lambda *given: given[-1] * float(given[-1].isnan().sum() == 0))
+    try:
+        assert serve(engine) == expected("llama")
+    finally:
+        handle.remove()
+    assert not own._is_on and "by the model's code" in caplog.text
+
+
+def test_replay_is_for_models_that_one_device_holds_and_where_it_is_wanted(monkeypatch):
+    monkeypatch.setattr(replay, "_is_used", True)
+    model = make_model("llama")
+    assert replay.can_replay(model) and not replay.can_replay(offloaded_model("llama", (1,)))
+    replay.use_replay(False)
+    assert not replay.can_replay(model)

@@ -10,12 +10,13 @@ class Captured:
     """A forward in which each row gets one token, and the tensors that it reads its inputs from.
 
     inputs: of the model's forward, [rows, ...]. lengths: tokens that each row holds; `columns`, int64 [rows], is where
-    its next one goes.
+    its next one goes. is_tried: whether a replay has been held against an ordinary forward.
     """
 
     def __init__(self, inputs: Mapping[str, Any], lengths: Sequence[int], device: torch.device):
         self.inputs = _copied(inputs)
         self.columns = torch.tensor(lengths).to(device)
+        self.is_tried = False
 
     def replay(self, inputs: Mapping[str, Any], lengths: Sequence[int]) -> torch.Tensor:
         """Logits [rows, vocab] for other inputs of the same shapes, until the next forward."""

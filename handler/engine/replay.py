@@ -74,17 +74,15 @@ class Replays:
         key = self._key(inputs)
         if key is None:
             return ordinary()
-        is_new = key not in self._captured
-        if is_new:
+        if key not in self._captured:
             self._seen[key] += 1
-            captured = self._capture(inputs, lengths, ordinary) if self._seen[key] >= _SIGHTINGS else None
-            if captured is None:
-                return ordinary()
-            self._captured[key] = captured
+            if self._seen[key] >= _SIGHTINGS and (captured := self._capture(inputs, lengths, ordinary)):
+                self._captured[key] = captured
+            return ordinary()
         captured = self._captured[key] = self._captured.pop(key)  # the last used is the last
-        if not is_new and not self._trials:
+        if captured.is_tried and not self._trials:
             return captured.replay(inputs, lengths)
-        self._trials -= not is_new
+        self._trials -= captured.is_tried
         return self._tried(captured, inputs, lengths, ordinary())
 
     def forget(self) -> None:
@@ -121,7 +119,8 @@ class Replays:
     def _tried(
         self, captured: Captured, inputs: Mapping[str, Any], lengths: Sequence[int], expected: torch.Tensor
     ) -> torch.Tensor:
-        """Hold a replay against the logits that are expected. It has to write everything anew."""
+        """Hold a replay against the logits that are expected. It has to write everything anew, and other numbers than
+        when it was captured."""
         self._cache.spoil_new_tokens()
         captured.spoil()
         try:
@@ -134,6 +133,7 @@ class Replays:
         if off > tolerance(self._model):
             self._turn_off(f"they give other logits, off by {off:.2g} standard deviations")
             raise CacheSpoiled
+        captured.is_tried = True
         return logits
 
     def _turn_off(self, reason: str) -> None:

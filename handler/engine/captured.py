@@ -1,6 +1,6 @@
 """What a forward that is replayed reads its inputs from: tensors of its own, which stay where they are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,11 @@ class Captured:
     """A forward in which each row gets one token, and the tensors that it reads its inputs from.
 
     inputs: of the model's forward, [rows, ...]. lengths: tokens that each row holds; `columns`, int64 [rows], is where
-    its next one goes. is_tried: whether a replay has been held against an ordinary forward.
+    its next one goes. Whoever captures it sets `run`, which computes logits [rows, vocab] from these tensors.
+    is_tried: whether a replay has been held against an ordinary forward.
     """
+
+    run: Callable[[], torch.Tensor]
 
     def __init__(self, inputs: Mapping[str, Any], lengths: Sequence[int], device: torch.device):
         self.inputs = _copied(inputs)
@@ -24,10 +27,6 @@ class Captured:
             own.copy_(given)
         self.columns.copy_(torch.tensor(lengths))
         return self.run()
-
-    def run(self) -> torch.Tensor:
-        """Logits for the inputs that are there."""
-        raise NotImplementedError
 
     def spoil(self) -> None:
         """Make what a run is to write anew something else."""

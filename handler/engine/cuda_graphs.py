@@ -1,6 +1,6 @@
 """Forwards as CUDA graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,9 @@ class CudaGraphs:
         self._stream: Any = None  # to capture on
         self._logits = torch.empty(0, 0)  # [rows, vocab], of whichever graph was replayed last
 
-    def capture(
-        self, inputs: Mapping[str, Any], lengths: Sequence[int], ordinary: Callable[[], torch.Tensor]
-    ) -> Captured:
-        """The forward, which does not run, of inputs and `lengths` as of Captured. ordinary: runs it."""
-        if len(lengths) > len(self._logits):  # graphs that are there keep the smaller one
-            like = ordinary()
+    def capture(self, inputs: Mapping[str, Any], lengths: Sequence[int], like: torch.Tensor) -> Captured:
+        """The forward, which does not run, of inputs and `lengths` as of Captured. like: its logits."""
+        if len(like) > len(self._logits):  # graphs that are there keep the smaller one
             self._logits = like.new_empty(2 * len(like), like.shape[1])
             self._stream = self._stream or torch.cuda.Stream(like.device)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -32,8 +29,8 @@ class CudaGraphs:
         return _Graph(self._model, self._cache, inputs, lengths, logits, self._stream, self._pool)
 
     def forget(self) -> None:
-        """Give back what graphs share, once there are none."""
-        self._pool, self._logits = None, torch.empty(0, 0)
+        """Begin with other memory, once there are no graphs: theirs is gone with the last of them."""
+        self._pool = None
 
 
 class _Graph(Captured):
@@ -51,7 +48,7 @@ class _Graph(Captured):
         pool: Any,
     ) -> None:
         super().__init__(inputs, lengths, logits.device)
-        self._logits, self._graph = logits, torch.cuda.CUDAGraph()
+        self._logits, self._graph, self.run = logits, torch.cuda.CUDAGraph(), self._replay
         with torch.cuda.device(logits.device):
             before = torch.cuda.current_stream()
             try:
@@ -63,7 +60,7 @@ class _Graph(Captured):
                 _leave_capture(before, pool)
                 raise
 
-    def run(self) -> torch.Tensor:
+    def _replay(self) -> torch.Tensor:
         self._graph.replay()
         return self._logits
 

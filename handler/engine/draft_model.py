@@ -76,6 +76,12 @@ class DraftModel:
         """Give back what can be made anew."""
         self._runner.release_memory()
 
+    def begin_anew(self) -> None:
+        """Follow nobody, and keep nothing that was spoiled."""
+        self._rows = {}
+        for row in range(self._cache.num_rows):
+            self._cache.zero_row(row)
+
     def forget(self) -> None:
         """Believe that forwards have become a little faster, so that who is not asked is asked again some day."""
         self._cost.reading *= 0.99

@@ -49,11 +49,15 @@ def as_engine_error(error: Exception) -> EngineError:
     if isinstance(error, EngineError):
         return error
     logger.error("a step failed", exc_info=error)
-    words = ("not enough memory", "out of memory", "can't allocate memory")
-    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    no_memory = no_memory or any(word in str(error).lower() for word in words)
-    if no_memory:
+    if is_out_of_memory(error):
         return OutOfMemory(
             "not enough memory for this request; send a shorter prompt or ask for fewer tokens, or later"
         )
     return ModelError(f"a {type(error).__name__} in the model; the worker's log has it")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has a class for it on GPUs alone."""
+    words = ("not enough memory", "out of memory", "can't allocate memory")
+    is_known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return is_known or any(word in str(error).lower() for word in words)

@@ -25,11 +25,15 @@ from .kv_cache import KVCache
 
 _Forward = Callable[[], torch.Tensor]
 
-# What these give would be the same in each repetition.
-_READING = frozenset(
-    getattr(torch.Tensor, name)
-    for name in ("tolist", "numpy", "item", "__array__", "__bool__", "__int__", "__float__", "__index__")
-)
+# What these read would be the same in each repetition, or they make tensors that nobody sees come.
+_REFUSED = {
+    *(
+        getattr(torch.Tensor, name)
+        for name in ("tolist", "numpy", "item", "__bool__", "__int__", "__float__", "__index__")
+    ),
+    *(torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.from_dlpack, torch.Tensor.__deepcopy__),
+    torch.Tensor.data.__set__,  # type: ignore[attr-defined]
+}
 
 
 class CannotRecord(RuntimeError):
@@ -42,27 +46,19 @@ class Recordings:
     def __init__(self, model: PreTrainedModel, cache: KVCache):
         self._model, self._cache = model, cache
 
-    def capture(
-        self, inputs: Mapping[str, Any], lengths: Sequence[int], ordinary: Callable[[], torch.Tensor]
-    ) -> Captured:
-        """The forward, which runs, of inputs and `lengths` as of Captured. Raises CannotRecord."""
-        return _Recording(self._model, self._cache, inputs, lengths)
-
-    def forget(self) -> None:
-        """They share nothing."""
-
-
-class _Recording(Captured):
-    def __init__(
-        self, model: PreTrainedModel, cache: KVCache, inputs: Mapping[str, Any], lengths: Sequence[int]
-    ) -> None:
-        super().__init__(inputs, lengths, torch.device("cpu"))
+    def capture(self, inputs: Mapping[str, Any], lengths: Sequence[int], like: torch.Tensor) -> Captured:
+        """The forward, which runs once more, of inputs and `lengths` as of Captured. Raises CannotRecord."""
+        captured = Captured(inputs, lengths, like.device)
 
         def forward() -> torch.Tensor:
-            cache.direct_to(self.columns)
-            return model(**self.inputs).logits.flatten(0, -2)
+            self._cache.direct_to(captured.columns)
+            return self._model(**captured.inputs).logits.flatten(0, -2)
 
-        self.run = recorded(forward)  # type: ignore[method-assign]
+        captured.run = recorded(forward)
+        return captured
+
+    def forget(self) -> None:
+        """They share nothing that would have to go."""
 
 
 def recorded(forward: _Forward) -> _Forward:
@@ -92,7 +88,7 @@ class _Calls(TorchFunctionMode):
         self._notes = notes
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in _READING:
+        if func in _REFUSED:
             raise CannotRecord(f"{func.__name__} of a tensor")
         return self._notes.outermost(func, args, kwargs or {})
 
@@ -109,8 +105,8 @@ class _Operators(TorchDispatchMode):
         return False  # a base class' hook: nothing is compiled here, and to forbid it takes time for each operator
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        depends_on_numbers, is_composite, is_writing = _traits(func)
-        if depends_on_numbers or (func is _INDEX and any(one.dtype in _MASKS for one in args[1] if one is not None)):
+        is_refused, is_composite, is_writing = _traits(func)
+        if is_refused or (func is _INDEX and any(one.dtype in _MASK_DTYPES for one in args[1] if one is not None)):
             raise CannotRecord(str(func))
         if is_composite:  # of operators, one of which may depend on numbers
             with self:
@@ -120,15 +116,17 @@ class _Operators(TorchDispatchMode):
         return outputs
 
 
-_INDEX, _MASKS = torch.ops.aten.index.Tensor, (torch.bool, torch.uint8)
+_INDEX, _DETACH = torch.ops.aten.index.Tensor, torch.ops.aten.detach_.default
+_MASK_DTYPES = (torch.bool, torch.uint8)
 
 
 @cache
 def _traits(func: OpOverload) -> tuple[bool, bool, bool]:
-    """Of an operator: whether the shape of what it gives, or what that is to Python, depends on numbers in tensors;
-    whether it is made of others; whether it writes to what it is given."""
-    depends = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
-    return depends and func is not _INDEX, func._can_decompose(), func._schema.is_mutable
+    """Of an operator: whether the shape of what it gives, or what that is to Python, depends on numbers in tensors, or
+    it makes a view another one; whether it is made of others; whether it writes to what it is given."""
+    refused = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view}
+    is_refused = func not in (_INDEX, _DETACH) and not refused.isdisjoint(func.tags)
+    return is_refused, func._can_decompose(), func._schema.is_mutable
 
 
 class _Notes:
@@ -138,6 +136,7 @@ class _Notes:
         self._lines: list[tuple[str, set[int]]] = []  # and which tensors are in it
         self._constants: list[Any] = []
         self._numbers: dict[int, int] = {}  # of the tensors that lines made and that are still there, by their ids
+        self._addresses: dict[int, int | None] = {}  # of their memory
         self._ends: list[weakref.ref] = []
         self._count = 0
         self._is_inside = self._is_written = False  # a call, whose operators are not noted; by one of them
@@ -185,8 +184,8 @@ class _Notes:
 
     def _name(self, tensor: torch.Tensor) -> None:
         key = id(tensor)
-        self._numbers[key] = self._count
-        self._ends.append(weakref.ref(tensor, lambda _: self._numbers.pop(key, None)))
+        self._numbers[key], self._addresses[key] = self._count, _address(tensor)
+        self._ends.append(weakref.ref(tensor, lambda _: (self._numbers.pop(key, None), self._addresses.pop(key, None))))
         self._count += 1
 
     def _target(self, outputs: Any) -> str:
@@ -198,13 +197,15 @@ class _Notes:
         if isinstance(value, torch.Tensor):
             number = self._numbers.get(id(value))
             if number is None:
+                if (address := _address(value)) and address in self._addresses.values():
+                    raise CannotRecord("a tensor that shares memory with others, and that nobody saw come")
                 return self._constant(value)
             used.add(number)
             return f"t{number}"
         if isinstance(value, list | tuple) and _has_tensors(value):
             words = "".join(f"{self._word(one, used)}, " for one in value)
             return f"[{words}]" if isinstance(value, list) else f"({words})"
-        return self._constant(value)
+        return self._constant(_frozen(value))
 
     def _constant(self, value: Any) -> str:
         self._constants.append(value)
@@ -212,7 +213,8 @@ class _Notes:
 
     def function(self, result: torch.Tensor) -> _Forward:
         """What makes all calls again, and returns what has become of the result."""
-        returned = self._numbers[id(result)]
+        if (returned := self._numbers.get(id(result))) is None:
+            raise CannotRecord("logits that no call made")
         alive, lines = {returned}, [f"return t{returned}"]
         for line, used in reversed(self._lines):
             if dead := used - alive:
@@ -230,6 +232,11 @@ class _Notes:
 def _compiled(source: str) -> CodeType:
     """The same for forwards that differ in sizes and addresses alone."""
     return compile(source, "<recorded forward>", "exec")
+
+
+def _frozen(value: Any) -> Any:
+    """The same, though a list in it may grow."""
+    return type(value)(map(_frozen, value)) if type(value) in (list, tuple) else value
 
 
 def _shares_memory(tensor: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:

@@ -18,14 +18,14 @@ from handler.weights.placement import align_hooks
 
 from .captured import Captured, tensors_of
 from .cuda_graphs import CudaGraphs
-from .errors import CacheSpoiled
+from .errors import CacheSpoiled, is_out_of_memory
 from .kv_cache import KVCache
 from .recording import Recordings
 from .rounding import differences, tolerance
 
 logger = logging.getLogger(__name__)
 
-_MOST = 32  # captured at once: of different rows, and of columns that other rows do not let be as many
+_MOST = 16  # captured at once: of different rows, and of columns that other rows do not let be as many
 _SIGHTINGS = 3  # of a forward, before it is worth capturing
 _TRIALS = 3  # later replays that are tried, and not only the first one of each capture
 
@@ -74,16 +74,22 @@ class Replays:
         key = self._key(inputs)
         if key is None:
             return ordinary()
-        if key not in self._captured:
+        captured = self._captured.pop(key, None)
+        if captured is None:
+            logits = ordinary()
             self._seen[key] += 1
-            if self._seen[key] >= _SIGHTINGS and (captured := self._capture(inputs, lengths, ordinary)):
-                self._captured[key] = captured
-            return ordinary()
-        captured = self._captured[key] = self._captured.pop(key)  # the last used is the last
-        if captured.is_tried and not self._trials:
+            if self._seen[key] >= _SIGHTINGS and (captured := self._capture(inputs, lengths, logits)):
+                self._keep(key, captured)
+            return logits
+        self._keep(key, captured)
+        if not captured.is_tried or self._trials:
+            self._trials -= captured.is_tried
+            return self._tried(captured, inputs, lengths, ordinary())
+        try:
             return captured.replay(inputs, lengths)
-        self._trials -= captured.is_tried
-        return self._tried(captured, inputs, lengths, ordinary())
+        except Exception as error:
+            self._failed(error)
+            return ordinary()
 
     def forget(self) -> None:
         """Give back the memory of all that is captured."""
@@ -92,28 +98,32 @@ class Replays:
         self._kind.forget()
 
     def _key(self, inputs: Mapping[str, Any]) -> tuple | None:
-        """Equal for forwards that one capture can stand for; None where none can."""
+        """Equal for forwards that one capture can stand for; None where none can, or where each would have another:
+        short rows beside one twice as long see no columns that are to come."""
         context = self._cache.context
-        if not self._is_on or context.query_length > 1 or context.past_length == 0 or self._cache.growth_is_due:
+        is_prompt = context.query_length > 1 or context.past_length == 0
+        if not self._is_on or is_prompt or self._cache.growth_is_due or context.kv_length != context.store_shape[1]:
             return None
         shapes = [tuple(tensor.shape) for tensor in tensors_of(inputs)]  # a mask may be one tensor or several
         return context.first_row, context.num_rows, context.kv_length, str(shapes)
 
-    def _capture(
-        self, inputs: Mapping[str, Any], lengths: Sequence[int], ordinary: Callable[[], torch.Tensor]
-    ) -> Captured | None:
-        if len(self._captured) >= _MOST:
-            del self._captured[next(iter(self._captured))]
+    def _keep(self, key: tuple, captured: Captured) -> None:
+        """The last used is the last."""
+        self._captured[key] = captured
+        if len(self._captured) > _MOST:
+            oldest = next(iter(self._captured))
+            del self._captured[oldest], self._seen[oldest]
+
+    def _capture(self, inputs: Mapping[str, Any], lengths: Sequence[int], like: torch.Tensor) -> Captured | None:
+        """The forward that has just run, but for where it wrote to; like: its logits."""
         context = self._cache.context
         prepared = dict(vars(context))
         try:
-            return self._kind.capture(inputs, lengths, ordinary)
-        except (torch.OutOfMemoryError, MemoryError):
-            self.forget()
+            return self._kind.capture(inputs, lengths, like)
         except Exception as error:
-            self._turn_off(first_line(error))
+            self._failed(error)
         finally:
-            vars(context).update(prepared)  # it is still to run, whether it was captured or not
+            vars(context).update(prepared)
         return None
 
     def _tried(
@@ -123,20 +133,29 @@ class Replays:
         when it was captured."""
         self._cache.spoil_new_tokens()
         captured.spoil()
+        off, is_tried = 0.0, False
         try:
             logits = captured.replay(inputs, lengths)
+            for row in (~expected.isnan().any(-1)).nonzero().flatten().tolist():  # a broken row says nothing
+                difference = differences(logits[row : row + 1], expected[row : row + 1])  # takes memory for each
+                off, is_tried = max(off, difference.nan_to_num(torch.inf).item()), True
         except Exception as error:
-            self._turn_off(first_line(error))
+            self._failed(error)
             raise CacheSpoiled from error
-        known = ~expected.isnan().any(-1)  # a row that is broken anyway says nothing
-        off = differences(logits[known], expected[known]).nan_to_num(torch.inf).max().item() if known.any() else 0.0
         if off > tolerance(self._model):
             self._turn_off(f"they give other logits, off by {off:.2g} standard deviations")
             raise CacheSpoiled
-        captured.is_tried = True
+        captured.is_tried = is_tried
         return logits
+
+    def _failed(self, error: Exception) -> None:
+        if is_out_of_memory(error):
+            self.forget()
+        else:
+            self._turn_off(f"{type(error).__name__}: {first_line(error)}")
 
     def _turn_off(self, reason: str) -> None:
         logger.warning("forwards are run by the model's code, and not replayed: %s", reason)
         self._is_on = False
         self.forget()
+        self._cache.on_move = None

@@ -13,6 +13,7 @@ import numpy as np
 
 from .capacity import Capacity
 from .draft_model import DraftModel
+from .errors import CacheSpoiled
 from .forward_cost import ForwardCost
 from .kv_cache import KVCache
 from .scheduler import Batch
@@ -96,6 +97,8 @@ class Speculator:
                 proposed = model.propose(followed, width)
                 return {sequence: proposed[sequence][: rooms[sequence]] for sequence in self._asked}
             model.forget()
+        except CacheSpoiled:  # by a replay, of which there are no more
+            model.begin_anew()
         except Exception:
             logger.exception("the draft model is not asked any more")
             self.draft_model = None

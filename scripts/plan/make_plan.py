@@ -248,7 +248,9 @@ def _serving(
     full = cpu.needed - JAVA_BYTES
     if placement.main_device != "cpu" or settings.max_batch_size == 1:
         return {1: full, settings.max_batch_size: full}
-    step = COLUMN_STEP if placement.read_ahead_bytes else replayed_step(1, capacity.kv_cache_tokens)
+    tokens = min(capacity.kv_cache_tokens, capacity.kv_cache_bytes // architecture.kv_bytes_per_token)
+    is_replayed = settings.replay_steps and not placement.read_ahead_bytes
+    step = replayed_step(1, tokens) if is_replayed else COLUMN_STEP
     row = with_spare_columns(capacity.max_sequence_length, step) * architecture.kv_bytes_per_token
     kv_cache = min(row, capacity.kv_cache_bytes)
     alone = Capacity.of(architecture, settings.model_copy(update={"max_batch_size": 1}))

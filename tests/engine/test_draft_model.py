@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from handler.engine import Request, draft_model, scheduler, speculation
 from handler.engine.draft_model import DraftModel
+from handler.engine.errors import CacheSpoiled
 from handler.engine.forward_cost import ForwardCost
 from tests.models import DEVICE
 
@@ -132,6 +133,26 @@ def test_an_error_ends_drafting_and_no_request(monkeypatch, caplog):
     same(answers(engine, REQUESTS["greedy"]), answers(make_engine(drafts=0), REQUESTS["greedy"]))
     assert engine.speculator.draft_model is None and len(calls) == 1
     assert "not asked any more" in caplog.text
+
+
+def test_what_a_replay_has_spoiled_is_made_anew(monkeypatch):
+    """And the draft model is asked on."""
+    engine = engine_with(make_model("llama"))
+    model = engine.speculator.draft_model
+    forward, forwards = model._runner.forward, []
+
+    def spoil(batch):
+        forwards.append(batch)
+        if len(forwards) != 8:
+            return forward(batch)
+        for store in model._cache._stores():
+            store.fill_(torch.nan)
+        raise CacheSpoiled
+
+    monkeypatch.setattr(model._runner, "forward", spoil)
+    same(answers(engine, REQUESTS["greedy"]), answers(make_engine("llama", drafts=0), REQUESTS["greedy"]))
+    assert engine.speculator.draft_model is model and len(forwards) > 20
+    assert engine.speculator.num_accepted == engine.speculator.num_drafted > 10
 
 
 @pytest.mark.parametrize("seconds, is_asked", [(0.05, True), (5.0, False)])

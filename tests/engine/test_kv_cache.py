@@ -264,3 +264,25 @@ def test_bytes_of_a_token_are_known_before_there_are_any(config, heads):
     layers = model(torch.tensor([[1]]), use_cache=True).past_key_values.layers
     stored = sum(store.nbytes for layer in layers for store in (layer.keys, layer.values))
     assert Architecture.of(model).kv_bytes_per_token == stored == 2 * 2 * heads * 8 * 4
+
+
+def test_columns_last_longer_where_forwards_are_replayed():
+    cache = KVCache(16_384, None, 1)
+    assert [cache._next_shape(rows, 33) for rows in (1, 4, 32)] == [(1, 64), (4, 64), (32, 64)]
+    cache.on_move = lambda: None
+    assert [cache._next_shape(rows, 33) for rows in (1, 4, 32)] == [(1, 512), (4, 128), (32, 64)]
+    small = KVCache(2048, None, 1)
+    small.on_move = lambda: None
+    assert small._next_shape(1, 33) == (1, 128)  # a sixteenth of what there may be: prefixes want some
+
+
+def test_columns_of_few_rows_stay_where_forwards_are_replayed():
+    cache = KVCache(16_384, None, 1)
+    keys = torch.zeros(1, 1, 1, 4)
+    for replayed, columns in ((True, 512), (False, 64)):
+        cache.on_move = (lambda: None) if replayed else None
+        for layer in cache._row_layers():
+            layer.resize(1, 512)
+        cache.prepare_forward(0, [32], [1], (1, 33))
+        cache.update(keys, keys, 0)
+        assert cache.context.store_shape == (1, columns)

@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import masking_utils
 
 from handler.engine import recording
@@ -72,7 +72,28 @@ def what_is_given(x):
     return x.contiguous().to(x.dtype).view_as(x) + 0
 
 
+def by_a_list_that_grows(x):
+    columns = [0, 1]
+    y = x[:, columns].sum(1)
+    columns.append(2)
+    return y + x[:, columns].sum(1)
+
+
+def other_data(x):
+    y = x + 1
+    y.data = x * 2
+    return y
+
+
+def unseen(x):
+    y = x * 2
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        z = y.view(-1)
+    return z + 1
+
+
 FORWARDS = [
+    by_a_list_that_grows,
     lambda x: scripted(x) + scripted(-x * 3),
     in_place,
     views_of_what_stays,
@@ -125,6 +146,12 @@ READERS = [
     lambda x: x.masked_select(x > 0),
     lambda x: x if torch.equal(x, x) else -x,
     lambda x: x if 0.5 in x else -x,
+    lambda x: torch.from_dlpack(x.clone()) + 1,
+    lambda x: torch.from_dlpack(x.clone().__dlpack__()) + 1,
+    lambda x: copy.deepcopy(x * 2) + 1,
+    other_data,
+    unseen,
+    lambda x: (x * 2).unsqueeze_(0),
     lambda x: torch.ones(3) * list(x.sum(1)).index(x.sum(1).max()),
     lambda x: x.repeat_interleave(x[:, 0].long().abs(), 0),
 ]

@@ -11,6 +11,7 @@ import torch
 
 from handler.engine import Engine, EngineConfig, Request, cuda_graphs, kv_cache, replay
 from handler.engine.captured import Captured
+from handler.engine.scheduler import Batch
 from tests.models import DEVICE
 
 from .conftest import KINDS, make_model, make_tokenizer, offloaded_model, prompt_ids, reference
@@ -24,7 +25,7 @@ class Rerun(cuda_graphs._Graph):
     def __init__(self, model, cache, inputs, lengths, logits, stream, pool):
         Captured.__init__(self, inputs, lengths, logits.device)
         self._model, self._cache, self._logits = model, cache, logits
-        self._graph = SimpleNamespace(replay=self._run)
+        self._graph, self.run = SimpleNamespace(replay=self._run), self._replay
         cache.direct_to(self.columns)
         self._known = dict(vars(cache.context))
 
@@ -119,6 +120,79 @@ def test_a_replay_that_fails_when_it_is_tried_harms_nobody(replays, monkeypatch,
     assert not any(store.isnan().any() for store in engine._cache._stores())
 
 
+def test_a_replay_that_fails_later_is_run_by_the_models_code(replays, monkeypatch, caplog):
+    engine, own = replays("llama")
+    replayed, run = [], Captured.replay
+
+    def fail(*given):
+        replayed.append(1)
+        if len(replayed) == 9:
+            raise RuntimeError("sizes do not match")
+        return run(*given)
+
+    monkeypatch.setattr(Captured, "replay", fail)
+    assert serve(engine) == expected("llama")
+    assert own._trials == 0 and not own._is_on and "sizes do not match" in caplog.text
+
+
+@pytest.mark.parametrize("at", ["capture", "trial", "replay"])
+def test_memory_that_ends_turns_nothing_off(replays, monkeypatch, at):
+    engine, own = replays("llama")
+    made, done = [], {"capture": own._kind.capture, "replay": Captured.replay}
+
+    def fail(kind, when):
+        def call(*given):
+            made.append(1)
+            if len(made) == when:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+            return done[kind](*given)
+
+        return call
+
+    if at == "capture":
+        monkeypatch.setattr(own._kind, "capture", fail("capture", 1))
+    else:
+        monkeypatch.setattr(Captured, "replay", fail("replay", 1 if at == "trial" else 9))
+    assert serve(engine) == expected("llama")
+    assert own._is_on and own._captured
+
+
+def test_rows_that_do_not_begin_at_the_first(replays):
+    """A long row keeps the first place, and runs apart from short ones."""
+    engine, own = replays("llama")
+    engine._scheduler._mixed_batch = False
+    jobs = [engine.submit(Request(prompt_ids(n, 5), {"max_new_tokens": 24})) for n in range(3)]
+    first_rows, forward = set(), engine._runner.forward
+
+    def part(batch):
+        if batch.cache_shape[0] < 3 or len(batch.sequences) < 3 or max(batch.num_scheduled_tokens) > 1:
+            return forward(batch)
+        first_rows.add(1)
+        kept = [Batch(batch.sequences[a:b], [1] * (b - a), batch.cache_shape) for a, b in ((0, 1), (1, 3))]
+        return torch.cat([forward(one).clone() for one in kept])
+
+    engine._runner.forward = part
+    while engine.has_work:
+        engine.step()
+    assert first_rows and {key[:2] for key in own._captured} >= {(0, 1), (1, 2)}
+    assert [job.sequences[0].token_ids for job in jobs] == [
+        reference("llama", tuple(prompt_ids(n, 5))) for n in range(3)
+    ]
+
+
+def test_short_rows_beside_a_long_one_are_not_captured(replays):
+    """They see another number of columns in each step."""
+    engine, own = replays("llama")
+    context = engine._cache.context
+    engine.submit(Request(prompt_ids(0, 5), {"max_new_tokens": 8}))
+    engine.step()
+    inputs = {"input_ids": torch.ones(1, 1)}
+    context.query_length, context.past_length, context.kv_length = 1, 5, 6
+    assert own._key(inputs) is None
+    context.kv_length = context.store_shape[1]
+    assert own._key(inputs) is not None
+
+
 def test_each_capture_is_tried_once(replays, monkeypatch):
     engine, own = replays("llama")
     own._trials, replayed, run = 0, [], Captured.replay
@@ -148,10 +222,10 @@ def test_a_forward_that_cannot_be_captured_is_run(replays, monkeypatch, caplog, 
     engine, own = replays("llama")
     own._trials, made, capture = trials, [], own._kind.capture
 
-    def fail(inputs, lengths, ordinary):
+    def fail(inputs, lengths, like):
         made.append(lengths)
         if len(made) <= at:
-            return capture(inputs, lengths, ordinary)
+            return capture(inputs, lengths, like)
         cache = engine._cache
         cache.direct_to(torch.zeros(len(lengths), dtype=torch.long, device=DEVICE))
         cache.context.rows.zero_()  # what is captured has not run

@@ -94,7 +94,8 @@ class _Calls(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
-    """Notes what only the dispatcher sees, and tells which calls write."""
+    """Sees which operators a call is made of, whether they write, and whether they can be repeated. Those that no call
+    was seen to make, as TorchScript's, are noted themselves."""
 
     def __init__(self, notes: "_Notes"):
         super().__init__()
@@ -142,7 +143,7 @@ class _Notes:
         self._is_inside = self._is_written = False  # a call, whose operators are not noted; by one of them
 
     def outermost(self, func: Callable, args: Sequence, kwargs: dict) -> Any:
-        """Make a call, and note it."""
+        """Make a call, and note it unless it gives no tensor and writes to none. Calls within it are part of it."""
         self._is_inside, self._is_written = True, False
         try:
             outputs = func(*args, **kwargs)

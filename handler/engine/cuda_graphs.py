@@ -29,8 +29,8 @@ class CudaGraphs:
         return _Graph(self._model, self._cache, inputs, lengths, logits, self._stream, self._pool)
 
     def forget(self) -> None:
-        """Begin with other memory, once there are no graphs: theirs is gone with the last of them."""
-        self._pool = None
+        """Give back what graphs share, once there are none."""
+        self._pool, self._logits = None, torch.empty(0, 0)
 
 
 class _Graph(Captured):

@@ -196,9 +196,9 @@ class KVCache(Cache):
     def _next_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns to allocate where so many are needed.
 
-        The columns that are there stay unless they are too few, or twice as many as needed or more; where forwards are
-        replayed, a step more counts as needed. The rows stay unless they are too few, or four times as many. Where
-        memory ends, the spare ones go.
+        The columns that are there stay unless they are too few, or twice as many as needed or more; a long step more
+        counts as needed. The rows stay unless they are too few, or four times as many. Where memory ends, the spare
+        ones go.
         """
         # After a forward that ran out of memory some layers have grown and others not: what all have counts.
         allocated_rows, allocated_columns = self._allocated
@@ -207,7 +207,7 @@ class KVCache(Cache):
         if not allocated_rows // 4 < rows <= allocated_rows:
             allocated_rows = 2 * min(rows, allocated_rows)
         step = replayed_step(max(rows, allocated_rows), capacity) if self.on_move else COLUMN_STEP
-        if columns <= allocated_columns < 2 * (columns + step if self.on_move else columns):
+        if columns <= allocated_columns < 2 * (columns + step if step > COLUMN_STEP else columns):
             columns = max(columns, min(allocated_columns, room // rows))
         else:  # prefixes make way for the spare columns too, or the store would be copied for each few tokens
             columns = max(columns, min(with_spare_columns(columns, step), capacity // rows))

@@ -25,9 +25,10 @@ from .rounding import differences, tolerance
 
 logger = logging.getLogger(__name__)
 
-_MOST = 16  # captured at once: of different rows, and of columns that other rows do not let be as many
+_MOST = 32  # captured at once: of different rows, and of columns that other rows do not let be as many
 _SIGHTINGS = 3  # of a forward, before it is worth capturing
 _TRIALS = 3  # later replays that are tried, and not only the first one of each capture
+_PATIENCE = 3  # times that memory ends, before there is no more of it
 
 _is_used = True
 
@@ -57,7 +58,7 @@ class Replays:
         on_cpu = next(model.parameters()).device.type in ("cpu", "meta")
         self._kind: Recordings | CudaGraphs = Recordings(model, cache) if on_cpu else CudaGraphs(model, cache)
         self._is_on = True
-        self._trials = _TRIALS
+        self._trials, self._memory_ended = _TRIALS, 0
         self._captured: dict[tuple, Captured] = {}
         self._seen: Counter[tuple] = Counter()
         cache.on_move = self.forget  # what is captured has the addresses of keys and values, or holds on to them
@@ -83,13 +84,15 @@ class Replays:
             return logits
         self._keep(key, captured)
         if not captured.is_tried or self._trials:
-            self._trials -= captured.is_tried
-            return self._tried(captured, inputs, lengths, ordinary())
+            expected = ordinary()
+            self._try(captured, inputs, lengths, expected)
+            return expected
         try:
             return captured.replay(inputs, lengths)
         except Exception as error:
             self._failed(error)
-            return ordinary()
+        del captured  # as the error, with what it holds of memory
+        return ordinary()
 
     def forget(self) -> None:
         """Give back the memory of all that is captured."""
@@ -126,30 +129,31 @@ class Replays:
             vars(context).update(prepared)
         return None
 
-    def _tried(
+    def _try(
         self, captured: Captured, inputs: Mapping[str, Any], lengths: Sequence[int], expected: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> None:
         """Hold a replay against the logits that are expected. It has to write everything anew, and other numbers than
         when it was captured."""
-        self._cache.spoil_new_tokens()
-        captured.spoil()
         off, is_tried = 0.0, False
         try:
+            self._cache.spoil_new_tokens()
+            captured.spoil()
             logits = captured.replay(inputs, lengths)
-            for row in (~expected.isnan().any(-1)).nonzero().flatten().tolist():  # a broken row says nothing
-                difference = differences(logits[row : row + 1], expected[row : row + 1])  # takes memory for each
-                off, is_tried = max(off, difference.nan_to_num(torch.inf).item()), True
+            broken = (expected.isnan() | expected.isposinf()).any(-1)  # rows that say nothing
+            for row in (~broken).nonzero().flatten().tolist():
+                off, is_tried = max(off, _difference(logits[row : row + 1], expected[row : row + 1])), True
         except Exception as error:
             self._failed(error)
             raise CacheSpoiled from error
         if off > tolerance(self._model):
             self._turn_off(f"they give other logits, off by {off:.2g} standard deviations")
             raise CacheSpoiled
-        captured.is_tried = is_tried
-        return logits
+        self._trials -= is_tried and captured.is_tried
+        captured.is_tried |= is_tried
 
     def _failed(self, error: Exception) -> None:
-        if is_out_of_memory(error):
+        self._memory_ended += is_out_of_memory(error)
+        if is_out_of_memory(error) and self._memory_ended < _PATIENCE:
             self.forget()
         else:
             self._turn_off(f"{type(error).__name__}: {first_line(error)}")
@@ -159,3 +163,10 @@ class Replays:
         self._is_on = False
         self.forget()
         self._cache.on_move = None
+
+
+def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of [1, vocab], in standard deviations: rows apart take less memory."""
+    if torch.equal(logits, expected):  # which may have no deviation
+        return 0.0
+    return differences(logits, expected).nan_to_num(torch.inf).item()

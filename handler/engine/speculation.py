@@ -97,7 +97,7 @@ class Speculator:
                 proposed = model.propose(followed, width)
                 return {sequence: proposed[sequence][: rooms[sequence]] for sequence in self._asked}
             model.forget()
-        except CacheSpoiled:  # by a replay, of which there are no more
+        except CacheSpoiled:  # by a replay, which will not happen often
             model.begin_anew()
         except Exception:
             logger.exception("the draft model is not asked any more")

@@ -70,9 +70,9 @@ def test_runs_as_generate_does(case: Case, monkeypatch, own_attention_afterwards
 def test_replayed_steps_give_what_others_give(case: Case, monkeypatch, own_attention_afterwards):
     monkeypatch.setattr(replay, "_SIGHTINGS", 1)
     monkeypatch.setattr(replay, "_TRIALS", 100)
-    replayed, run, equal, differences = [], Captured.replay, [], replay.differences
+    replayed, run, equal, difference = [], Captured.replay, [], replay._difference
     monkeypatch.setattr(Captured, "replay", lambda *given: replayed.append(1) or run(*given))
-    monkeypatch.setattr(replay, "differences", lambda *pair: equal.append(torch.equal(*pair)) or differences(*pair))
+    monkeypatch.setattr(replay, "_difference", lambda *pair: equal.append(torch.equal(*pair)) or difference(*pair))
     model = case.make_model()
     mend(model)
     pack_weights(model)
@@ -82,11 +82,12 @@ def test_replayed_steps_give_what_others_give(case: Case, monkeypatch, own_atten
     while engine.has_work:
         engine.step()
     own = engine._runner._replays
-    assert all(equal) or DEVICE.type == "cuda"
     if DEVICE.type == "cuda":  # which refuses others
+        assert replayed or str(case) != "llama"
         return
+    assert all(equal)
     assert bool(own and own._is_on) == (str(case) not in NOT_REPLAYED)
-    assert len(replayed) >= 12 if own and own._is_on else not replayed
+    assert len(equal) >= len(replayed) >= 12 if own and own._is_on else not replayed
 
 
 def test_continuations_cross_longropes_border_one_after_the_other():

@@ -76,7 +76,7 @@ def test_answers_are_those_of_generate(kind, replays, monkeypatch):
     replayed, run = [], Captured.replay
     monkeypatch.setattr(Captured, "replay", lambda *given: replayed.append(1) or run(*given))
     assert serve(engine) == expected(kind)
-    assert own._is_on and own._trials == 0 and len(replayed) > 20 and own._captured
+    assert own._is_on and own._trials == 0 and len(replayed) > 15 and own._captured
 
 
 def test_a_replay_that_gives_other_logits_is_not_believed(replays, monkeypatch, caplog):
@@ -154,6 +154,30 @@ def test_memory_that_ends_turns_nothing_off(replays, monkeypatch, at):
     else:
         monkeypatch.setattr(Captured, "replay", fail("replay", 1 if at == "trial" else 9))
     assert serve(engine) == expected("llama")
+    assert own._is_on and own._captured
+
+
+@pytest.mark.parametrize("at", ["capture", "trial"])
+def test_memory_that_always_ends_turns_replay_off(replays, monkeypatch, caplog, at):
+    engine, own = replays("llama")
+
+    def fail(*given):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(*(own._kind, "capture") if at == "capture" else (Captured, "replay"), fail)
+    assert serve(engine) == expected("llama")
+    assert not own._is_on and caplog.text.count("can't allocate") == 1
+
+
+def test_logits_without_a_deviation_are_no_difference(replays):
+    engine, own = replays("llama")
+    handle = make_model("llama").lm_head.register_forward_hook(lambda *given: given[-1] * 0)
+    engine.submit(Request(prompt_ids(0, 5), {"max_new_tokens": 12}, ignore_eos=True))
+    try:
+        while engine.has_work:
+            engine.step()
+    finally:
+        handle.remove()
     assert own._is_on and own._captured
 
 
@@ -273,7 +297,7 @@ def test_no_capture_outlives_the_memory_that_it_reads(replays, monkeypatch):
         if job.sequences[0].length in (20, 40):  # rows come, and the store moves, and go
             for seed in (1, 2, 3):
                 engine.submit(Request(prompt_ids(seed, 5), {"max_new_tokens": 3}))
-    assert job.error is None and len(set(map(frozenset, stores))) > 2 and len(stores) > 60
+    assert job.error is None and len(set(map(frozenset, stores))) > 2 and len(stores) > 50
 
 
 def test_what_is_captured_is_let_go_before_keys_and_values_grow(replays, monkeypatch):

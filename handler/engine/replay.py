@@ -41,10 +41,14 @@ def use_replay(is_used: bool) -> None:
 
 def can_replay(model: PreTrainedModel) -> bool:
     """Whether one device holds all of a model, so that a forward is nothing but computing."""
-    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-    devices.discard(torch.device("meta"))  # matrices that are packed as one have no memory of their own
     is_moved = any(True for module in model.modules() for _ in align_hooks(module))
-    return _is_used and len(devices) == 1 and not is_moved
+    return _is_used and len(_devices(model)) == 1 and not is_moved
+
+
+def _devices(model: PreTrainedModel) -> set[torch.device]:
+    """That hold something of it. Matrices that are packed as one have no memory of their own."""
+    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+    return devices - {torch.device("meta")}
 
 
 class Replays:
@@ -55,7 +59,7 @@ class Replays:
 
     def __init__(self, model: PreTrainedModel, cache: KVCache):
         self._model, self._cache = model, cache
-        on_cpu = next(model.parameters()).device.type in ("cpu", "meta")
+        on_cpu = torch.device("cpu") in _devices(model)
         self._kind: Recordings | CudaGraphs = Recordings(model, cache) if on_cpu else CudaGraphs(model, cache)
         self._is_on = True
         self._trials, self._memory_ended = _TRIALS, 0

@@ -16,7 +16,7 @@ from tests.models import DEVICE
 
 from .conftest import KINDS, make_model, make_tokenizer, offloaded_model, prompt_ids, reference
 
-LENGTHS = (3, 9, 1, 20, 14, 5)
+LENGTHS = (3, 9, 1, 20, 14, 5, 11, 17)
 
 
 class Rerun(cuda_graphs._Graph):
@@ -76,7 +76,7 @@ def test_answers_are_those_of_generate(kind, replays, monkeypatch):
     replayed, run = [], Captured.replay
     monkeypatch.setattr(Captured, "replay", lambda *given: replayed.append(1) or run(*given))
     assert serve(engine) == expected(kind)
-    assert own._is_on and own._trials == 0 and len(replayed) > 15 and own._captured
+    assert own._is_on and own._trials == 0 and len(replayed) > 20 and own._captured
 
 
 def test_a_replay_that_gives_other_logits_is_not_believed(replays, monkeypatch, caplog):
@@ -224,7 +224,7 @@ def test_each_capture_is_tried_once(replays, monkeypatch):
     spoil, trials = engine._cache.spoil_new_tokens, []
     monkeypatch.setattr(engine._cache, "spoil_new_tokens", lambda: trials.append(1) or spoil())
     assert serve(engine) == expected("llama")
-    assert 3 <= len(set(replayed)) == len(trials) < len(replayed)
+    assert 3 < len(set(replayed)) == len(trials) < len(replayed)
 
 
 def test_what_is_another_number_in_each_forward_is_noticed_at_once(replays, caplog):
@@ -291,13 +291,13 @@ def test_no_capture_outlives_the_memory_that_it_reads(replays, monkeypatch):
         return run(captured, *given)
 
     monkeypatch.setattr(Captured, "replay", record)
-    job = engine.submit(Request(prompt_ids(0, 5), {"max_new_tokens": 90, "min_new_tokens": 90}))
+    job = engine.submit(Request(prompt_ids(0, 5), {"max_new_tokens": 110, "min_new_tokens": 110}))
     while engine.has_work:
         engine.step()
         if job.sequences[0].length in (20, 40):  # rows come, and the store moves, and go
             for seed in (1, 2, 3):
                 engine.submit(Request(prompt_ids(seed, 5), {"max_new_tokens": 3}))
-    assert job.error is None and len(set(map(frozenset, stores))) > 2 and len(stores) > 50
+    assert job.error is None and len(set(map(frozenset, stores))) > 2 and len(stores) > 60
 
 
 def test_what_is_captured_is_let_go_before_keys_and_values_grow(replays, monkeypatch):

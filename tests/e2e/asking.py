@@ -28,9 +28,10 @@ def infer(url, text, **parameters):
 
 
 def complete(url, **body):
-    """OpenAI's completions; the answer's body is not read yet."""
-    body = {"prompt": PROMPT, **body}
-    return requests.post(f"{url}/predictions/bloom/1.0/v1/completions", json=body, timeout=120, stream=True)
+    """OpenAI's completions; a stream's body is not read yet. Not to read a whole answer's would be to hang up on it."""
+    body = {"prompt": PROMPT, "stream": False, **body}
+    url = f"{url}/predictions/bloom/1.0/v1/completions"
+    return requests.post(url, json=body, timeout=120, stream=body["stream"])
 
 
 def events(answer):

@@ -33,7 +33,7 @@ from safetensors import safe_open
 from benchmarks.checkpoints import WORK, bloom_560m
 from benchmarks.machine import commit, processor
 from benchmarks.running import seconds
-from benchmarks.serving import CLIENTS, measure, mixed, served, static_generate
+from benchmarks.serving import CLIENTS, guidellm, measure, mixed, served, static_generate
 from handler.weights.cpu_linear import cpu_lacks
 from handler.weights.files import weight_files
 from scripts.demo_model import demo_model
@@ -192,6 +192,9 @@ def main() -> None:
     parser.add_argument("--skip-vllm", action="store_true")
     args = parser.parse_args()
     models = [args.only] if args.only else MODELS
+    guidellm()  # installed before anything is timed
+    if not args.skip_vllm:
+        vllm()
     results = {model: compare(model, not args.skip_vllm) for model in models}
     report = {"date": date.today().isoformat(), "processor": processor(), "commit": commit(), "models": results}
     if "BLOOM-560m" in results:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .architecture import Architecture
-from .errors import UnsupportedModel
+from .errors import UnsupportedModel, is_out_of_memory
 from .kv_cache import KVCache
 from .model_runner import ModelRunner, Row
 from .rounding import differences, tolerance
@@ -31,9 +31,9 @@ def check_rows(model: PreTrainedModel, architecture: Architecture) -> None:
     name = type(model).__name__
     try:
         difference = _largest_difference(model, architecture)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UnsupportedModel(f"{name} cannot run rows of different length together: {reason}") from error
     if math.isnan(difference):

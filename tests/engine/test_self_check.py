@@ -61,13 +61,18 @@ def test_logits_that_are_not_numbers_are_refused():
         Engine(model, make_tokenizer())
 
 
-def test_a_lack_of_memory_is_not_the_models_fault(monkeypatch):
+# The second as a CPU's allocator says it.
+NO_MEMORY = (torch.OutOfMemoryError("no memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"))
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["gpu", "cpu"])
+def test_a_lack_of_memory_is_not_the_models_fault(monkeypatch, error):
     def forward(*args, **kwargs):
-        raise torch.OutOfMemoryError("no memory")
+        raise error
 
     model = CASES["llama"].make_model()
     monkeypatch.setattr(model, "forward", forward)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match="memory"):
         Engine(model, make_tokenizer())
 
 

@@ -140,7 +140,7 @@ def mixed(folder: Path, dtype: str) -> dict:
     output = f"output_tokens={MIXED['mean']},output_tokens_min={MIXED['min']},output_tokens_max={MIXED['max']}"
     output += ",output_tokens_stdev=40"
     useful = static_generate(folder, dtype, 32, MIXED["max"]) * MIXED["mean"] / MIXED["max"]
-    with served(folder, dtype=dtype) as server:
+    with served(folder, dtype=dtype, max_wait=600) as server:  # or the last ones are refused where this takes minutes
         ours = load(server, folder, "kind=poisson,rate=8", 96, output)
     return {
         "static_generate_useful_tokens_per_second": useful,

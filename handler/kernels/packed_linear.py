@@ -76,9 +76,10 @@ def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | 
 def in_panels(matrix: torch.Tensor) -> torch.Tensor:
     """A matrix [out, in] in panels, [out / 64, in, 64], the last one filled up with zeros."""
     out, columns = matrix.shape
-    panels, whole = matrix.new_zeros(_filled(out) // _PANEL, columns, _PANEL), out // _PANEL
+    panels, whole = matrix.new_empty(_filled(out) // _PANEL, columns, _PANEL), out // _PANEL
     panels[:whole] = matrix[: whole * _PANEL].reshape(whole, _PANEL, columns).transpose(1, 2)
     panels[whole:, :, : out % _PANEL] = matrix[whole * _PANEL :].t()
+    panels[whole:, :, out % _PANEL :] = 0
     return panels
 
 

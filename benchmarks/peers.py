@@ -160,8 +160,8 @@ def worker(peer: Peer) -> dict[str, Any]:
     """How TorchServe's worker makes products, and its memory."""
     products = re.search(r"products: (.*)", (WORK / "torchserve/logs/model_log.log").read_text())
     assert products
-    is_worker = [any("model_service_worker" in part for part in process.cmdline()) for process in peer.processes]
-    resident = sum(p.memory_info().rss for p, of_worker in zip(peer.processes, is_worker, strict=True) if of_worker)
+    workers = [process for process in peer.processes if "model_service_worker" in " ".join(process.cmdline())]
+    resident = sum(process.memory_info().rss for process in workers)
     return {"products": products[1], "resident_bytes": resident}
 
 

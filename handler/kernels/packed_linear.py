@@ -6,8 +6,8 @@ way meanwhile.
 
 A matrix [out, in] lies in panels of 64 of its rows, column by column. In oneDNN's order two columns of bfloat16 are
 together, so a step along a panel is 256 bytes of it and 4 bytes of each row of inputs, whatever the dtype. Of some
-steps, 64 KB that stay in the cache, all inputs' part is added up before the next. Six rows' sums are in registers at a
-time.
+steps, 16 KB that stay in the smallest cache, all inputs' part is added up before the next. Six rows' sums are in
+registers at a time.
 
 Numbers of 16 bits that the CPU cannot multiply become float32 on their way into registers, where few rows take them, or
 once for all rows, which then read them out of the cache.
@@ -26,10 +26,11 @@ from .machine_code import LINE, Code, Place, Value, Variable
 
 _MOST_ROWS = 128  # with more, oneDNN is as fast (python -m benchmarks.kernels)
 _PANEL = 64
-_STEPS_AT_ONCE = 256
+_STEPS_AT_ONCE = 64
+_UNROLLED = 4  # steps: what is done once for them is as much as a tenth of all instructions
 _ROWS_AT_ONCE = 6
 _ROWS_IN_CACHE = 256  # of inputs and of sums, while a panel is read once
-_WIDENED_IN_PLACE = 18  # rows, for which a part of a matrix is widened each time that it is read
+_WIDENED_IN_PLACE = 12  # rows, for which a part of a matrix is widened each time that it is read
 _NEAR = 0.02  # of the largest number of a product: two orders of a matrix give others altogether
 
 _Product = Callable[[torch.Tensor], torch.Tensor]
@@ -155,8 +156,9 @@ class _Writer:
     def _functions(self, stored: torch.dtype) -> list[ir.Function]:
         """Those that add, of one row, of two rows and so on."""
         kinds = [self._dtype, None, stored, None, torch.float32, self._matrix.dtype, None]
+        at_once = _UNROLLED if stored == self._dtype else 1  # where it is widened here, that would gain nothing
         return [
-            self._code.function(f"add_{rows}_{stored}", kinds, functools.partial(self._write_adding, rows))
+            self._code.function(f"add_{rows}_{stored}", kinds, functools.partial(self._write_adding, rows, at_once))
             for rows in range(1, _ROWS_AT_ONCE + 1)
         ]
 
@@ -227,6 +229,7 @@ class _Writer:
     def _write_adding(
         self,
         rows: int,
+        steps_at_once: int,
         code: Code,
         inputs: Place,
         columns: Value,
@@ -239,18 +242,27 @@ class _Writer:
         """Of a function that adds so many rows' products, of some vectors of each step, to their sums. columns: of all
         inputs. ahead: what to fetch meanwhile, so many lines each step."""
         in_step, line = self._in_step, LINE // ahead.dtype.itemsize
+        unrolled = steps // steps_at_once * steps_at_once
         places = [[sums[row * _PANEL + at * lanes()] for at in range(self._vectors)] for row in range(rows)]
         totals = [[Variable(code, code.number(0.0)) for _ in row] for row in places]
-        with code.loop(0, steps) as step:
-            for least, first, count in ((1, 0, 1), (2, 1, 1), (4, 2, 2)):
-                with code.when(lines > least - 1):
-                    ahead[step * lines * line + first * line].fetch(count * LINE)
+
+        def add(step: Value) -> None:
             here = matrix[step * (_PANEL * in_step)]
             vectors = [here[at * lanes() * in_step].vector(self._dtype) for at in range(self._vectors)]
             for row, row_totals in enumerate(totals):
                 number = inputs[columns * row + step * in_step].spread_bits()
                 for vector, total in zip(vectors, row_totals, strict=True):
                     total.set(code.multiply_add(number, vector, total.get(), self._dtype))
+
+        with code.loop(0, unrolled, steps_at_once) as step:
+            for least, first, count in ((1, 0, 1), (2, 1, 1), (4, 2, 2)):
+                with code.when(lines > least - 1):
+                    ahead[(step * lines + first * steps_at_once) * line].fetch(count * steps_at_once * LINE)
+            for at in range(steps_at_once):
+                add(step + at)
+        if steps_at_once > 1:
+            with code.loop(unrolled, steps) as step:
+                add(step)
         for row_totals, row_places in zip(totals, places, strict=True):
             for total, place in zip(row_totals, row_places, strict=True):
                 place.store(place.bits() + total.get())  # sums of sums round less often than one long sum

@@ -24,6 +24,7 @@ from handler.engine.bloom import mend_bloom
 from handler.engine.draft_model import DraftModel
 from handler.engine.norms import mend_norms
 from handler.engine.replay import use_replay
+from handler.engine.rotation import mend_rotation
 from handler.errors import LoadError, first_line
 from handler.kernels.cpu import use_machine_code
 from handler.memory import device_limits, free_memory, limits_beside_draft
@@ -129,6 +130,7 @@ def mend(model: PreTrainedModel) -> None:
     """Put code of ours in the place of the library's, where it does the same."""
     mend_bloom(model)
     mend_norms(model)
+    mend_rotation(model)
     use_block_attention()
 
 

@@ -22,15 +22,15 @@ from .prefix_cache import Prefix, PrefixCache
 # COLUMN_STEP after an eighth more. Not many more: attention computes with them. Its rows double.
 COLUMN_STEP = 32
 _SPARE_COLUMNS = 1.125
-# By longer steps where forwards are replayed, which are captured for one size: of so many columns, and so many rows x
-# columns, if that is no more than this part of what there may be.
-_LONG_STEP, _LONG_TOKENS, _LONG_PART = 512, 4096, 16
+# By longer steps where forwards are replayed, which are captured for one size: by so many in all, or so many for each
+# row, if that is no more than this part of what there may be.
+_LONG_STEP, _LONG_STEP_OF_EACH, _LONG_PART = 512, 128, 16
 
 
 def replayed_step(rows: int, capacity: int) -> int:
     """Columns that are allocated at once where forwards of so many rows are replayed. capacity: the most rows x columns
     that may be allocated."""
-    step = min(_LONG_STEP, min(_LONG_TOKENS, capacity // _LONG_PART) // rows)
+    step = min(max(_LONG_STEP // rows, _LONG_STEP_OF_EACH), capacity // _LONG_PART // rows)
     return max(1, step // COLUMN_STEP) * COLUMN_STEP
 
 

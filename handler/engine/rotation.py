@@ -34,10 +34,10 @@ def mend_rotation(model: nn.Module) -> int:
     is replaced, for all models of it that this process has."""
     mended = 0
     for file in {type(module).__module__ for module in model.modules()}:
-        functions = vars(sys.modules[file])
-        theirs = functions.get(_NAME)
+        functions = sys.modules.get(file)
+        theirs = getattr(functions, _NAME, None)
         if theirs is not None and not isinstance(theirs, _Rotation) and _is_ours(theirs):
-            functions[_NAME] = _Rotation(theirs)
+            setattr(functions, _NAME, _Rotation(theirs))
             mended += 1
     return mended
 

@@ -270,10 +270,10 @@ def test_columns_last_longer_where_forwards_are_replayed():
     cache = KVCache(16_384, None, 1)
     assert [cache._next_shape(rows, 33) for rows in (1, 4, 32)] == [(1, 64), (4, 64), (32, 64)]
     cache.on_move = lambda: None
-    assert [cache._next_shape(rows, 33) for rows in (1, 4, 32)] == [(1, 512), (4, 256), (32, 64)]
+    assert [cache._next_shape(rows, 33) for rows in (1, 4, 32)] == [(1, 512), (4, 128), (32, 64)]
     large = KVCache(10**6, None, 1)
     large.on_move = lambda: None
-    assert [large._next_shape(rows, 33) for rows in (1, 8, 32)] == [(1, 512), (8, 512), (32, 128)]
+    assert [large._next_shape(rows, 33) for rows in (1, 8, 32)] == [(1, 512), (8, 128), (32, 128)]
     small = KVCache(2048, None, 1)
     small.on_move = lambda: None
     assert small._next_shape(1, 33) == (1, 128)  # a sixteenth of what there may be: prefixes want some

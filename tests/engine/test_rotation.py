@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from handler.engine import rotation
 from handler.engine.rotation import mend_rotation
 from handler.kernels.cpu import lanes
+from handler.kernels.rotation import rotate
 
 pytestmark = pytest.mark.skipif(not lanes(), reason="this CPU has no code of ours")
 
@@ -45,6 +47,7 @@ def test_what_else_has_its_name(monkeypatch, name):
 
 def test_files_without_one():
     assert mend_rotation(nn.Linear(1, 1)) == 0
+    assert mend_rotation(type("Attention", (nn.Module,), {"__module__": "of.nobody"})()) == 0
 
 
 def given(size=64):
@@ -57,15 +60,20 @@ def test_it_does_what_the_models_function_does(monkeypatch):
     file, model = model_of(monkeypatch, "gpt_neox")
     theirs = file.apply_rotary_pos_emb
     mend_rotation(model)
+    rotated = []
+    monkeypatch.setattr(rotation, "rotate", lambda *case: rotated.append(case) or rotate(*case))
     query, key, cos, sin = given()
-    for case in (query, key, cos, sin), (query, key, cos[..., :16], sin[..., :16]):
-        with torch.no_grad():
-            outputs = file.apply_rotary_pos_emb(*case)
-        assert all(map(torch.equal, outputs, theirs(*case)))
-    unsqueezed = (query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+    square = query[:, :, :3], query[:, :, :3], cos[:, :3], sin[:, :3]  # either order of heads and tokens
     with torch.no_grad():
-        outputs = file.apply_rotary_pos_emb(*unsqueezed, unsqueeze_dim=2)
-    assert all(map(torch.equal, outputs, theirs(*unsqueezed, unsqueeze_dim=2)))
+        for case, options, is_ours in (
+            ((query, key, cos, sin), {}, True),
+            ((query, key, cos[..., :16], sin[..., :16]), {}, False),
+            (square, {"unsqueeze_dim": 2}, False),
+            ((*square, 2), {}, False),
+        ):
+            rotated.clear()
+            outputs = file.apply_rotary_pos_emb(*case, **options)
+            assert all(map(torch.equal, outputs, theirs(*case, **options))) and bool(rotated) == is_ours
 
 
 def test_gradients_are_the_models_own(monkeypatch):

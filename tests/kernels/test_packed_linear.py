@@ -64,7 +64,7 @@ def agree(product, exact, inputs):
     torch.testing.assert_close(outputs.double(), exact(inputs), rtol=torch.finfo(inputs.dtype).eps, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(64, 64), (1088, 128), (96, 640), (576, 2560)])
+@pytest.mark.parametrize("sizes", [(64, 64), (1088, 128), (96, 640), (576, 2560), (102, 64)])
 def test_each_number_of_rows(dtype, threads, sizes):
     product, exact = make(dtype, *sizes)
     for rows in (*range(1, 27), 61, 127, 128):
@@ -146,7 +146,7 @@ def test_with_amx_few_rows_are_those_that_need_the_matrix_once(monkeypatch):
     assert packed_linear._most_rows(torch.bfloat16) == 6 and packed_linear._most_rows(torch.float32) == 128
 
 
-@pytest.mark.parametrize("sizes", [(64, 64), (1088, 128), (96, 640), (1, 64), (600, 65), (37, 63)])
+@pytest.mark.parametrize("sizes", [(64, 64), (1088, 128), (96, 640), (1, 64), (600, 65), (37, 63), (70, 64)])
 def test_widened_each_number_of_rows(narrow, threads, sizes):
     product, exact = make_widened(narrow, *sizes)
     for rows in (*range(1, 27), 128, 257, 700):

@@ -27,6 +27,7 @@ def bits_of_float(number: float) -> int:
     return bits
 
 
+_FEW_NUMBERS = 1 << 15  # one thread is through with them before another has begun
 Argument = torch.Tensor | int | None  # a tensor means its address, nothing means address 0
 Call = Callable[..., None]
 _watchers: list[Callable[[Call, tuple[Argument, ...]], None]] = []
@@ -71,6 +72,10 @@ class Function:
         self._alone(self._given(arguments))
         for watcher in _watchers:
             watcher(self.alone, arguments)
+
+    def for_numbers(self, count: int) -> Call:
+        """What to call where so many numbers are gone through once: in as many threads as that is worth."""
+        return self.alone if count <= _FEW_NUMBERS else self
 
     def _given(self, arguments: tuple[Argument, ...]) -> ctypes.Array:
         if len(arguments) != self._array._length_:

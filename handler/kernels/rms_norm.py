@@ -10,7 +10,6 @@ from .function import Function, bits_of_float, share
 from .machine_code import Code, Value, Variable
 
 KINDS = ("rounded", "whole", "offset")
-_FEW_NUMBERS = 1 << 15  # of inputs: one thread is through with them before another has begun
 
 
 def can_normalize(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -26,7 +25,7 @@ def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: s
     inputs = inputs.contiguous()
     outputs, size = torch.empty_like(inputs), len(weight)
     function = _function(inputs.dtype, kind)
-    call = function.alone if inputs.numel() <= _FEW_NUMBERS else function
+    call = function.for_numbers(inputs.numel())
     call(inputs, weight, outputs, inputs.numel() // size, size, bits_of_float(epsilon))
     return outputs
 

@@ -9,8 +9,6 @@ from .cpu import has_code_for, lanes
 from .function import Function, share
 from .machine_code import Code, Place, Value
 
-_FEW_NUMBERS = 1 << 15  # of queries: one thread is through with them before another has begun
-
 
 def can_rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     tensors = query, key, cos, sin
@@ -31,7 +29,7 @@ def rotate(
     (rows, heads, new, size), kv_heads = query.shape, key.shape[1]
     outputs = [one.new_empty(rows, new, one.shape[1], size) for one in (query, key)]
     function = _function(query.dtype, size)
-    call = function.alone if query.numel() <= _FEW_NUMBERS else function
+    call = function.for_numbers(query.numel())
     strides = *query.stride()[:3], *key.stride()[:3], 0 if len(cos) == 1 else cos.stride(0), cos.stride(1)
     call(query, key, cos, sin, *outputs, *strides, heads, kv_heads, rows * new, new)
     return outputs[0].transpose(1, 2), outputs[1].transpose(1, 2)

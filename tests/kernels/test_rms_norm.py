@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from handler.kernels.cpu import has_code_for
 from handler.kernels.rms_norm import KINDS, can_normalize, rms_norm
 
 
@@ -13,13 +12,6 @@ def exact(inputs, weight, epsilon, kind):
     if kind == "rounded":
         return weight * normal.to(inputs.dtype)
     return (normal * (weight.float() + (kind == "offset"))).to(inputs.dtype)
-
-
-@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
-def dtype(request):
-    if not has_code_for(request.param):
-        pytest.skip("not on this CPU")
-    return request.param
 
 
 @pytest.mark.parametrize("kind", KINDS)

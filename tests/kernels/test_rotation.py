@@ -4,17 +4,9 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
-from handler.kernels.cpu import has_code_for
 from handler.kernels.rotation import can_rotate, rotate
 
 theirs = modeling_llama.apply_rotary_pos_emb
-
-
-@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
-def dtype(request):
-    if not has_code_for(request.param):
-        pytest.skip("not on this CPU")
-    return request.param
 
 
 def made(dtype, rows=2, heads=3, kv_heads=1, new=4, size=64, angle_rows=None):

@@ -15,6 +15,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from handler.kernels.scatter import can_scatter, scatter
+
 from .heap import mapping_blocks
 from .prefix_cache import Prefix, PrefixCache
 
@@ -263,7 +265,11 @@ class RowLayer(CacheLayerMixin):
         if context.is_ragged:
             # Whole vectors by one index: several times as fast as an assignment with one for rows and one for columns.
             tokens = new.squeeze(2) if context.query_length == 1 else new.transpose(1, 2)[context.rows, context.steps]
-            store.view(-1, store.shape[3]).index_copy_(0, self._slots(store), tokens.flatten(0, 1))
+            target, slots = store.view(-1, store.shape[3]), self._slots(store)
+            if can_scatter(target, slots, tokens):
+                scatter(target, slots, tokens)
+            else:
+                target.index_copy_(0, slots, tokens.flatten(0, 1))
         else:
             rows[:, :, context.past_length : context.past_length + context.query_length] = new
         if context.is_ragged and context.query_length > 1:

@@ -1,10 +1,11 @@
-"""Norms of the models that are one pass here and six operators there."""
+"""Norms of the models, in one pass: of RMS norms the library makes six operators."""
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from handler.kernels.layer_norm import can_normalize_layer, layer_norm
 from handler.kernels.rms_norm import KINDS, can_normalize, rms_norm
 from handler.weights.placement import replace_forward
 
@@ -18,10 +19,13 @@ _NEAR = {
 
 @torch.inference_mode()
 def mend_norms(model: nn.Module) -> int:
-    """Let RMS norms in this CPU's memory be computed in one pass; how many. Models have a class each, of a few kinds:
-    what a module computes is tried, and one that computes something else is left."""
+    """Let norms in this CPU's memory be computed by kernels; how many. Of RMS norms models have a class each, of a few
+    kinds: what a module computes is tried, and one that computes something else is left."""
     mended = 0
     for module in model.modules():
+        if type(module) is nn.LayerNorm and _is_here(module):
+            replace_forward(module, _layer_forward(getattr(module, "_old_forward", module.forward), module))
+            mended += 1
         weight, epsilon = module._parameters.get("weight"), getattr(module, "variance_epsilon", None)
         epsilon = getattr(module, "eps", None) if epsilon is None else epsilon
         if not type(module).__name__.endswith("RMSNorm") or weight is None or not isinstance(epsilon, float):
@@ -31,6 +35,22 @@ def mend_norms(model: nn.Module) -> int:
             replace_forward(module, _forward(theirs, weight, epsilon, kind))
             mended += 1
     return mended
+
+
+def _is_here(module: nn.LayerNorm) -> bool:
+    weight, bias = module.weight, module.bias
+    return weight is not None and bias is not None and can_normalize_layer(weight.detach(), weight, bias)
+
+
+def _layer_forward(theirs: Callable, module: nn.LayerNorm) -> Callable:
+    weight, bias, epsilon = module.weight, module.bias, module.eps
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        if not can_normalize_layer(input, weight, bias):
+            return theirs(input)
+        return layer_norm(input, weight, bias, epsilon)
+
+    return forward
 
 
 def _kind(module: nn.Module, weight: nn.Parameter, epsilon: float) -> str | None:

@@ -1,8 +1,10 @@
 """Forwards on a CPU that are written down once, call by call, and then repeated without the Python of the model.
 
 Between two products of a small step there is more Python than computing: modules, their hooks, the library's masks.
-What is left of it here is one function that makes the same calls of PyTorch and of handler/kernels, on tensors of the
-same shapes, and lets each go after its last use.
+What is left of it here is one function that makes the same calls of PyTorch, on tensors of the same shapes, and lets
+each go after its last use. Kernels of handler/kernels that follow each other are one call of it: what they read and
+write stays where it is. Most of a forward is such kernels, where they stand for PyTorch's operators too
+(substitutes.py).
 """
 
 import weakref
@@ -18,10 +20,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, masking_utils
 
-from handler.kernels.function import watched
+from handler.kernels.function import Function, in_turn, watched
 
 from .captured import Captured
 from .kv_cache import KVCache
+from .rooms import Rooms
+from .substitutes import substitute
 
 _Forward = Callable[[], torch.Tensor]
 
@@ -34,6 +38,7 @@ _REFUSED = {
     *(torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.from_dlpack, torch.Tensor.__deepcopy__),
     torch.Tensor.data.__set__,  # type: ignore[attr-defined]
 }
+_EMPTY = {torch.empty, torch.empty_like, torch.Tensor.new_empty}  # what kernels write to
 
 
 class CannotRecord(RuntimeError):
@@ -45,25 +50,40 @@ class Recordings:
 
     def __init__(self, model: PreTrainedModel, cache: KVCache):
         self._model, self._cache = model, cache
+        self._rooms = Rooms()
 
     def capture(self, inputs: Mapping[str, Any], lengths: Sequence[int], like: torch.Tensor) -> Captured:
         """The forward, which runs once more, of inputs and `lengths` as of Captured. Raises CannotRecord."""
-        captured = Captured(inputs, lengths, like.device)
+        captured = _Recording(inputs, lengths, self._rooms)
 
         def forward() -> torch.Tensor:
             self._cache.direct_to(captured.columns)
             return self._model(**captured.inputs).logits.flatten(0, -2)
 
-        captured.run = recorded(forward)
+        captured.run = recorded(forward, self._rooms)
         return captured
 
     def forget(self) -> None:
-        """They share nothing that would have to go."""
+        """Give back the memory that they share, once there are none."""
+        self._rooms = Rooms()
 
 
-def recorded(forward: _Forward) -> _Forward:
-    """Run a forward; what computes it anew, from the tensors that were there before it. Raises CannotRecord."""
-    notes = _Notes()
+class _Recording(Captured):
+    """rooms: what it writes to, but for the cache."""
+
+    def __init__(self, inputs: Mapping[str, Any], lengths: Sequence[int], rooms: Rooms):
+        super().__init__(inputs, lengths, torch.device("cpu"))
+        self._rooms = rooms
+
+    def spoil(self) -> None:
+        self._rooms.spoil()
+
+
+def recorded(forward: _Forward, rooms: Rooms) -> _Forward:
+    """Run a forward; what computes it anew, from the tensors that were there before it. Raises CannotRecord.
+
+    rooms: which forwards may share that run one after the other; what one gives is there until the next."""
+    notes = _Notes(rooms)
     with _nothing_is_read(), _Calls(notes), _Operators(notes), watched(notes.kernel):
         result = forward()
     return notes.function(result)
@@ -88,8 +108,13 @@ class _Calls(TorchFunctionMode):
         self._notes = notes
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if self._notes.is_inside:  # what notes do themselves
+            return func(*args, **(kwargs or {}))
         if func in _REFUSED:
             raise CannotRecord(f"{func.__name__} of a tensor")
+        if (computing := substitute(func, args, kwargs or {})) is not None:
+            with self:
+                return computing()
         return self._notes.outermost(func, args, kwargs or {})
 
 
@@ -131,39 +156,50 @@ def _traits(func: OpOverload) -> tuple[bool, bool, bool]:
 
 
 class _Notes:
-    """The lines of a function, in which t0, t1, ... are tensors, and c0, c1, ... all that stays."""
+    """The lines of a function, in which t0, t1, ... are tensors, and c0, c1, ... all that stays: what was there before,
+    and memory in rooms."""
 
-    def __init__(self) -> None:
+    def __init__(self, rooms: Rooms) -> None:
+        self._rooms = rooms
         self._lines: list[tuple[str, set[int]]] = []  # and which tensors are in it
+        self._kernels: list[tuple[Function, Sequence[Any]]] = []  # that come after the last line
         self._constants: list[Any] = []
         self._numbers: dict[int, int] = {}  # of the tensors that lines made and that are still there, by their ids
         self._addresses: dict[int, int | None] = {}  # of their memory
+        self._copies: dict[int, torch.Tensor] = {}  # of them, in rooms, for kernels
         self._ends: list[weakref.ref] = []
         self._count = 0
-        self._is_inside = self._is_written = False  # a call, whose operators are not noted; by one of them
+        self.is_inside = self._is_written = False  # a call, whose operators are not noted; by one of them
 
     def outermost(self, func: Callable, args: Sequence, kwargs: dict) -> Any:
         """Make a call, and note it unless it gives no tensor and writes to none. Calls within it are part of it."""
-        self._is_inside, self._is_written = True, False
+        self.is_inside, self._is_written = True, False
         try:
             outputs = func(*args, **kwargs)
+            if func in _EMPTY and outputs.device.type == "cpu" and outputs.layout == torch.strided:
+                return self._rooms.tensor(outputs)
         finally:
-            self._is_inside = False
+            self.is_inside = False
         if self._is_written or (type(outputs) is not torch.Size and _has_tensors(outputs)):
             self._note(func, args, kwargs, outputs, self._is_written)
         return outputs
 
     def operator(self, func: Callable, args: Sequence, kwargs: dict, outputs: Any, is_writing: bool) -> None:
-        if self._is_inside:
+        if self.is_inside:
             self._is_written |= is_writing
         else:
             self._note(func, args, kwargs, outputs, is_writing)
 
-    def kernel(self, func: Callable, args: Sequence) -> None:
-        if self._is_inside:
+    def kernel(self, func: Function, args: Sequence) -> None:
+        if self.is_inside:
             self._is_written = True
-        else:
-            self._note(func, args, {}, None, is_writing=True)
+            return
+        self.is_inside = True
+        try:
+            given = [self._staying(value) for value in args]  # which may add lines
+            self._kernels.append((func, given))
+        finally:
+            self.is_inside = False
 
     def _note(self, func: Callable, args: Sequence, kwargs: dict, outputs: Any, is_writing: bool) -> None:
         given = [*_tensors(args), *_tensors(kwargs.values())]
@@ -171,6 +207,8 @@ class _Notes:
         fresh = [tensor for tensor in _tensors([outputs]) if id(tensor) not in ids]
         if not is_writing and (not fresh or self._is_view_of_what_stays(fresh, given, ids)):
             return
+        if is_writing:
+            self._copies.clear()
         used: set[int] = set()
         words = [self._word(value, used) for value in args]
         words += [f"{name}={self._word(value, used)}" for name, value in kwargs.items()]
@@ -178,7 +216,17 @@ class _Notes:
         for tensor in fresh:
             used.add(self._count)
             self._name(tensor)
-        self._lines.append((f"{self._target(outputs)} = {call}" if fresh else call, used))
+        self._add(f"{self._target(outputs)} = {call}" if fresh else call, used)
+
+    def _add(self, line: str, used: set[int]) -> None:
+        self._join_kernels()
+        self._lines.append((line, used))
+
+    def _join_kernels(self) -> None:
+        """Make them one line."""
+        if self._kernels:
+            self._lines.append((f"{self._constant(in_turn(self._kernels))}()", set()))
+            self._kernels = []
 
     def _is_view_of_what_stays(self, fresh: list[torch.Tensor], given: list[torch.Tensor], ids: set[int]) -> bool:
         return bool(given) and ids.isdisjoint(self._numbers) and all(_shares_memory(one, given) for one in fresh)
@@ -186,7 +234,8 @@ class _Notes:
     def _name(self, tensor: torch.Tensor) -> None:
         key = id(tensor)
         self._numbers[key], self._addresses[key] = self._count, _address(tensor)
-        self._ends.append(weakref.ref(tensor, lambda _: (self._numbers.pop(key, None), self._addresses.pop(key, None))))
+        known = self._numbers, self._addresses, self._copies
+        self._ends.append(weakref.ref(tensor, lambda _: [of.pop(key, None) for of in known]))
         self._count += 1
 
     def _target(self, outputs: Any) -> str:
@@ -196,11 +245,8 @@ class _Notes:
 
     def _word(self, value: Any, used: set[int]) -> str:
         if isinstance(value, torch.Tensor):
-            number = self._numbers.get(id(value))
-            if number is None:
-                if (address := _address(value)) and address in self._addresses.values():
-                    raise CannotRecord("a tensor that shares memory with others, and that nobody saw come")
-                return self._constant(value)
+            if (number := self._number(value)) is None:
+                return self._constant(self._kept(value))
             used.add(number)
             return f"t{number}"
         if isinstance(value, list | tuple) and _has_tensors(value):
@@ -208,15 +254,39 @@ class _Notes:
             return f"[{words}]" if isinstance(value, list) else f"({words})"
         return self._constant(_frozen(value))
 
+    def _number(self, tensor: torch.Tensor) -> int | None:
+        """None if it stays."""
+        number = self._numbers.get(id(tensor))
+        if number is None and (address := _address(tensor)) and address in self._addresses.values():
+            raise CannotRecord("a tensor that shares memory with others, and that nobody saw come")
+        return number
+
+    def _staying(self, value: Any) -> Any:
+        """What a kernel gets for it. A tensor that it reads, and that a line makes, is copied to a room; what it writes
+        to is in one, or was there before."""
+        if not isinstance(value, torch.Tensor) or (number := self._number(value)) is None:
+            return self._kept(value)
+        if id(value) not in self._copies:
+            self._copies[id(value)] = self._rooms.tensor(value)
+            copy = self._constant(_copier(value, self._kept(self._copies[id(value)])))
+            self._add(f"{copy}(t{number})", {number})
+        return self._kept(self._copies[id(value)])
+
+    def _kept(self, value: Any) -> Any:
+        """What stands for it in what is repeated: holding on to a tensor in a room would leave the room to it."""
+        return self._rooms.kept(value) if isinstance(value, torch.Tensor) and value in self._rooms else value
+
     def _constant(self, value: Any) -> str:
         self._constants.append(value)
         return f"c{len(self._constants) - 1}"
 
     def function(self, result: torch.Tensor) -> _Forward:
         """What makes all calls again, and returns what has become of the result."""
-        if (returned := self._numbers.get(id(result))) is None:
+        if id(result) not in self._numbers and result not in self._rooms:
             raise CannotRecord("logits that no call made")
-        alive, lines = {returned}, [f"return t{returned}"]
+        self._join_kernels()
+        alive: set[int] = set()
+        lines = [f"return {self._word(result, alive)}"]
         for line, used in reversed(self._lines):
             if dead := used - alive:
                 lines.append(f"del {', '.join(f't{number}' for number in sorted(dead))}")
@@ -227,6 +297,13 @@ class _Notes:
         scope: dict[str, Any] = {}
         exec(_compiled(f"def bind({names}):\n def run():\n{body}\n return run"), scope)
         return scope["bind"](*self._constants)
+
+
+def _copier(source: torch.Tensor, target: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Copies all memory of such tensors, of which they may see a part, or see it several times."""
+    whole = (source.untyped_storage().nbytes() // source.itemsize,), (1,), 0
+    memory = target.as_strided(*whole)
+    return lambda tensor: memory.copy_(tensor.as_strided(*whole))
 
 
 @lru_cache(maxsize=16)

@@ -9,6 +9,7 @@ import torch
 from llvmlite import binding
 
 OF_THREADS = ("omp_get_thread_num", "omp_get_num_threads")
+BARRIER = "GOMP_barrier"
 _is_used = True
 
 
@@ -59,7 +60,7 @@ def parallel() -> Callable[..., None] | None:
         try:
             openmp = ctypes.CDLL(name)  # and what it depends on
             parallel = openmp.GOMP_parallel
-            for function in OF_THREADS:
+            for function in (*OF_THREADS, BARRIER):
                 binding.add_symbol(function, ctypes.cast(getattr(openmp, function), ctypes.c_void_p).value)
         except (OSError, AttributeError, TypeError):  # TypeError: Windows has no library without a name
             continue

@@ -5,8 +5,10 @@ computed for PyTorch still spin, and start at once.
 """
 
 import ctypes
+import functools
+import itertools
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -29,12 +31,12 @@ def bits_of_float(number: float) -> int:
 
 _FEW_NUMBERS = 1 << 15  # one thread is through with them before another has begun
 Argument = torch.Tensor | int | None  # a tensor means its address, nothing means address 0
-Call = Callable[..., None]
-_watchers: list[Callable[[Call, tuple[Argument, ...]], None]] = []
+_Watcher = Callable[["Function", tuple[Argument, ...]], None]
+_watchers: list[_Watcher] = []
 
 
 @contextmanager
-def watched(watcher: Callable[[Call, tuple[Argument, ...]], None]) -> Iterator[None]:
+def watched(watcher: _Watcher) -> Iterator[None]:
     """Tell of each function that is called, and with what: no operator of PyTorch's shows it."""
     _watchers.append(watcher)
     try:
@@ -71,16 +73,42 @@ class Function:
         """In this thread, which is the first and only one."""
         self._alone(self._given(arguments))
         for watcher in _watchers:
-            watcher(self.alone, arguments)
+            watcher(self, arguments)
 
-    def for_numbers(self, count: int) -> Call:
+    def for_numbers(self, count: int) -> Callable[..., None]:
         """What to call where so many numbers are gone through once: in as many threads as that is worth."""
         return self.alone if count <= _FEW_NUMBERS else self
 
-    def _given(self, arguments: tuple[Argument, ...]) -> ctypes.Array:
+    def _given(self, arguments: Sequence[Argument]) -> ctypes.Array:
         if len(arguments) != self._array._length_:
             raise TypeError(f"{self._array._length_} arguments, not {len(arguments)}")
         return self._array(*(a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments))
+
+
+def in_turn(calls: Sequence[tuple[Function, Sequence[Argument]]]) -> Callable[[], None]:
+    """What makes calls one after the other in one parallel region, whose threads wait for each other between them. It
+    keeps the tensors."""
+    arrays = [function._given(arguments) for function, arguments in calls]
+    pairs = ((call[0]._address, ctypes.addressof(array)) for call, array in zip(calls, arrays, strict=True))
+    table = (ctypes.c_int64 * (2 * len(calls)))(*itertools.chain.from_iterable(pairs))
+
+    def run(keep: object = (calls, arrays)) -> None:  # functions' code, tensors' memory, and where their addresses are
+        _runner()(ctypes.addressof(table), len(arrays))
+
+    return run
+
+
+@functools.cache
+def _runner() -> Function:
+    """The function of a table of so many functions' addresses, each before that of its integers, and how many."""
+
+    def write(code: Code, thread: Value, threads: Value, table: Value, count: Value) -> None:
+        places = code.place(table, torch.int64)
+        with code.loop(0, count) as index:
+            code.call_at(places[index * 2].integer(), places[index * 2 + 1].integer())
+            code.wait_for_all()
+
+    return Function(write, 2)
 
 
 def _compiled(text: str) -> binding.ExecutionEngine:

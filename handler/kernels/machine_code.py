@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from llvmlite import ir
 
-from .cpu import lanes, multiplies_pairs
+from .cpu import BARRIER, lanes, multiplies_pairs
 
 LINE = 64  # bytes of the CPU's caches
 _I8, _I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -21,6 +21,18 @@ _WHOLE = 1.5 * 2**23  # a float32 with it added has the nearest whole number in 
 _EXP2 = tuple(math.log(2) ** power / math.factorial(power) for power in range(6, -1, -1))
 # erf(x) = 1 - (a1 t + ... + a5 t^5) e^-x^2 with t = 1 / (1 + p x), off by 1.5e-7 at most; Abramowitz and Stegun 7.1.26.
 _ERF_P, _ERF_A = 0.3275911, (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0)
+
+
+# SLEEF's expf (https://sleef.org, u10), which is PyTorch's: ln 2 in two parts, the first of which times a small integer
+# is exact, and (e^x - 1 - x) / x^2 as a polynomial.
+_LN2 = (0.693145751953125, 1.428606765330187045e-06)
+_EXP = (
+    0.000198527617612853646278381,
+    0.00139304355252534151077271,
+    0.00833336077630519866943359,
+    0.0416664853692054748535156,
+    0.166666671633720397949219,
+)
 
 
 class _BFloat(ir.Type):
@@ -235,6 +247,15 @@ class Code:
             self.ir.branch(done)
         self.ir.position_at_end(done)
 
+    def call_at(self, address: Value, argument: Value) -> None:
+        """Call the function that lies at an address, with another address."""
+        function = self.ir.inttoptr(address.of, ir.FunctionType(ir.VoidType(), [POINTER]).as_pointer())
+        self.ir.call(function, [self.ir.inttoptr(argument.of, POINTER)])
+
+    def wait_for_all(self) -> None:
+        """Until each thread of the parallel region is here."""
+        self.intrinsic(BARRIER, ir.VoidType())
+
     def function(self, name: str, arguments: Sequence[torch.dtype | None], write: Callable[..., None]) -> ir.Function:
         """Another function, which this one calls. arguments: the dtype of what lies at a place, or None for an integer;
         `write` gets its code and these."""
@@ -380,6 +401,29 @@ class Code:
         exponents = self.ir.shl(self.ir.bitcast(shifted.of, integers), ir.Constant(integers, [23] * lanes()))
         result = Value(self, self.ir.bitcast(self.ir.add(power, exponents), self.floats))
         return self.where(value < -87.0, self.number(0.0), result)
+
+    def exact_exp(self, value: Value) -> Value:
+        """e to the power of each, off by half a place at most, and bit by bit what PyTorch's operators have; takes half
+        as long again as `exp`."""
+        integers = ir.VectorType(I32, lanes())
+
+        def every(number: int) -> ir.Constant:
+            return ir.Constant(integers, [number] * lanes())
+
+        def power_of_two(exponents: ir.Value) -> Value:
+            bits = self.ir.shl(self.ir.add(exponents, every(127)), every(23))
+            return Value(self, self.ir.bitcast(bits, self.floats))
+
+        whole = value * _LOG2_E + _WHOLE - _WHOLE
+        rest = value
+        for part in _LN2:
+            rest = self.multiply_add(whole, self.number(-part), rest)
+        series = self.multiply_add(rest * rest, self.polynomial(rest, (*_EXP, 0.5)), rest) + 1.0
+        exponents = self.ir.fptosi(whole.of, integers)
+        half = self.ir.ashr(exponents, every(1))  # so that neither power is beyond what float32 has
+        result = series * power_of_two(half) * power_of_two(self.ir.sub(exponents, half))
+        result = self.where(value < -104.0, self.number(0.0), result)
+        return self.where(value > 100.0, self.number(math.inf), result)
 
     def gelu(self, value: Value, approximate: str) -> Value:
         """As torch.nn.functional.gelu, "tanh" or "none"."""

@@ -95,6 +95,25 @@ def test_arguments_keep_their_names():
     torch.testing.assert_close(norm(x=inputs), norm(inputs), rtol=1e-6, atol=0)
 
 
+class OtherLayerNorm(nn.LayerNorm):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norms(dtype):
+    norm = nn.LayerNorm(96, eps=1e-3).to(dtype)
+    norm.weight, norm.bias = (nn.Parameter((torch.rand(96) + 0.5).to(dtype)) for _ in range(2))
+    plain, inputs = copy.deepcopy(norm), (torch.randn(5, 3, 96) * 2 + 1).to(dtype)
+    assert mend_norms(norm) == 1
+    with torch.inference_mode():
+        outputs, expected = norm(inputs), plain(inputs)
+        torch.testing.assert_close(outputs, expected, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=2e-6)
+        assert (outputs == expected).float().mean() > (0.99 if dtype == torch.bfloat16 else 0.3)
+        assert torch.equal(norm(inputs.mT.contiguous().mT), plain(inputs.mT.contiguous().mT))
+        assert torch.equal(norm(inputs[:0]), plain(inputs[:0]))
+
+
 @pytest.mark.parametrize(
     "norm",
     [
@@ -102,7 +121,10 @@ def test_arguments_keep_their_names():
         ResidualRMSNorm(8),
         PairRMSNorm(8),
         ThriceRMSNorm(8),
-        nn.LayerNorm(8),
+        OtherLayerNorm(8),
+        nn.LayerNorm(8, bias=False),
+        nn.LayerNorm((2, 4)),
+        nn.LayerNorm(8).double(),
         nn.Linear(8, 8),
         LlamaRMSNorm(8).double(),
     ],

@@ -8,20 +8,31 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from transformers import masking_utils
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, masking_utils
 
-from handler.engine import recording
-from handler.engine.recording import CannotRecord, recorded
+from handler.engine import Engine, EngineConfig, Request, recording
+from handler.engine.recording import CannotRecord
+from handler.engine.rooms import Rooms
 from handler.kernels.cpu import has_code_for
+from handler.kernels.function import in_turn
+from handler.kernels.layer_norm import layer_norm
 from handler.kernels.rms_norm import rms_norm
+from handler.loading import mend
 from handler.weights.packed import pack_weights
 from tests.models import DEVICE
 
-from .conftest import make_model
+from .conftest import make_model, make_tokenizer, prompt_ids
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="of a CPU")
 
 ROWS, SIZE = 3, 32
+HAS_CODE = pytest.mark.skipif(not has_code_for(torch.float32), reason="no code for this CPU")
+
+
+def recorded(forward, rooms=None):
+    return recording.recorded(forward, rooms or Rooms())
+
+
 WEIGHT = torch.randn(SIZE, generator=torch.Generator().manual_seed(1))
 STORE = torch.zeros(ROWS, SIZE)
 
@@ -118,7 +129,7 @@ def test_other_numbers(forward, inference):
             assert torch.equal(result, forward(x))
 
 
-@pytest.mark.skipif(not has_code_for(torch.float32), reason="no code for this CPU")
+@HAS_CODE
 def test_kernels():
     model = copy.deepcopy(make_model("llama"))
     assert pack_weights(model)
@@ -128,6 +139,88 @@ def test_kernels():
         again = recorded(lambda: rms_norm(mlp(x), WEIGHT, 1e-5, "whole"))
         x.copy_(torch.randn(ROWS, SIZE))
         assert torch.equal(again(), rms_norm(mlp(x), WEIGHT, 1e-5, "whole"))
+
+
+def norm(x):
+    return rms_norm(x, WEIGHT, 1e-5, "whole")
+
+
+def layers(x):
+    for _ in range(20):
+        x = x + norm(x) * torch.nn.functional.silu(x)
+    return x
+
+
+def of_what_is_written_to(x):
+    y = x - 1
+    one = norm(y)
+    y.mul_(3)
+    return one + norm(y)
+
+
+def of_what_is_expanded(x):
+    return norm((x - 1)[:1].expand(ROWS, SIZE)) + norm((x - 2)[1:2])
+
+
+def of_what_others_read(x):
+    y = norm(x)
+    y += 1
+    return y.sum(1) + norm(y).softmax(-1)[:, 0]
+
+
+def of_16_bits(x):
+    y = x.bfloat16()
+    y = torch.nn.functional.dropout(y.float() + x, 0.5, training=False)
+    return layer_norm(y, WEIGHT, WEIGHT, 1e-3) + norm(y)
+
+
+@HAS_CODE
+@pytest.mark.parametrize(
+    "forward", [layers, of_what_is_written_to, of_what_is_expanded, of_what_others_read, of_16_bits]
+)
+def test_kernels_between_operators(forward):
+    rooms = Rooms()
+    with torch.inference_mode():
+        x = torch.randn(ROWS, SIZE)
+        again = recorded(lambda: forward(x), rooms)
+        for seed in range(3):
+            x.copy_(torch.randn(ROWS, SIZE, generator=torch.Generator().manual_seed(seed)))
+            rooms.spoil()
+            assert torch.equal(again(), forward(x))
+
+
+@HAS_CODE
+@pytest.mark.parametrize("config", [BloomConfig, LlamaConfig])
+def test_all_layers_are_one_call(config, monkeypatch):
+    """Before it, and in the first layer, operators make what all layers read."""
+    sizes = {"vocab_size": 384, "hidden_size": 128, "num_attention_heads": 2, "tie_word_embeddings": False}
+    model = AutoModelForCausalLM.from_config(config(num_hidden_layers=7, initializer_range=0.5, **sizes)).eval()
+    ids = torch.tensor([prompt_ids(0, 5)])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)[0].tolist()
+    mend(model)
+    assert pack_weights(model)
+    joined = []
+    monkeypatch.setattr(recording, "in_turn", lambda calls: joined.append(len(calls)) or in_turn(calls))
+    engine = Engine(model, make_tokenizer(), EngineConfig(num_speculative_tokens=0))
+    job = engine.submit(Request(ids[0].tolist(), {"max_new_tokens": 24}))
+    while engine.has_work:
+        engine.step()
+    assert job.sequences[0].token_ids == expected[5:]
+    assert len(joined) <= 5 and joined[-1] > 60
+
+
+@HAS_CODE
+def test_what_is_gone_leaves_its_room_to_others():
+    rooms = Rooms()
+    with torch.inference_mode():
+        x = torch.randn(ROWS, SIZE)
+        again = recorded(lambda: layers(x), rooms)
+        assert 1 < len(rooms._blocks) < 6
+        blocks = set(rooms._blocks)
+        other = recorded(lambda: layers(x * 2), rooms)
+        assert set(rooms._blocks) == blocks
+        assert torch.equal(again(), layers(x))
+        assert torch.equal(other(), layers(x * 2))
 
 
 READERS = [

@@ -1,13 +1,15 @@
 """The instructions that functions are written of."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 from torch.nn.functional import gelu
 
 from handler.kernels.cpu import has_code_for, lanes, use_machine_code
-from handler.kernels.function import Function
+from handler.kernels.function import Function, in_turn, share
 from handler.kernels.machine_code import Code, Value, Variable
 
 
@@ -95,3 +97,42 @@ def test_lanes_beyond_the_first_ones_are_neither_read_nor_written():
         outputs = torch.zeros(lanes())
         function(inputs.data_ptr() if count else 0, outputs.data_ptr() if count else 0, count)
         assert outputs.tolist() == [7.0 if i < count else 0.0 for i in range(lanes())]
+
+
+def test_functions_in_turn_wait_for_each_other(threads):
+    """Each number is the sum of two that other threads wrote just before."""
+    size = 64
+
+    def write(code: Code, thread: Value, threads: Value, source: Value, target: Value) -> None:
+        before, after = (code.place(at, torch.float32) for at in (source, target))
+        begin, end = share(code.integer(size), thread, threads)
+        with code.loop(begin, end) as at:
+            first, last = before[at * lanes()], before[(code.integer(size - 1) - at) * lanes()]
+            after[at * lanes()].store(first.bits() + last.bits() * 0.5)
+
+    function, numbers = Function(write, 2), [torch.rand(size, lanes()) for _ in range(2)]
+    expected = [one.clone() for one in numbers]
+    run = in_turn([(function, (numbers[at % 2], numbers[(at + 1) % 2])) for at in range(200)])
+    for _ in range(3):
+        run()
+        for at in range(200):
+            one, other = expected[at % 2], expected[(at + 1) % 2]
+            other.copy_(one + one.flip(0) * 0.5)
+        assert torch.equal(numbers[0], expected[0])
+        for one, other in zip(numbers, expected, strict=True):
+            other.copy_(one.copy_(torch.rand(size, lanes())))
+
+
+def test_functions_in_turn_keep_what_they_need():
+    def write(code: Code, thread: Value, threads: Value, source: Value, target: Value) -> None:
+        code.place(target, torch.float32).store(code.place(source, torch.float32).bits() + 1.0)
+
+    source, target = torch.ones(lanes()), torch.zeros(lanes())
+    gone = weakref.ref(source)
+    run = in_turn([(Function(write, 2), (source, target))])
+    del source
+    gc.collect()
+    run()
+    assert gone() is not None and target.eq(2).all()
+    with pytest.raises(TypeError, match="2 arguments, not 1"):
+        in_turn([(Function(write, 2), (target,))])

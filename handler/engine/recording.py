@@ -38,7 +38,10 @@ _REFUSED = {
     *(torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.from_dlpack, torch.Tensor.__deepcopy__),
     torch.Tensor.data.__set__,  # type: ignore[attr-defined]
 }
-_EMPTY = {torch.empty, torch.empty_like, torch.Tensor.new_empty}  # what kernels write to
+_EMPTY = {  # what kernels write to
+    *(torch.empty, torch.empty_like, torch.empty_strided),
+    *(torch.Tensor.new_empty, torch.Tensor.new_empty_strided),
+}
 
 
 class CannotRecord(RuntimeError):
@@ -164,6 +167,7 @@ class _Notes:
         self._lines: list[tuple[str, set[int]]] = []  # and which tensors are in it
         self._kernels: list[tuple[Function, Sequence[Any]]] = []  # that come after the last line
         self._constants: list[Any] = []
+        self._written: set[int | None] = set()  # addresses of rooms
         self._numbers: dict[int, int] = {}  # of the tensors that lines made and that are still there, by their ids
         self._addresses: dict[int, int | None] = {}  # of their memory
         self._copies: dict[int, torch.Tensor] = {}  # of them, in rooms, for kernels
@@ -176,8 +180,8 @@ class _Notes:
         self.is_inside, self._is_written = True, False
         try:
             outputs = func(*args, **kwargs)
-            if func in _EMPTY and outputs.device.type == "cpu" and outputs.layout == torch.strided:
-                return self._rooms.tensor(outputs)
+            if func in _EMPTY and _has_memory(outputs):
+                return self._room(outputs)
         finally:
             self.is_inside = False
         if self._is_written or (type(outputs) is not torch.Size and _has_tensors(outputs)):
@@ -205,7 +209,7 @@ class _Notes:
         given = [*_tensors(args), *_tensors(kwargs.values())]
         ids = set(map(id, given))
         fresh = [tensor for tensor in _tensors([outputs]) if id(tensor) not in ids]
-        if not is_writing and (not fresh or self._is_view_of_what_stays(fresh, given, ids)):
+        if not is_writing and (not fresh or self._is_view_of_what_stays(fresh, given)):
             return
         if is_writing:
             self._copies.clear()
@@ -228,8 +232,9 @@ class _Notes:
             self._lines.append((f"{self._constant(in_turn(self._kernels))}()", set()))
             self._kernels = []
 
-    def _is_view_of_what_stays(self, fresh: list[torch.Tensor], given: list[torch.Tensor], ids: set[int]) -> bool:
-        return bool(given) and ids.isdisjoint(self._numbers) and all(_shares_memory(one, given) for one in fresh)
+    def _is_view_of_what_stays(self, fresh: list[torch.Tensor], given: list[torch.Tensor]) -> bool:
+        staying = [one for one in given if id(one) not in self._numbers]
+        return bool(staying) and all(_shares_memory(one, staying) for one in fresh)
 
     def _name(self, tensor: torch.Tensor) -> None:
         key = id(tensor)
@@ -267,14 +272,23 @@ class _Notes:
         if not isinstance(value, torch.Tensor) or (number := self._number(value)) is None:
             return self._kept(value)
         if id(value) not in self._copies:
-            self._copies[id(value)] = self._rooms.tensor(value)
+            self._copies[id(value)] = self._room(value)
             copy = self._constant(_copier(value, self._kept(self._copies[id(value)])))
             self._add(f"{copy}(t{number})", {number})
         return self._kept(self._copies[id(value)])
 
     def _kept(self, value: Any) -> Any:
         """What stands for it in what is repeated: holding on to a tensor in a room would leave the room to it."""
-        return self._rooms.kept(value) if isinstance(value, torch.Tensor) and value in self._rooms else value
+        if not isinstance(value, torch.Tensor) or value not in self._rooms:
+            return value
+        if _address(value) not in self._written:
+            raise CannotRecord("a tensor that another forward has left, and that is written to in each")
+        return self._rooms.kept(value)
+
+    def _room(self, like: torch.Tensor) -> torch.Tensor:
+        room = self._rooms.tensor(like)
+        self._written.add(_address(room))
+        return room
 
     def _constant(self, value: Any) -> str:
         self._constants.append(value)
@@ -324,6 +338,11 @@ def _shares_memory(tensor: torch.Tensor, others: Sequence[torch.Tensor]) -> bool
 
 def _address(tensor: torch.Tensor) -> int | None:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else None
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """On a CPU, and of a size that stays: an empty one may be given to grow."""
+    return tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.numel() > 0
 
 
 def _tensors(values: Iterable) -> Iterator[torch.Tensor]:

@@ -18,16 +18,16 @@ def substitute(func: Callable, args: Sequence, kwargs: dict[str, Any]) -> _Compu
     return ours(*args, **kwargs) if ours else None
 
 
-def _add(input: Any, other: Any, **options: Any) -> _Computing:
-    return _of_two("add", input, other) if not options else None
+def _add(*inputs: Any, **options: Any) -> _Computing:
+    return _of_two("add", *inputs) if not options else None
 
 
-def _mul(input: Any, other: Any, **options: Any) -> _Computing:
-    return _of_two("mul", input, other) if not options else None
+def _mul(*inputs: Any, **options: Any) -> _Computing:
+    return _of_two("mul", *inputs) if not options else None
 
 
 def _of_two(operation: str, *inputs: Any) -> _Computing:
-    if not all(isinstance(one, torch.Tensor) for one in inputs) or not can_compute(*inputs):
+    if len(inputs) != 2 or not all(isinstance(one, torch.Tensor) for one in inputs) or not can_compute(*inputs):
         return None
     return lambda: compute(operation, *inputs)
 

@@ -40,13 +40,13 @@ def _step(tensor: torch.Tensor) -> int | None:
     """Numbers between rows [..., size] that follow each other, or None if there is no one distance."""
     if tensor.dim() == 0 or tensor.numel() == 0 or tensor.stride(-1) != 1:
         return None
-    step, rows = 0, 1
+    step, rows = None, 1
     for count, stride in reversed([*zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)]):
         if count > 1:
-            if step and stride != step * rows:
+            if step is not None and stride != step * rows:
                 return None
-            step, rows = step or stride, rows * count
-    return step
+            step, rows = stride if step is None else step, rows * count
+    return step or 0
 
 
 @functools.cache

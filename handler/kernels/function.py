@@ -8,6 +8,7 @@ import ctypes
 import functools
 import itertools
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -32,21 +33,31 @@ def bits_of_float(number: float) -> int:
 _FEW_NUMBERS = 1 << 15  # one thread is through with them before another has begun
 Argument = torch.Tensor | int | None  # a tensor means its address, nothing means address 0
 _Watcher = Callable[["Function", tuple[Argument, ...]], None]
-_watchers: list[_Watcher] = []
+
+
+class _Watching(threading.local):
+    def __init__(self) -> None:
+        self.watchers: list[_Watcher] = []
+
+
+_watching = _Watching()
 
 
 @contextmanager
 def watched(watcher: _Watcher) -> Iterator[None]:
-    """Tell of each function that is called, and with what: no operator of PyTorch's shows it."""
-    _watchers.append(watcher)
+    """Tell of each function that this thread calls, and with what: no operator of PyTorch's shows it."""
+    _watching.watchers.append(watcher)
     try:
         yield
     finally:
-        _watchers.remove(watcher)
+        _watching.watchers.remove(watcher)
 
 
 class Function:
-    """A compiled function of so many integers, addresses among them."""
+    """A compiled function of so many integers, addresses among them.
+
+    What it writes to has to come from `torch.empty` and its like, or to be there for longer than a forward: so recorded
+    forwards find it (handler/engine/recording.py)."""
 
     def __init__(self, write: Callable[..., None], arguments: int):
         """write: gets the code, the number of the thread that runs it, how many run it, and the integers."""
@@ -66,13 +77,13 @@ class Function:
     def __call__(self, *arguments: Argument) -> None:
         """In as many threads as PyTorch computes in; returns when all have."""
         parallel()(self._address, self._given(arguments), torch.get_num_threads(), 0)  # type: ignore[misc]
-        for watcher in _watchers:
+        for watcher in _watching.watchers:
             watcher(self, arguments)
 
     def alone(self, *arguments: Argument) -> None:
         """In this thread, which is the first and only one."""
         self._alone(self._given(arguments))
-        for watcher in _watchers:
+        for watcher in _watching.watchers:
             watcher(self, arguments)
 
     def for_numbers(self, count: int) -> Callable[..., None]:

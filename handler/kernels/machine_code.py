@@ -17,6 +17,7 @@ _I8, _I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32, POINTER = ir.FloatType(), ir.PointerType()
 _LOG2_E = math.log2(math.e)
 _WHOLE = 1.5 * 2**23  # a float32 with it added has the nearest whole number in its lowest bits
+_WHOLE_BITS = 0x4B400000
 # 2^f for |f| <= 1/2 as a polynomial in f, the greatest power first: its Taylor series, off by 1.2e-7 at most.
 _EXP2 = tuple(math.log(2) ** power / math.factorial(power) for power in range(6, -1, -1))
 # erf(x) = 1 - (a1 t + ... + a5 t^5) e^-x^2 with t = 1 / (1 + p x), off by 1.5e-7 at most; Abramowitz and Stegun 7.1.26.
@@ -414,16 +415,16 @@ class Code:
             bits = self.ir.shl(self.ir.add(exponents, every(127)), every(23))
             return Value(self, self.ir.bitcast(bits, self.floats))
 
-        whole = value * _LOG2_E + _WHOLE - _WHOLE
+        shifted = value * _LOG2_E + _WHOLE
+        whole = shifted - _WHOLE
         rest = value
         for part in _LN2:
             rest = self.multiply_add(whole, self.number(-part), rest)
         series = self.multiply_add(rest * rest, self.polynomial(rest, (*_EXP, 0.5)), rest) + 1.0
-        exponents = self.ir.fptosi(whole.of, integers)
+        exponents = self.ir.sub(self.ir.bitcast(shifted.of, integers), every(_WHOLE_BITS))
         half = self.ir.ashr(exponents, every(1))  # so that neither power is beyond what float32 has
-        result = series * power_of_two(half) * power_of_two(self.ir.sub(exponents, half))
-        result = self.where(value < -104.0, self.number(0.0), result)
-        return self.where(value > 100.0, self.number(math.inf), result)
+        series = series * power_of_two(half) * power_of_two(self.ir.sub(exponents, half))
+        return self.where(value < -104.0, self.number(0.0), self.where(value > 100.0, self.number(math.inf), series))
 
     def gelu(self, value: Value, approximate: str) -> Value:
         """As torch.nn.functional.gelu, "tanh" or "none"."""

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -174,9 +175,39 @@ def of_16_bits(x):
     return layer_norm(y, WEIGHT, WEIGHT, 1e-3) + norm(y)
 
 
+def of_views_like_others(x):
+    y = norm(x)
+    return y.view_as(x - 1) * 2 + y.expand_as(x - 1) + y
+
+
+def of_what_grows(x):
+    y = torch.empty(0)
+    return torch.mm(norm(x), x.T, out=y) @ norm(x)
+
+
+def of_copies_side_by_side(x):
+    return x[:, None].expand(ROWS, 2, SIZE) + torch.ones(ROWS, 2, SIZE)
+
+
+def of_strides(x):
+    y = x.new_empty_strided((ROWS, SIZE), (1, ROWS))
+    return norm(y.copy_(x)) + norm(torch.add(x, x, alpha=2))
+
+
 @HAS_CODE
 @pytest.mark.parametrize(
-    "forward", [layers, of_what_is_written_to, of_what_is_expanded, of_what_others_read, of_16_bits]
+    "forward",
+    [
+        of_views_like_others,
+        of_what_grows,
+        of_copies_side_by_side,
+        of_strides,
+        layers,
+        of_what_is_written_to,
+        of_what_is_expanded,
+        of_what_others_read,
+        of_16_bits,
+    ],
 )
 def test_kernels_between_operators(forward):
     rooms = Rooms()
@@ -187,6 +218,30 @@ def test_kernels_between_operators(forward):
             x.copy_(torch.randn(ROWS, SIZE, generator=torch.Generator().manual_seed(seed)))
             rooms.spoil()
             assert torch.equal(again(), forward(x))
+
+
+@HAS_CODE
+def test_what_another_forward_has_left_is_refused():
+    rooms, left = Rooms(), []
+    with torch.inference_mode():
+        x = torch.randn(ROWS, SIZE)
+        recorded(lambda: left.append(norm(x)) or left[0] + 1, rooms)
+        with pytest.raises(CannotRecord, match="another forward"):
+            recorded(lambda: norm(x) + left[0], rooms)
+
+
+@HAS_CODE
+def test_other_threads_have_no_part_in_it():
+    def forward():
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(norm, x).result()
+        return norm(x)
+
+    joined = []
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "in_turn", lambda calls: joined.append(len(calls)) or in_turn(calls))
+        x = torch.randn(ROWS, SIZE)
+        assert torch.equal(recorded(forward)(), norm(x)) and joined == [1]
 
 
 @HAS_CODE

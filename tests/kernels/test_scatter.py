@@ -32,6 +32,7 @@ def test_what_it_does_not_take(dtype):
     assert not can_scatter(target, index[:3], source)
     assert not can_scatter(target, torch.arange(8)[::2], source)
     assert not can_scatter(target.t().contiguous().t(), index, source)
+    assert not can_scatter(target, index, source.flatten(0, 1))
     assert not can_scatter(target, index, source.double())
     assert not can_scatter(target.double(), index, source.double())
     assert not can_scatter(target, index, source[..., ::2])

@@ -200,7 +200,7 @@ class _Notes:
             return
         self.is_inside = True
         try:
-            given = [self._staying(value) for value in args]  # which may add lines
+            given = [self._argument(value) for value in args]  # which may add lines
             self._kernels.append((func, given))
         finally:
             self.is_inside = False
@@ -266,24 +266,29 @@ class _Notes:
             raise CannotRecord("a tensor that shares memory with others, and that nobody saw come")
         return number
 
-    def _staying(self, value: Any) -> Any:
-        """What a kernel gets for it. A tensor that it reads, and that a line makes, is copied to a room; what it writes
-        to is in one, or was there before."""
-        if not isinstance(value, torch.Tensor) or (number := self._number(value)) is None:
-            return self._kept(value)
+    def _argument(self, value: Any) -> Any:
+        """What a kernel gets for it: an address, if it is in a room. A tensor that it reads, and that a line makes, is
+        copied to one; what it writes to is in one, or was there before."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        if (number := self._number(value)) is None:
+            return value.data_ptr() if self._is_room(value) else value
         if id(value) not in self._copies:
             self._copies[id(value)] = self._room(value)
             copy = self._constant(_copier(value, self._kept(self._copies[id(value)])))
             self._add(f"{copy}(t{number})", {number})
-        return self._kept(self._copies[id(value)])
+        return self._copies[id(value)].data_ptr()
 
     def _kept(self, value: Any) -> Any:
         """What stands for it in what is repeated: holding on to a tensor in a room would leave the room to it."""
-        if not isinstance(value, torch.Tensor) or value not in self._rooms:
-            return value
-        if _address(value) not in self._written:
+        return self._rooms.kept(value) if isinstance(value, torch.Tensor) and self._is_room(value) else value
+
+    def _is_room(self, tensor: torch.Tensor) -> bool:
+        if (address := _address(tensor)) in self._written:
+            return True
+        if address in self._rooms:
             raise CannotRecord("a tensor that another forward has left, and that is written to in each")
-        return self._rooms.kept(value)
+        return False
 
     def _room(self, like: torch.Tensor) -> torch.Tensor:
         room = self._rooms.tensor(like)
@@ -296,7 +301,7 @@ class _Notes:
 
     def function(self, result: torch.Tensor) -> _Forward:
         """What makes all calls again, and returns what has become of the result."""
-        if id(result) not in self._numbers and result not in self._rooms:
+        if id(result) not in self._numbers and not self._is_room(result):
             raise CannotRecord("logits that no call made")
         self._join_kernels()
         alive: set[int] = set()
@@ -309,8 +314,9 @@ class _Notes:
         names = ", ".join(f"c{index}" for index in range(len(self._constants)))
         body = "\n".join(f"  {line}" for line in reversed(lines))
         scope: dict[str, Any] = {}
-        exec(_compiled(f"def bind({names}):\n def run():\n{body}\n return run"), scope)
-        return scope["bind"](*self._constants)
+        # Kernels have addresses in rooms, and nothing else that would keep them.
+        exec(_compiled(f"def bind(rooms, {names}):\n def run(keep=rooms):\n{body}\n return run"), scope)
+        return scope["bind"](self._rooms, *self._constants)
 
 
 def _copier(source: torch.Tensor, target: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

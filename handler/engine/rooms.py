@@ -23,8 +23,9 @@ class Rooms:
         weakref.finalize(seen, self._free.append, self._blocks[address]).atexit = False
         return _as(torch.from_numpy(seen), like)
 
-    def __contains__(self, tensor: torch.Tensor) -> bool:
-        return tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() in self._blocks
+    def __contains__(self, address: int | None) -> bool:
+        """Whether memory that begins there is one of these."""
+        return address in self._blocks
 
     def kept(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same, which does not keep the memory from others."""

@@ -221,6 +221,18 @@ def test_kernels_between_operators(forward):
 
 
 @HAS_CODE
+def test_rooms_stay_with_who_writes_to_them():
+    with torch.inference_mode():
+        x = torch.randn(ROWS, SIZE)
+        rooms = Rooms()
+        gone = weakref.ref(rooms)
+        again = recorded(lambda: layers(x), rooms)
+        del rooms
+        gc.collect()
+        assert gone() is not None and torch.equal(again(), layers(x))
+
+
+@HAS_CODE
 def test_what_another_forward_has_left_is_refused():
     rooms, left = Rooms(), []
     with torch.inference_mode():

@@ -126,14 +126,16 @@ def main() -> None:
     print(json.dumps({"processor": processor(), "threads": torch.get_num_threads()}))
     for model in [args.only] if args.only else MODELS:
         engines = {}
+        use_replay(True)
         for kind, find in (("as it is", packed.shared_inputs), ("apart", lambda calls: [])):
             with mock.patch.object(packed, "shared_inputs", find):
                 loaded = load_model(checkpoint(model), Settings(), WORK)
             settings = Settings(max_batch_size=max(ROWS), num_speculative_tokens=0)
             engines[kind] = Engine(loaded.model, loaded.tokenizer, settings)
-        engines["sdpa"] = engines["as it is"]
+        model_as_it_is = engines["as it is"]._runner._model
+        engines["sdpa"] = Engine(model_as_it_is, loaded.tokenizer, settings)  # with recordings of its own
         use_replay(False)
-        engines["not replayed"] = Engine(engines["as it is"]._runner._model, loaded.tokenizer, settings)
+        engines["not replayed"] = Engine(model_as_it_is, loaded.tokenizer, settings)
         measures = {f"{rows} rows": lambda engine, rows=rows: decode(engine, rows, clock) for rows in ROWS}
         for clients in ROWS:
             name = f"1,000 tokens of {clients} clients"

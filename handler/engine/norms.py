@@ -23,15 +23,15 @@ def mend_norms(model: nn.Module) -> int:
     kinds: what a module computes is tried, and one that computes something else is left."""
     mended = 0
     for module in model.modules():
+        theirs = getattr(module, "_old_forward", module.forward)  # below Accelerate's hook
         if type(module) is nn.LayerNorm and _is_here(module):
-            replace_forward(module, _layer_forward(getattr(module, "_old_forward", module.forward), module))
+            replace_forward(module, _layer_forward(theirs, module))
             mended += 1
         weight, epsilon = module._parameters.get("weight"), getattr(module, "variance_epsilon", None)
         epsilon = getattr(module, "eps", None) if epsilon is None else epsilon
         if not type(module).__name__.endswith("RMSNorm") or weight is None or not isinstance(epsilon, float):
             continue
         if (kind := _kind(module, weight, epsilon)) is not None:
-            theirs = getattr(module, "_old_forward", module.forward)  # below Accelerate's hook
             replace_forward(module, _forward(theirs, weight, epsilon, kind))
             mended += 1
     return mended
@@ -39,7 +39,7 @@ def mend_norms(model: nn.Module) -> int:
 
 def _is_here(module: nn.LayerNorm) -> bool:
     weight, bias = module.weight, module.bias
-    return weight is not None and bias is not None and can_normalize_layer(weight.detach(), weight, bias)
+    return weight is not None and bias is not None and can_normalize_layer(weight, weight, bias)
 
 
 def _layer_forward(theirs: Callable, module: nn.LayerNorm) -> Callable:

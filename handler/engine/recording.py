@@ -38,10 +38,8 @@ _REFUSED = {
     *(torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.from_dlpack, torch.Tensor.__deepcopy__),
     torch.Tensor.data.__set__,  # type: ignore[attr-defined]
 }
-_EMPTY = {  # what kernels write to
-    *(torch.empty, torch.empty_like, torch.empty_strided),
-    *(torch.Tensor.new_empty, torch.Tensor.new_empty_strided),
-}
+# What kernels write to.
+_EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided}
 
 
 class CannotRecord(RuntimeError):

@@ -3,6 +3,7 @@
 Each takes what its operator takes, and gives what computes the same, or None where the operator has to do it."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +19,13 @@ def substitute(func: Callable, args: Sequence, kwargs: dict[str, Any]) -> _Compu
     return ours(*args, **kwargs) if ours else None
 
 
-def _add(*inputs: Any, **options: Any) -> _Computing:
-    return _of_two("add", *inputs) if not options else None
-
-
-def _mul(*inputs: Any, **options: Any) -> _Computing:
-    return _of_two("mul", *inputs) if not options else None
-
-
-def _of_two(operation: str, *inputs: Any) -> _Computing:
-    if len(inputs) != 2 or not all(isinstance(one, torch.Tensor) for one in inputs) or not can_compute(*inputs):
+def _of_two(operation: str, *inputs: Any, **options: Any) -> _Computing:
+    if (
+        options
+        or len(inputs) != 2
+        or not all(isinstance(one, torch.Tensor) for one in inputs)
+        or not can_compute(*inputs)
+    ):
         return None
     return lambda: compute(operation, *inputs)
 
@@ -47,8 +45,8 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
 
 
 _OURS: dict[Callable, Callable[..., _Computing]] = {
-    **dict.fromkeys((torch.add, torch.Tensor.add, torch.Tensor.__add__), _add),
-    **dict.fromkeys((torch.mul, torch.Tensor.mul, torch.Tensor.__mul__), _mul),
+    **dict.fromkeys((torch.add, torch.Tensor.add, torch.Tensor.__add__), partial(_of_two, "add")),
+    **dict.fromkeys((torch.mul, torch.Tensor.mul, torch.Tensor.__mul__), partial(_of_two, "mul")),
     torch.Tensor.float: _float,
     torch.nn.functional.silu: _silu,
     torch.nn.functional.dropout: _dropout,

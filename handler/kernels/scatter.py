@@ -11,10 +11,10 @@ from .machine_code import Code, Value
 
 def can_scatter(target: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> bool:
     """Whether `scatter` takes these."""
-    is_here = all(one.device.type == "cpu" for one in (target, index, source))
-    is_like = source.dtype == target.dtype and has_code_for(target.dtype) and source.shape[2:] == target.shape[1:]
     if target.dim() != 2 or index.dim() != 1 or source.dim() != 3:
         return False
+    is_here = all(one.device.type == "cpu" for one in (target, index, source))
+    is_like = source.dtype == target.dtype and has_code_for(target.dtype) and source.shape[2:] == target.shape[1:]
     is_whole = target.is_contiguous() and index.is_contiguous() and source.stride(2) == 1
     return is_here and is_like and is_whole and index.dtype == torch.int64 and len(index) == source.shape[:2].numel()
 

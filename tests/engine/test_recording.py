@@ -242,23 +242,29 @@ def test_what_another_forward_has_left_is_refused():
             recorded(lambda: norm(x) + left[0], rooms)
 
 
+@pytest.fixture
+def joined(monkeypatch):
+    """How many kernels are in each call that is made of some."""
+    counts = []
+    monkeypatch.setattr(recording, "in_turn", lambda calls: counts.append(len(calls)) or in_turn(calls))
+    return counts
+
+
 @HAS_CODE
-def test_other_threads_have_no_part_in_it():
+def test_other_threads_have_no_part_in_it(joined):
     def forward():
         with ThreadPoolExecutor(1) as thread:
             thread.submit(norm, x).result()
         return norm(x)
 
-    joined = []
-    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recording, "in_turn", lambda calls: joined.append(len(calls)) or in_turn(calls))
+    with torch.inference_mode():
         x = torch.randn(ROWS, SIZE)
         assert torch.equal(recorded(forward)(), norm(x)) and joined == [1]
 
 
 @HAS_CODE
 @pytest.mark.parametrize("config", [BloomConfig, LlamaConfig])
-def test_all_layers_are_one_call(config, monkeypatch):
+def test_all_layers_are_one_call(config, joined):
     """Before it, and in the first layer, operators make what all layers read."""
     sizes = {"vocab_size": 384, "hidden_size": 128, "num_attention_heads": 2, "tie_word_embeddings": False}
     model = AutoModelForCausalLM.from_config(config(num_hidden_layers=7, initializer_range=0.5, **sizes)).eval()
@@ -266,8 +272,6 @@ def test_all_layers_are_one_call(config, monkeypatch):
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)[0].tolist()
     mend(model)
     assert pack_weights(model)
-    joined = []
-    monkeypatch.setattr(recording, "in_turn", lambda calls: joined.append(len(calls)) or in_turn(calls))
     engine = Engine(model, make_tokenizer(), EngineConfig(num_speculative_tokens=0))
     job = engine.submit(Request(ids[0].tolist(), {"max_new_tokens": 24}))
     while engine.has_work:

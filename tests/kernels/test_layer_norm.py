@@ -7,8 +7,7 @@ from handler.kernels.layer_norm import can_normalize_layer, layer_norm
 
 
 def exact(inputs, weight, bias, epsilon):
-    given = (one.double() for one in (inputs, weight, bias))
-    inputs, weight, bias = given
+    inputs, weight, bias = (one.double() for one in (inputs, weight, bias))
     return torch.nn.functional.layer_norm(inputs, weight.shape, weight, bias, epsilon)
 
 

@@ -1,5 +1,5 @@
 """A step of the engine in this process, without a server: milliseconds at 1, 8 and 32 rows, for 1,000 tokens of as many
-clients in a closed loop, and for a prompt of 1,000 tokens, as it is, with products that share an input made apart, with
+clients in a closed loop, with answers of one length and of 8 to 128 tokens, and for a prompt of 1,000 tokens, as it is, with products that share an input made apart, with
 SDPA, and without replaying steps, in turns; and where they go.
 
     python -m benchmarks.step                       # SmolLM2-135M and BLOOM-560m's shape in bfloat16
@@ -12,11 +12,13 @@ operations a second of the prompt, attention's included, over those of the layer
 """
 
 import argparse
+import itertools
 import json
 import os
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 from server.torchserve import MEMORY
@@ -42,6 +44,7 @@ from handler.settings import Settings
 from handler.weights import packed
 
 PROMPT_TOKENS, NEW_TOKENS, ROWS, LONG_PROMPT, ROUNDS = 32, 64, (1, 8, 32), 1000, 3
+MIXED = random.Random(0).choices(range(8, 129), k=3 * max(ROWS))  # new tokens
 
 
 def start(engine: Engine, rows: int, tokens: int, new: int, generator: torch.Generator | None = None) -> list[Job]:
@@ -65,17 +68,17 @@ def decode(engine: Engine, rows: int, clock: Callable[[], float]) -> float:
     return statistics.median(seconds)
 
 
-def closed_loop(engine: Engine, clients: int, clock: Callable[[], float]) -> float:
-    """Seconds for 1,000 tokens of so many clients, each of whom sends a new prompt once the one before is answered."""
-    requests, began = 3 * clients, clock()
-    start(engine, sent := clients, PROMPT_TOKENS, NEW_TOKENS, torch.default_generator)
-    while engine.has_work:
-        done = sum(job.finished for job in engine.step())
-        more = min(done, requests - sent)
-        start(engine, more, PROMPT_TOKENS, NEW_TOKENS, torch.default_generator)
-        sent += more
+def closed_loop(engine: Engine, clients: int, lengths: Sequence[int], clock: Callable[[], float]) -> float:
+    """Seconds for 1,000 tokens of so many clients, each of whom sends a new prompt once the one before is answered.
+    lengths: of all answers."""
+    began, left, free = clock(), list(lengths), clients
+    while left or engine.has_work:
+        for new in left[:free]:
+            start(engine, 1, PROMPT_TOKENS, new, torch.default_generator)
+        left = left[free:]
+        free = sum(job.finished for job in engine.step())
     engine.stats.generated_tokens = 0
-    return (clock() - began) * 1000 / (requests * NEW_TOKENS)
+    return (clock() - began) * 1000 / sum(lengths)
 
 
 def prefill(engine: Engine, clock: Callable[[], float]) -> float:
@@ -138,8 +141,10 @@ def main() -> None:
         engines["not replayed"] = Engine(model_as_it_is, loaded.tokenizer, settings)
         measures = {f"{rows} rows": lambda engine, rows=rows: decode(engine, rows, clock) for rows in ROWS}
         for clients in ROWS:
-            name = f"1,000 tokens of {clients} clients"
-            measures[name] = lambda engine, clients=clients: closed_loop(engine, clients, clock)
+            for kind, lengths in (("", [NEW_TOKENS]), (", mixed", MIXED)):
+                answers = list(itertools.islice(itertools.cycle(lengths), 3 * clients))
+                name = f"1,000 tokens of {clients} clients{kind}"
+                measures[name] = lambda engine, of=(clients, answers): closed_loop(engine, *of, clock)
         measures[f"a prompt of {LONG_PROMPT} tokens"] = lambda engine: prefill(engine, clock)
         measures["that prompt's products"] = lambda engine: products(engine, clock)
         reports = {}

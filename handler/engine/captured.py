@@ -1,9 +1,13 @@
 """What a forward that is replayed reads its inputs from: tensors of its own, which stay where they are."""
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+_BEYOND = 1 << 40  # a column that no store has
 
 
 class Captured:
@@ -12,21 +16,29 @@ class Captured:
     inputs: of the model's forward, [rows, ...]. lengths: tokens that each row holds; `columns`, int64 [rows], is where
     its next one goes. Whoever captures it sets `run`, which computes logits [rows, vocab] from these tensors.
     is_tried: whether a replay has been held against an ordinary forward.
+    takes_fewer: whether it may be run for fewer rows, because what goes to a column that is not there is passed over.
+    seconds, ordinary_seconds: that a replay and the forward by the model's code took, at best.
     """
 
     run: Callable[[], torch.Tensor]
+    takes_fewer = False
 
     def __init__(self, inputs: Mapping[str, Any], lengths: Sequence[int], device: torch.device):
         self.inputs = _copied(inputs)
         self.columns = torch.tensor(lengths).to(device)
-        self.is_tried = False
+        self.is_tried, self.seconds, self.ordinary_seconds = False, math.inf, math.inf
 
     def replay(self, inputs: Mapping[str, Any], lengths: Sequence[int]) -> torch.Tensor:
-        """Logits [rows, vocab] for other inputs of the same shapes, until the next forward."""
+        """Logits [len(lengths), vocab] for other inputs of the same shapes, or of fewer rows, until the next forward.
+        The rows that are missing get what some had before, and write nothing."""
+        start, rows = time.monotonic(), len(lengths)
         for own, given in zip(tensors_of(self.inputs), tensors_of(inputs), strict=True):
-            own.copy_(given)
-        self.columns.copy_(torch.tensor(lengths))
-        return self.run()
+            own[: len(given)].copy_(given)
+        self.columns[:rows].copy_(torch.tensor(lengths))
+        self.columns[rows:] = _BEYOND
+        logits = self.run()[:rows]
+        self.seconds = min(self.seconds, time.monotonic() - start)
+        return logits
 
     def spoil(self) -> None:
         """Make what a run is to write anew something else."""

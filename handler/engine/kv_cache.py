@@ -51,6 +51,7 @@ class ForwardContext:
         all columns of the store: keys and values then lie without gaps, and torch.bmm need not copy them first. Not
         where other rows are twice as long.
     store_shape: rows and columns that the store must have.
+    passes_over: whether all that was written since `direct_to` would leave out a column that the store does not have.
     is_ragged: whether rows differ in length. Only then are set:
     rows, steps, columns: int64 [tokens], on the CPU unless `direct_to` made them. New token i, found at [rows[i],
         steps[i]] of the forward's keys, counting rows from first_row, goes to column columns[i] of that row.
@@ -63,7 +64,7 @@ class ForwardContext:
         self.store_shape = (0, 0)
         self.rows = self.steps = self.columns = torch.empty(0)
         self.slots: dict[tuple, torch.Tensor] = {}
-        self.is_ragged = False
+        self.is_ragged = self.passes_over = False
 
 
 class KVCache(Cache):
@@ -109,7 +110,7 @@ class KVCache(Cache):
         """Let the forward that is prepared, of one token a row, read from a tensor where each row's goes:
         columns, int64 [rows]. It shows each row all that the mask shows, whatever its length."""
         context = self.context
-        context.past_length, context.is_ragged = context.kv_length - 1, True
+        context.past_length, context.is_ragged, context.passes_over = context.kv_length - 1, True, True
         context.rows, context.columns = torch.arange(len(columns), device=columns.device), columns
         context.slots = {}
 
@@ -269,6 +270,7 @@ class RowLayer(CacheLayerMixin):
             if can_scatter(target, slots, tokens):
                 scatter(target, slots, tokens)
             else:
+                context.passes_over = False
                 target.index_copy_(0, slots, tokens.flatten(0, 1))
         else:
             rows[:, :, context.past_length : context.past_length + context.query_length] = new

@@ -62,6 +62,7 @@ class Recordings:
             return self._model(**captured.inputs).logits.flatten(0, -2)
 
         captured.run = recorded(forward, self._rooms)
+        captured.takes_fewer = self._cache.context.passes_over
         return captured
 
     def forget(self) -> None:

@@ -6,6 +6,7 @@ are captured where all weights are on one device: as CUDA graphs, or call by cal
 """
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,8 +28,11 @@ logger = logging.getLogger(__name__)
 
 _MOST = 32  # captured at once: of different rows, and of columns that other rows do not let be as many
 _SIGHTINGS = 3  # of a forward, before it is worth capturing
+_STAND_INS = 30  # uses of one of more rows, before it is: as much time is lost with them
 _TRIALS = 3  # later replays that are tried, and not only the first one of each capture
 _PATIENCE = 3  # times that memory ends, before there is no more of it
+
+_Key = tuple[int, tuple]  # rows, and what is the same in forwards of other rows that can stand in
 
 _is_used = True
 
@@ -63,8 +67,8 @@ class Replays:
         self._kind: Recordings | CudaGraphs = Recordings(model, cache) if on_cpu else CudaGraphs(model, cache)
         self._is_on = True
         self._trials, self._memory_ended = _TRIALS, 0
-        self._captured: dict[tuple, Captured] = {}
-        self._seen: Counter[tuple] = Counter()
+        self._captured: dict[_Key, Captured] = {}
+        self._seen: Counter[_Key] = Counter()
         cache.on_move = self.forget  # what is captured has the addresses of keys and values, or holds on to them
 
     def forward(
@@ -79,16 +83,18 @@ class Replays:
         key = self._key(inputs)
         if key is None:
             return ordinary()
-        captured = self._captured.pop(key, None)
-        if captured is None:
-            logits = ordinary()
-            self._seen[key] += 1
+        used = key if key in self._captured else self._stand_in(key)
+        if used is None:
+            logits, seconds = _timed(ordinary)
             if self._seen[key] >= _SIGHTINGS and (captured := self._capture(inputs, lengths, logits)):
+                captured.ordinary_seconds = seconds
                 self._keep(key, captured)
             return logits
-        self._keep(key, captured)
-        if not captured.is_tried or self._trials:
-            expected = ordinary()
+        captured = self._captured.pop(used)
+        self._keep(used, captured)
+        if used == key and (self._trials or not captured.is_tried):
+            expected, seconds = _timed(ordinary)
+            captured.ordinary_seconds = min(captured.ordinary_seconds, seconds)
             self._try(captured, inputs, lengths, expected)
             return expected
         try:
@@ -104,17 +110,29 @@ class Replays:
         self._seen.clear()
         self._kind.forget()
 
-    def _key(self, inputs: Mapping[str, Any]) -> tuple | None:
+    def _key(self, inputs: Mapping[str, Any]) -> _Key | None:
         """Equal for forwards that one capture can stand for; None where none can, or where each would have another:
         short rows beside one twice as long see no columns that are to come."""
         context = self._cache.context
         is_prompt = context.query_length > 1 or context.past_length == 0
         if not self._is_on or is_prompt or self._cache.growth_is_due or context.kv_length != context.store_shape[1]:
             return None
-        shapes = [tuple(tensor.shape) for tensor in tensors_of(inputs)]  # a mask may be one tensor or several
-        return context.first_row, context.num_rows, context.kv_length, str(shapes)
+        shapes = [tuple(tensor.shape[1:]) for tensor in tensors_of(inputs)]  # a mask may be one tensor or several
+        return context.num_rows, (context.first_row, context.kv_length, str(shapes))
 
-    def _keep(self, key: tuple, captured: Captured) -> None:
+    def _stand_in(self, key: _Key) -> _Key | None:
+        """What is captured of the next more rows, if to replay that takes no longer than the model's code takes for
+        these: which is at least their part of what it takes for those."""
+        self._seen[key] += 1
+        rows, kind = key
+        more = min((other for other in self._captured if other[0] > rows and other[1] == kind), default=None)
+        if more is None or self._trials or self._seen[key] > _STAND_INS:
+            return None
+        captured = self._captured[more]
+        is_worth_it = captured.seconds * more[0] <= captured.ordinary_seconds * rows
+        return more if captured.takes_fewer and captured.is_tried and is_worth_it else None
+
+    def _keep(self, key: _Key, captured: Captured) -> None:
         """The last used is the last."""
         self._captured[key] = captured
         if len(self._captured) > _MOST:
@@ -167,6 +185,12 @@ class Replays:
         self._is_on = False
         self.forget()
         self._cache.on_move = None
+
+
+def _timed(forward: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """What it returns, and the seconds that it takes."""
+    start = time.monotonic()
+    return forward(), time.monotonic() - start
 
 
 def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:

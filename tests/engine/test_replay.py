@@ -4,6 +4,7 @@ What a CUDA graph captures runs anew at each replay where there is no GPU: all b
 """
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -39,7 +40,8 @@ class Rerun(cuda_graphs._Graph):
 
 @pytest.fixture(params=["graph"] if DEVICE.type == "cuda" else ["graph", "recording"])
 def replays(request, monkeypatch):
-    """replays(kind) -> an engine, and its replays."""
+    """replays(kind) -> an engine, and its replays, where a forward takes no time that one of more rows could take."""
+    monkeypatch.setattr(replay, "_timed", lambda forward: (forward(), 0.0))
     if DEVICE.type == "cpu" and request.param == "graph":
         monkeypatch.setattr(cuda_graphs, "_Graph", Rerun)
         monkeypatch.setattr(replay, "Recordings", cuda_graphs.CudaGraphs)
@@ -198,7 +200,7 @@ def test_rows_that_do_not_begin_at_the_first(replays):
     engine._runner.forward = part
     while engine.has_work:
         engine.step()
-    assert first_rows and {key[:2] for key in own._captured} >= {(0, 1), (1, 2)}
+    assert first_rows and {(kind[0], rows) for rows, kind in own._captured} >= {(0, 1), (1, 2)}
     assert [job.sequences[0].token_ids for job in jobs] == [
         reference("llama", tuple(prompt_ids(n, 5))) for n in range(3)
     ]
@@ -330,6 +332,76 @@ def test_more_rows_than_at_first(replays):
     assert len(own._captured) > 1 and [store.data_ptr() for store in engine._cache._stores()] == stores
     answers = [reference("llama", tuple(prompt_ids(seed, 5)))[:20] for seed in range(3)]
     assert [job.sequences[0].token_ids for job in jobs] == answers
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Forwards of how many rows were run by captured ones of how many others, where the model's code takes for ever."""
+    monkeypatch.setattr(replay, "_timed", lambda forward: (forward(), math.inf))
+    taken, run = [], Captured.replay
+
+    def replayed(captured, inputs, lengths):
+        logits = run(captured, inputs, lengths)
+        if len(lengths) < len(captured.columns):
+            taken.append((len(lengths), len(captured.columns)))
+        return logits
+
+    monkeypatch.setattr(Captured, "replay", replayed)
+    return taken
+
+
+def recording_engine(kind, rows=4):
+    engine = Engine(make_model(kind), make_tokenizer(), EngineConfig(max_batch_size=rows, num_speculative_tokens=0))
+    return engine, engine._runner._replays
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="graphs write for all rows")
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_rows_stand_in_for_fewer(kind, stand_ins):
+    engine, own = recording_engine(kind)
+    assert serve(engine) == expected(kind)
+    assert own._is_on and len(stand_ins) > 3
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="graphs write for all rows")
+def test_rows_that_are_missing_write_nothing(stand_ins):
+    """Another sequence, whose prompt is not through, may be in them."""
+    engine, _ = recording_engine("llama")
+    jobs = [engine.submit(Request(prompt_ids(n, 5), {"max_new_tokens": 40 - 16 * (n > 1)})) for n in range(4)]
+    while not all(job.finished for job in jobs[2:]):
+        engine.step()
+    before = [store.clone() for store in engine._cache._stores()]
+    stand_ins.clear()
+    engine.step()
+    assert stand_ins == [(2, 4)]
+    for old, new in zip(before, engine._cache._stores(), strict=True):
+        assert not torch.equal(old[:2], new[:2]) and torch.equal(old[2:], new[2:])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="graphs write for all rows")
+def test_rows_that_go_on_are_captured_themselves(stand_ins, monkeypatch):
+    monkeypatch.setattr(replay, "_STAND_INS", 5)
+    engine, own = recording_engine("llama")
+    for n in range(4):
+        engine.submit(Request(prompt_ids(n, 5), {"max_new_tokens": 40 - 16 * (n > 1)}))
+    while engine.has_work:
+        engine.step()
+    assert stand_ins.count((2, 4)) == 5 and 2 in {rows for rows, _ in own._captured}
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="graphs write for all rows")
+@pytest.mark.parametrize("why", ["slow", "untried", "writes"])
+def test_no_rows_stand_in(why, stand_ins, monkeypatch):
+    """That would take longer than the model's code, that were not tried, or that have to write somewhere."""
+    engine, own = recording_engine("llama")
+    if why == "slow":
+        monkeypatch.setattr(replay, "_timed", lambda forward: (forward(), 0.0))
+    if why == "untried":
+        monkeypatch.setattr(own, "_trials", 100)
+    if why == "writes":
+        monkeypatch.setattr(kv_cache, "can_scatter", lambda *_: False)
+    assert serve(engine) == expected("llama")
+    assert own._captured and not stand_ins
 
 
 def test_there_are_not_too_many(replays, monkeypatch):

@@ -1,6 +1,6 @@
 """A step of the engine in this process, without a server: milliseconds at 1, 8 and 32 rows, for 1,000 tokens of as many
-clients in a closed loop, with answers of one length and of 8 to 128 tokens, and for a prompt of 1,000 tokens, as it is, with products that share an input made apart, with
-SDPA, and without replaying steps, in turns; and where they go.
+clients in a closed loop, whose answers have one length or 8 to 64 tokens, and for a prompt of 1,000 tokens, as it is,
+with products that share an input made apart, with SDPA, and without replaying steps, in turns; and where they go.
 
     python -m benchmarks.step                       # SmolLM2-135M and BLOOM-560m's shape in bfloat16
     python -m benchmarks.step --cpu-time            # of one thread, on a machine that has other things to do
@@ -44,7 +44,7 @@ from handler.settings import Settings
 from handler.weights import packed
 
 PROMPT_TOKENS, NEW_TOKENS, ROWS, LONG_PROMPT, ROUNDS = 32, 64, (1, 8, 32), 1000, 3
-MIXED = random.Random(0).choices(range(8, 129), k=3 * max(ROWS))  # new tokens
+MIXED = random.Random(0).choices(range(8, 65), k=3 * max(ROWS))  # new tokens
 
 
 def start(engine: Engine, rows: int, tokens: int, new: int, generator: torch.Generator | None = None) -> list[Job]:

@@ -38,6 +38,11 @@ _REFUSED = {
     *(torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.from_dlpack, torch.Tensor.__deepcopy__),
     torch.Tensor.data.__set__,  # type: ignore[attr-defined]
 }
+# They say what a forward does not change, and are half of all calls: there is nothing to note.
+_SAYING = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device")),
+    *(getattr(torch.Tensor, name) for name in ("data_ptr", "stride", "numel", "dim", "__len__", "is_contiguous")),
+}
 # What kernels write to.
 _EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided}
 
@@ -110,7 +115,7 @@ class _Calls(TorchFunctionMode):
         self._notes = notes
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if self._notes.is_inside:  # what notes do themselves
+        if func in _SAYING or self._notes.is_inside:  # what notes do themselves
             return func(*args, **(kwargs or {}))
         if func in _REFUSED:
             raise CannotRecord(f"{func.__name__} of a tensor")
@@ -178,9 +183,13 @@ class _Notes:
         """Make a call, and note it unless it gives no tensor and writes to none. Calls within it are part of it."""
         self.is_inside, self._is_written = True, False
         try:
-            outputs = func(*args, **kwargs)
-            if func in _EMPTY and _has_memory(outputs):
-                return self._room(outputs)
+            if func in _EMPTY:
+                with torch._C._DisableTorchDispatch():  # to see these operators takes long, and none counts
+                    outputs = func(*args, **kwargs)
+                    if _has_memory(outputs):
+                        return self._room(outputs)
+            else:
+                outputs = func(*args, **kwargs)
         finally:
             self.is_inside = False
         if self._is_written or (type(outputs) is not torch.Size and _has_tensors(outputs)):

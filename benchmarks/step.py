@@ -1,6 +1,7 @@
 """A step of the engine in this process, without a server: milliseconds at 1, 8 and 32 rows, for 1,000 tokens of as many
-clients in a closed loop, whose answers have one length or 8 to 64 tokens, and for a prompt of 1,000 tokens, as it is,
-with products that share an input made apart, with SDPA, and without replaying steps, in turns; and where they go.
+clients in a closed loop, whose answers have one length or 8 to 128 tokens, and for a prompt of 1,000 tokens, as it is,
+with products that share an input made apart, with SDPA, and without replaying steps, or, of answers of many lengths,
+without letting replayed steps stand in for others, in turns; and where they go.
 
     python -m benchmarks.step                       # SmolLM2-135M and BLOOM-560m's shape in bfloat16
     python -m benchmarks.step --cpu-time            # of one thread, on a machine that has other things to do
@@ -19,6 +20,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 from unittest import mock
 
 from server.torchserve import MEMORY
@@ -38,13 +40,13 @@ from handler.engine import Engine, Job, Request
 from handler.engine.architecture import Architecture
 from handler.engine.block_attention import attention
 from handler.engine.heap import reusing_blocks
-from handler.engine.replay import use_replay
+from handler.engine.replay import Replays, use_replay
 from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import packed
 
 PROMPT_TOKENS, NEW_TOKENS, ROWS, LONG_PROMPT, ROUNDS = 32, 64, (1, 8, 32), 1000, 3
-MIXED = random.Random(0).choices(range(8, 65), k=3 * max(ROWS))  # new tokens
+MIXED = random.Random(0).choices(range(8, 129), k=3 * max(ROWS))  # new tokens
 
 
 def start(engine: Engine, rows: int, tokens: int, new: int, generator: torch.Generator | None = None) -> list[Job]:
@@ -116,6 +118,11 @@ def operations(engine: Engine) -> tuple[int, int]:
     return 2 * LONG_PROMPT * sum(sizes.values()), attention
 
 
+class NoStandIns(Replays):
+    def _stand_in(self, key: Any) -> None:
+        super()._stand_in(key)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", choices=MODELS)
@@ -136,6 +143,8 @@ def main() -> None:
             settings = Settings(max_batch_size=max(ROWS), num_speculative_tokens=0)
             engines[kind] = Engine(loaded.model, loaded.tokenizer, settings)
         model_as_it_is = engines["as it is"]._runner._model
+        exact = Engine(model_as_it_is, loaded.tokenizer, settings)
+        exact._runner._replays = NoStandIns(model_as_it_is, exact._cache)
         engines["sdpa"] = Engine(model_as_it_is, loaded.tokenizer, settings)  # with recordings of its own
         use_replay(False)
         engines["not replayed"] = Engine(model_as_it_is, loaded.tokenizer, settings)
@@ -149,12 +158,14 @@ def main() -> None:
         measures["that prompt's products"] = lambda engine: products(engine, clock)
         reports = {}
         for name in (name for name in measures if args.of in name):
-            measure = measures[name]
-            seconds: dict[str, list[float]] = {kind: [] for kind in engines}
+            measure, measured = measures[name], engines
+            if "mixed" in name:
+                measured = {"as it is": engines["as it is"], "without stand-ins": exact}
+            seconds: dict[str, list[float]] = {kind: [] for kind in measured}
             for turn in range(1 + ROUNDS):  # the first one warms up
-                for kind in list(engines)[:: 1 if turn % 2 else -1]:
+                for kind in list(measured)[:: 1 if turn % 2 else -1]:
                     AttentionInterface.register("sdpa", sdpa_attention_forward if kind == "sdpa" else attention)
-                    seconds[kind].append(measure(engines[kind]))
+                    seconds[kind].append(measure(measured[kind]))
             report = {kind: round_ms(statistics.median(values[1:])) for kind, values in seconds.items()}
             reports[name] = report
             print(json.dumps({"model": model, "of": name, "milliseconds": report}), flush=True)

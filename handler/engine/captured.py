@@ -15,7 +15,7 @@ class Captured:
 
     inputs: of the model's forward, [rows, ...]. lengths: tokens that each row holds; `columns`, int64 [rows], is where
     its next one goes. Whoever captures it sets `run`, which computes logits [rows, vocab] from these tensors.
-    is_tried: whether a replay has been held against an ordinary forward.
+    tried: of which replays one has been held against an ordinary forward: of all rows (False), of fewer (True).
     takes_fewer: whether it may be run for fewer rows, because what goes to a column that is not there is passed over.
     seconds, ordinary_seconds: that a replay and the forward by the model's code took, at best.
     """
@@ -26,7 +26,8 @@ class Captured:
     def __init__(self, inputs: Mapping[str, Any], lengths: Sequence[int], device: torch.device):
         self.inputs = _copied(inputs)
         self.columns = torch.tensor(lengths).to(device)
-        self.is_tried, self.seconds, self.ordinary_seconds = False, math.inf, math.inf
+        self.seconds = self.ordinary_seconds = math.inf
+        self.tried: set[bool] = set()
 
     def replay(self, inputs: Mapping[str, Any], lengths: Sequence[int]) -> torch.Tensor:
         """Logits [len(lengths), vocab] for other inputs of the same shapes, or of fewer rows, until the next forward.
@@ -35,7 +36,8 @@ class Captured:
         for own, given in zip(tensors_of(self.inputs), tensors_of(inputs), strict=True):
             own[: len(given)].copy_(given)
         self.columns[:rows].copy_(torch.tensor(lengths))
-        self.columns[rows:] = _BEYOND
+        if rows < len(self.columns):
+            self.columns[rows:] = _BEYOND
         logits = self.run()[:rows]
         self.seconds = min(self.seconds, time.monotonic() - start)
         return logits

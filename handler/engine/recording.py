@@ -9,7 +9,7 @@ write stays where it is. Most of a forward is such kernels, where they stand for
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, lru_cache
 from types import CodeType
 from typing import Any
@@ -38,7 +38,7 @@ _REFUSED = {
     *(torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.from_dlpack, torch.Tensor.__deepcopy__),
     torch.Tensor.data.__set__,  # type: ignore[attr-defined]
 }
-# They say what a forward does not change, and are half of all calls: there is nothing to note.
+# They say something of a tensor, and are most of all calls: there is nothing to note.
 _SAYING = {
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device")),
     *(getattr(torch.Tensor, name) for name in ("data_ptr", "stride", "numel", "dim", "__len__", "is_contiguous")),
@@ -183,13 +183,10 @@ class _Notes:
         """Make a call, and note it unless it gives no tensor and writes to none. Calls within it are part of it."""
         self.is_inside, self._is_written = True, False
         try:
-            if func in _EMPTY:
-                with torch._C._DisableTorchDispatch():  # to see these operators takes long, and none counts
-                    outputs = func(*args, **kwargs)
-                    if _has_memory(outputs):
-                        return self._room(outputs)
-            else:
+            with torch._C._DisableTorchDispatch() if _only_makes(func, args, kwargs) else nullcontext():
                 outputs = func(*args, **kwargs)
+                if func in _EMPTY and _has_memory(outputs):
+                    return self._room(outputs)
         finally:
             self.is_inside = False
         if self._is_written or (type(outputs) is not torch.Size and _has_tensors(outputs)):
@@ -325,6 +322,12 @@ class _Notes:
         # Kernels have addresses in rooms, and nothing else that would keep them.
         exec(_compiled(f"def bind(rooms, {names}):\n def run(keep=rooms):\n{body}\n return run"), scope)
         return scope["bind"](self._rooms, *self._constants)
+
+
+def _only_makes(func: Callable, args: Sequence, kwargs: dict) -> bool:
+    """Whether a call makes memory, of a size that no tensor holds: to see its operators would take long."""
+    sizes = args if func in (torch.empty, torch.empty_strided) else args[1:]
+    return func in _EMPTY and not _has_tensors([*sizes, *kwargs.values()])
 
 
 def _copier(source: torch.Tensor, target: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

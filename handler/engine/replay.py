@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 _MOST = 32  # captured at once: of different rows, and of columns that other rows do not let be as many
 _SIGHTINGS = 3  # of a forward, before it is worth capturing
-_STAND_INS = 30  # uses of one of more rows, before it is: as much time is lost with them
-_TRIALS = 3  # later replays that are tried, and not only the first one of each capture
+_STAND_INS = 30  # uses of one of more rows, each up to a third longer, before it is
+_TRIALS = 3  # later replays that are tried, and not only the first ones of each capture
 _PATIENCE = 3  # times that memory ends, before there is no more of it
 
 _Key = tuple[int, tuple]  # rows, and what is the same in forwards of other rows that can stand in
@@ -92,9 +92,10 @@ class Replays:
             return logits
         captured = self._captured.pop(used)
         self._keep(used, captured)
-        if used == key and (self._trials or not captured.is_tried):
+        if self._trials or (used != key) not in captured.tried:
             expected, seconds = _timed(ordinary)
-            captured.ordinary_seconds = min(captured.ordinary_seconds, seconds)
+            if used == key:
+                captured.ordinary_seconds = min(captured.ordinary_seconds, seconds)
             self._try(captured, inputs, lengths, expected)
             return expected
         try:
@@ -130,7 +131,7 @@ class Replays:
             return None
         captured = self._captured[more]
         is_worth_it = captured.seconds * more[0] <= captured.ordinary_seconds * rows
-        return more if captured.takes_fewer and captured.is_tried and is_worth_it else None
+        return more if captured.takes_fewer and captured.tried and is_worth_it else None
 
     def _keep(self, key: _Key, captured: Captured) -> None:
         """The last used is the last."""
@@ -156,7 +157,7 @@ class Replays:
     ) -> None:
         """Hold a replay against the logits that are expected. It has to write everything anew, and other numbers than
         when it was captured."""
-        off, is_tried = 0.0, False
+        off, is_tried, of_fewer = 0.0, False, len(lengths) < len(captured.columns)
         try:
             self._cache.spoil_new_tokens()
             captured.spoil()
@@ -170,8 +171,9 @@ class Replays:
         if off > tolerance(self._model):
             self._turn_off(f"they give other logits, off by {off:.2g} standard deviations")
             raise CacheSpoiled
-        self._trials -= is_tried and captured.is_tried
-        captured.is_tried |= is_tried
+        if is_tried:
+            self._trials -= of_fewer in captured.tried
+            captured.tried.add(of_fewer)
 
     def _failed(self, error: Exception) -> None:
         self._memory_ended += is_out_of_memory(error)

@@ -1,5 +1,7 @@
 """Every architecture of the table runs as `generate` does, token for token, packed; or is refused with its reason."""
 
+import math
+
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -7,6 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from handler.engine import Engine, EngineConfig, Request, UnsupportedModel, replay, speculation
 from handler.engine.captured import Captured
+from handler.kernels.cpu import has_code_for
 from handler.loading import mend
 from handler.weights.packed import pack_weights
 from tests.models import DEVICE
@@ -66,19 +69,36 @@ def test_runs_as_generate_does(case: Case, monkeypatch, own_attention_afterwards
     assert len({token for answer in answers for token in answer}) > 8  # not one word over and over
 
 
+class NeverTried(set):
+    """So that each replay is held against an ordinary forward."""
+
+    def __contains__(self, _):
+        return False
+
+
 @pytest.mark.parametrize("case", RUNS, ids=str)
 def test_replayed_steps_give_what_others_give(case: Case, monkeypatch, own_attention_afterwards):
+    """Bit for bit; and about that where more rows stand in."""
     monkeypatch.setattr(replay, "_SIGHTINGS", 1)
-    monkeypatch.setattr(replay, "_TRIALS", 100)
+    monkeypatch.setattr(replay, "_TRIALS", 0)
+    monkeypatch.setattr(replay, "_timed", lambda forward: (forward(), math.inf))
     replayed, run, equal, difference = [], Captured.replay, [], replay._difference
-    monkeypatch.setattr(Captured, "replay", lambda *given: replayed.append(1) or run(*given))
-    monkeypatch.setattr(replay, "_difference", lambda *pair: equal.append(torch.equal(*pair)) or difference(*pair))
+
+    def tried(captured, inputs, lengths):
+        captured.tried = NeverTried("once")
+        replayed.append(len(lengths) < len(captured.columns))
+        return run(captured, inputs, lengths)
+
+    monkeypatch.setattr(Captured, "replay", tried)
+    monkeypatch.setattr(
+        replay, "_difference", lambda *pair: equal.append(replayed[-1] or torch.equal(*pair)) or difference(*pair)
+    )
     model = case.make_model()
     mend(model)
     pack_weights(model)
-    engine = Engine(model, make_tokenizer(), EngineConfig(max_batch_size=2, num_speculative_tokens=0))
-    for seed in (1, 2):
-        engine.submit(Request(prompt_ids(seed, 5 * seed), {"max_new_tokens": 15}, ignore_eos=True))
+    engine = Engine(model, make_tokenizer(), EngineConfig(max_batch_size=3, num_speculative_tokens=0))
+    for seed, new in (1, 15), (2, 15), (3, 8):
+        engine.submit(Request(prompt_ids(seed, 5 * seed), {"max_new_tokens": new}, ignore_eos=True))
     while engine.has_work:
         engine.step()
     own = engine._runner._replays
@@ -88,6 +108,7 @@ def test_replayed_steps_give_what_others_give(case: Case, monkeypatch, own_atten
     assert all(equal)
     assert bool(own and own._is_on) == (str(case) not in NOT_REPLAYED)
     assert len(equal) >= len(replayed) >= 12 if own and own._is_on else not replayed
+    assert not replayed or replayed.count(True) > 3 or not has_code_for(torch.float32)
 
 
 def test_continuations_cross_longropes_border_one_after_the_other():

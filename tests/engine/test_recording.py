@@ -300,6 +300,8 @@ READERS = [
     lambda x: x * float(x[0, 0]),
     lambda x: x[: int(x[0, 0])],
     lambda x: x[: x[0, 0].long()],
+    lambda x: x.new_empty((x[0, 0].long() + 1, 2)).fill_(1),
+    lambda x: torch.empty((x[0, 0].long() + 1, 2)).fill_(1),
     lambda x: x + torch.tensor(x.tolist()),
     lambda x: x + torch.from_numpy(x.numpy()),
     lambda x: x + torch.from_numpy(np.asarray(x)),

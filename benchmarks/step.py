@@ -120,7 +120,7 @@ def operations(engine: Engine) -> tuple[int, int]:
 
 class NoStandIns(Replays):
     def _stand_in(self, key: Any) -> None:
-        super()._stand_in(key)
+        return None
 
 
 def main() -> None:

@@ -83,6 +83,7 @@ class Replays:
         key = self._key(inputs)
         if key is None:
             return ordinary()
+        self._seen[key] += 1
         used = key if key in self._captured else self._stand_in(key)
         if used is None:
             logits, seconds = _timed(ordinary)
@@ -124,7 +125,6 @@ class Replays:
     def _stand_in(self, key: _Key) -> _Key | None:
         """What is captured of the next more rows, if to replay that takes no longer than the model's code takes for
         these: which is at least their part of what it takes for those."""
-        self._seen[key] += 1
         rows, kind = key
         more = min((other for other in self._captured if other[0] > rows and other[1] == kind), default=None)
         if more is None or self._trials or self._seen[key] > _STAND_INS:

@@ -49,12 +49,13 @@ def replays(request, monkeypatch):
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
 
-    def make(kind):
-        settings = EngineConfig(max_batch_size=4, num_speculative_tokens=0, prefill_chunk=7)
-        engine = Engine(make_model(kind), make_tokenizer(), settings)
-        return engine, engine._runner._replays
+    return replaying_engine
 
-    return make
+
+def replaying_engine(kind):
+    settings = EngineConfig(max_batch_size=4, num_speculative_tokens=0, prefill_chunk=7)
+    engine = Engine(make_model(kind), make_tokenizer(), settings)
+    return engine, engine._runner._replays
 
 
 def serve(engine):
@@ -351,19 +352,13 @@ def stand_ins(monkeypatch):
     return taken
 
 
-def recording_engine(kind):
-    settings = EngineConfig(max_batch_size=4, num_speculative_tokens=0, prefill_chunk=7)
-    engine = Engine(make_model(kind), make_tokenizer(), settings)
-    return engine, engine._runner._replays
-
-
 can_pass_over = pytest.mark.skipif(DEVICE.type == "cuda" or not has_code_for(torch.float32), reason="writes all rows")
 
 
 @can_pass_over
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_rows_stand_in_for_fewer(kind, stand_ins):
-    engine, own = recording_engine(kind)
+    engine, own = replaying_engine(kind)
     assert serve(engine) == expected(kind)
     assert own._is_on and len(stand_ins) > 3
 
@@ -371,7 +366,7 @@ def test_more_rows_stand_in_for_fewer(kind, stand_ins):
 @can_pass_over
 def test_rows_that_are_missing_write_nothing(stand_ins):
     """Another sequence, whose prompt is not through, may be in them."""
-    engine, _ = recording_engine("llama")
+    engine, _ = replaying_engine("llama")
     jobs = [engine.submit(Request(prompt_ids(n, 5), {"max_new_tokens": 40 - 16 * (n > 1)})) for n in range(4)]
     while not all(job.finished for job in jobs[2:]):
         engine.step()
@@ -389,7 +384,7 @@ def test_rows_that_are_missing_write_nothing(stand_ins):
 @can_pass_over
 def test_rows_that_go_on_are_captured_themselves(stand_ins, monkeypatch):
     monkeypatch.setattr(replay, "_STAND_INS", 5)
-    engine, own = recording_engine("llama")
+    engine, own = replaying_engine("llama")
     for n in range(4):
         engine.submit(Request(prompt_ids(n, 5), {"max_new_tokens": 40 - 16 * (n > 1)}))
     while engine.has_work:
@@ -399,14 +394,14 @@ def test_rows_that_go_on_are_captured_themselves(stand_ins, monkeypatch):
 
 @can_pass_over
 def test_no_rows_stand_in_that_would_write(stand_ins, monkeypatch):
-    engine, own = recording_engine("llama")
+    engine, own = replaying_engine("llama")
     monkeypatch.setattr(kv_cache, "can_scatter", lambda *_: False)
     assert serve(engine) == expected("llama")
     assert own._captured and not stand_ins
 
 
 def test_rows_stand_in_where_that_takes_no_longer():
-    _, own = recording_engine("llama")
+    _, own = replaying_engine("llama")
     own._trials, kind = 0, ("kind",)
     for rows in (4, 8):
         own._captured[rows, kind] = more = Captured({}, [1] * rows, torch.device("cpu"))
@@ -420,7 +415,7 @@ def test_rows_stand_in_where_that_takes_no_longer():
 @can_pass_over
 def test_the_first_that_stands_in_is_tried(stand_ins, monkeypatch, caplog):
     """As one of all rows was, which may give what fewer do not."""
-    engine, own = recording_engine("llama")
+    engine, own = replaying_engine("llama")
     replay_all = Captured.replay
 
     def wrong(captured, inputs, lengths):

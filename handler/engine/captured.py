@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,37 +11,71 @@ import torch
 _BEYOND = 1 << 40  # a column that no store has
 
 
-class Captured:
-    """A forward in which each row gets one token, and the tensors that it reads its inputs from.
+@dataclass
+class Forward:
+    """One that may be captured: of one token of each row, or of the first ones of one row.
 
-    inputs: of the model's forward, [rows, ...]. lengths: tokens that each row holds; `columns`, int64 [rows], is where
-    its next one goes. Whoever captures it sets `run`, which computes logits [rows, vocab] from these tensors.
-    tried: of which replays one has been held against an ordinary forward: of all rows (False), of fewer (True).
-    takes_fewer: whether it may be run for fewer rows, because what goes to a column that is not there is passed over.
-    seconds, ordinary_seconds: that a replay and the forward by the model's code took, at best.
+    inputs: of the model's forward, [rows, new tokens, ...]. columns: of the cache, where each token goes.
+    row: which the tokens go to, if all are one row's. Of its logits only the last token's are kept then.
+    """
+
+    inputs: Mapping[str, Any]
+    columns: Sequence[int]
+    row: int | None = None
+
+    @property
+    def num_logits(self) -> int:
+        return len(self.columns) if self.row is None else 1
+
+
+class Captured:
+    """A forward, and the tensors that it reads its inputs from.
+
+    inputs: of the model's forward. columns: int64 [tokens], where they go. row, last: int64 [1], which row they go to,
+    and the token whose logits are kept, where it is of one row's first tokens. Whoever captures it sets `run`, which
+    computes logits [rows, vocab] from these tensors.
+    tried: of which replays one has been held against an ordinary forward: of all tokens (False), of fewer (True).
+    takes_fewer: whether it may be run for fewer, because what goes to a column that is not there is passed over.
+    seconds: that a replay took, at best.
     """
 
     run: Callable[[], torch.Tensor]
     takes_fewer = False
 
-    def __init__(self, inputs: Mapping[str, Any], lengths: Sequence[int], device: torch.device):
-        self.inputs = _copied(inputs)
-        self.columns = torch.tensor(lengths).to(device)
-        self.seconds = self.ordinary_seconds = math.inf
+    def __init__(self, forward: Forward, size: int, device: torch.device):
+        """size: tokens, at least as many as the forward has."""
+        self.inputs = _copied(forward.inputs, None if forward.row is None else size)
+        self.columns = torch.full([size], _BEYOND).to(device)
+        self.row, self.last = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        self.seconds = math.inf
         self.tried: set[bool] = set()
+        self._take(forward)
 
-    def replay(self, inputs: Mapping[str, Any], lengths: Sequence[int]) -> torch.Tensor:
-        """Logits [len(lengths), vocab] for other inputs of the same shapes, or of fewer rows, until the next forward.
-        The rows that are missing get what some had before, and write nothing."""
-        start, rows = time.monotonic(), len(lengths)
-        for own, given in zip(tensors_of(self.inputs), tensors_of(inputs), strict=True):
-            own[: len(given)].copy_(given)
-        self.columns[:rows].copy_(torch.tensor(lengths))
-        if rows < len(self.columns):
-            self.columns[rows:] = _BEYOND
-        logits = self.run()[:rows]
+    def is_for_more(self, forward: Forward) -> bool:
+        """Than the forward has, of tokens."""
+        return len(forward.columns) < len(self.columns)
+
+    def replay(self, forward: Forward) -> torch.Tensor:
+        """Logits [rows, vocab] for other inputs of the same shapes, or of fewer tokens, until the next forward. Those
+        that are missing write nothing: rows get what some had before, and a prompt is filled up with zeros."""
+        start = time.monotonic()
+        self._take(forward)
+        logits = self.run()[: forward.num_logits]
         self.seconds = min(self.seconds, time.monotonic() - start)
         return logits
+
+    def _take(self, forward: Forward) -> None:
+        count = len(forward.columns)
+        for own, given in zip(tensors_of(self.inputs), tensors_of(forward.inputs), strict=True):
+            own[tuple(map(slice, given.shape))].copy_(given)
+            if forward.row is not None:  # what another's tokens come to may be no number, which no mask hides
+                own[:, count:] = 0
+        self.columns[:count].copy_(torch.tensor(forward.columns))
+        if count < len(self.columns):
+            self.columns[count:] = _BEYOND
+        if forward.row is not None:
+            self.row.fill_(forward.row)
+            self.last.fill_(count - 1)
 
     def spoil(self) -> None:
         """Make what a run is to write anew something else."""
@@ -56,12 +91,13 @@ def tensors_of(inputs: Mapping[str, Any]) -> list[torch.Tensor]:
     return tensors
 
 
-def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _copied(inputs: Mapping[str, Any], width: int | None) -> dict[str, Any]:
+    """With tensors of their own, [rows, width] if there is one."""
     copied: dict[str, Any] = {}
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor):
-            value = value.clone()
+            value = value.clone() if width is None else value.new_zeros(len(value), width)
         elif isinstance(value, dict):
-            value = _copied(value)
+            value = _copied(value, width)
         copied[name] = value
     return copied

@@ -1,17 +1,18 @@
 """Forwards as CUDA graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs"""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .captured import Captured
+from .captured import Captured, Forward
 from .kv_cache import KVCache
 
 
 class CudaGraphs:
     """Captures forwards of a model that is on one GPU; one of them runs at a time."""
+
+    takes_prompts = False
 
     def __init__(self, model: PreTrainedModel, cache: KVCache):
         self._model, self._cache = model, cache
@@ -19,14 +20,14 @@ class CudaGraphs:
         self._stream: Any = None  # to capture on
         self._logits = torch.empty(0, 0)  # [rows, vocab], of whichever graph was replayed last
 
-    def capture(self, inputs: Mapping[str, Any], lengths: Sequence[int], like: torch.Tensor) -> Captured:
-        """The forward, which does not run, of inputs and `lengths` as of Captured. like: its logits."""
+    def capture(self, forward: Forward, size: int, like: torch.Tensor) -> Captured:
+        """A forward of one token of each row, `size` tokens, which does not run. like: its logits."""
         if len(like) > len(self._logits):  # graphs that are there keep the smaller one
             self._logits = like.new_empty(2 * len(like), like.shape[1])
             self._stream = self._stream or torch.cuda.Stream(like.device)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        logits = self._logits[: len(lengths)]
-        return _Graph(self._model, self._cache, inputs, lengths, logits, self._stream, self._pool)
+        logits = self._logits[:size]
+        return _Graph(self._model, self._cache, forward, logits, self._stream, self._pool)
 
     def forget(self) -> None:
         """Give back what graphs share, once there are none."""
@@ -41,13 +42,12 @@ class _Graph(Captured):
         self,
         model: PreTrainedModel,
         cache: KVCache,
-        inputs: Mapping[str, Any],
-        lengths: Sequence[int],
+        forward: Forward,
         logits: torch.Tensor,
         stream: Any,
         pool: Any,
     ) -> None:
-        super().__init__(inputs, lengths, logits.device)
+        super().__init__(forward, len(logits), logits.device)
         self._logits, self._graph, self.run = logits, torch.cuda.CUDAGraph(), self._replay
         with torch.cuda.device(logits.device):
             before = torch.cuda.current_stream()

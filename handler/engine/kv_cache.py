@@ -25,7 +25,7 @@ from .prefix_cache import Prefix, PrefixCache
 COLUMN_STEP = 32
 _SPARE_COLUMNS = 1.125
 # By longer steps where forwards are replayed, which are captured for one size: by so many in all, or so many for each
-# row, if that is no more than this part of what there may be.
+# row, if that is no more than this part of what there may be. Rows that are no more than that part stay.
 _LONG_STEP, _LONG_STEP_OF_EACH, _LONG_PART = 512, 128, 16
 
 
@@ -53,8 +53,8 @@ class ForwardContext:
     store_shape: rows and columns that the store must have.
     passes_over: whether all that was written since `direct_to` would leave out a column that the store does not have.
     is_ragged: whether rows differ in length. Only then are set:
-    rows, steps, columns: int64 [tokens], on the CPU unless `direct_to` made them. New token i, found at [rows[i],
-        steps[i]] of the forward's keys, counting rows from first_row, goes to column columns[i] of that row.
+    rows, steps, columns: int64 [tokens], or rows [1], on the CPU unless they are those of `direct_to`. New token i, at
+        [rows[i], steps[i]] of the forward's keys, counting rows from first_row, goes to column columns[i] of that row.
     slots: int64 [tokens * kv_heads], where the new tokens go in a store seen as [rows * kv_heads * columns, head_dim];
         by its kv heads, columns and device.
     """
@@ -106,16 +106,25 @@ class KVCache(Cache):
         """Whether the next forward makes the stores of another size."""
         return self.context.store_shape != self._allocated
 
-    def direct_to(self, columns: torch.Tensor) -> None:
-        """Let the forward that is prepared, of one token a row, read from a tensor where each row's goes:
-        columns, int64 [rows]. It shows each row all that the mask shows, whatever its length."""
+    def direct_to(self, columns: torch.Tensor, row: torch.Tensor | None = None) -> None:
+        """Let the forward that is prepared read from tensors where its tokens go.
+
+        columns: int64 [tokens]. row: int64 [1], which all tokens go to; it holds nothing yet, need not be the one that
+        the forward is prepared for, and may get more tokens than that. Without it each row gets one token, and is shown
+        all that the mask shows, whatever its length.
+        """
         context = self.context
-        context.past_length, context.is_ragged, context.passes_over = context.kv_length - 1, True, True
-        context.rows, context.columns = torch.arange(len(columns), device=columns.device), columns
-        context.slots = {}
+        context.is_ragged = context.passes_over = True
+        context.columns, context.slots = columns, {}
+        if row is None:
+            context.past_length = context.kv_length - 1
+            context.rows = torch.arange(len(columns), device=columns.device)
+        else:
+            context.first_row, context.rows = 0, row
+            context.query_length = context.kv_length = len(columns)
 
     def spoil_new_tokens(self) -> None:
-        """Make what the prepared forward, of one token a row, has written something that no attention overlooks."""
+        """Make what the prepared forward has written something that no attention overlooks."""
         for layer in self._row_layers():
             layer.spoil_new_tokens()
 
@@ -201,14 +210,17 @@ class KVCache(Cache):
         """Rows and columns to allocate where so many are needed.
 
         The columns that are there stay unless they are too few, or twice as many as needed or more; a long step more
-        counts as needed. The rows stay unless they are too few, or four times as many. Where memory ends, the spare
+        counts as needed. The rows stay unless they are too few, or four times as many; those too where forwards are
+        replayed, while columns are enough and all is a small part of what there may be. Where memory ends, the spare
         ones go.
         """
         # After a forward that ran out of memory some layers have grown and others not: what all have counts.
         allocated_rows, allocated_columns = self._allocated
         capacity = self.capacity_tokens
         room = capacity - self.prefixes.num_tokens
-        if not allocated_rows // 4 < rows <= allocated_rows:
+        is_small = allocated_rows * allocated_columns <= capacity // _LONG_PART
+        stays = self.on_move and is_small and columns <= allocated_columns
+        if rows > allocated_rows or (rows <= allocated_rows // 4 and not stays):
             allocated_rows = 2 * min(rows, allocated_rows)
         step = replayed_step(max(rows, allocated_rows), capacity) if self.on_move else COLUMN_STEP
         if columns <= allocated_columns < 2 * (columns + step if step > COLUMN_STEP else columns):
@@ -265,7 +277,11 @@ class RowLayer(CacheLayerMixin):
         rows = store[context.first_row : context.first_row + context.num_rows]
         if context.is_ragged:
             # Whole vectors by one index: several times as fast as an assignment with one for rows and one for columns.
-            tokens = new.squeeze(2) if context.query_length == 1 else new.transpose(1, 2)[context.rows, context.steps]
+            tokens = new.transpose(1, 2)
+            if 1 in (context.query_length, context.num_rows):  # all go somewhere
+                tokens = tokens.flatten(0, 1)
+            else:
+                tokens = tokens[context.rows, context.steps]
             target, slots = store.view(-1, store.shape[3]), self._slots(store)
             if can_scatter(target, slots, tokens):
                 scatter(target, slots, tokens)
@@ -275,6 +291,8 @@ class RowLayer(CacheLayerMixin):
         else:
             rows[:, :, context.past_length : context.past_length + context.query_length] = new
         if context.is_ragged and context.query_length > 1:
+            if context.past_length == 0:
+                return new
             # Causality is tested by column, so several new tokens must stand in the same columns for all rows
             # while the forward runs. A copy for one layer at a time beats spare columns in every layer for good.
             return torch.cat([rows[:, :, : context.past_length], new], dim=2)
@@ -286,7 +304,8 @@ class RowLayer(CacheLayerMixin):
             if context.is_ragged:
                 store.view(-1, store.shape[3]).index_fill_(0, self._slots(store), torch.nan)
             else:
-                store[context.first_row :][: context.num_rows, :, context.past_length] = torch.nan
+                rows = store[context.first_row : context.first_row + context.num_rows]
+                rows[:, :, context.past_length : context.past_length + context.query_length] = torch.nan
 
     def _slots(self, store: torch.Tensor) -> torch.Tensor:
         context, (_, heads, columns, _) = self._cache.context, store.shape

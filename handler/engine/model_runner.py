@@ -1,8 +1,7 @@
 """One forward of the model over neighbouring rows, through its ordinary `forward` and Accelerate's hooks."""
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +14,7 @@ from handler.weights.placement import align_hooks
 from .architecture import Architecture
 from .attention import UNSEEN, gpt_neo_sees, key_positions, longrope_by_row, window_masks
 from .capacity import activation_bytes, kv_copy_bytes
+from .head import head_sees_only
 from .heap import release_freed_memory, reusing_blocks
 from .kv_cache import ForwardContext, KVCache
 from .replay import Replays, can_replay
@@ -55,7 +55,6 @@ class ModelRunner:
         self._streamed = getattr(streaming[0].weights_map, "dataset", None) if streaming else None
         self._model, self._cache, self._architecture = model, cache, architecture
         self.bytes_to_come = 0
-        self._head = model.get_output_embeddings()
         self._takes_position_ids = architecture.takes_position_ids
         self._config = model.config.get_text_config()
         self._window, self._longrope_border = architecture.sliding_window, architecture.longrope_border
@@ -86,7 +85,7 @@ class ModelRunner:
         new = torch.arange(width)  # [width]
         count, length = torch.tensor(num_new_tokens)[:, None], torch.tensor(lengths)[:, None]  # [rows, 1]
         keep = (new < count) & (new >= count - torch.tensor(batch.logits_to_keep)[:, None])
-        keeps_all = bool(keep.all())
+        kept = None if keep.all() else keep.flatten().nonzero().squeeze(1)  # here: a GPU would be waited for to know
         inputs = {
             "input_ids": torch.tensor(token_ids).to(self.device),  # [rows, width]
             "past_key_values": self._cache,
@@ -98,8 +97,6 @@ class ModelRunner:
             inputs["position_ids"] = torch.where(new < count, length + new, 0).to(self.device)
         with ExitStack() as during:
             during.enter_context(reusing_blocks())
-            if not keeps_all:
-                during.enter_context(self._head_sees_only(keep))
             during.enter_context(self._products())
             inputs["attention_mask"] = self._attention_mask(length, count, context, during)
             border = self._longrope_border
@@ -109,10 +106,11 @@ class ModelRunner:
                 during.enter_context(longrope_by_row(self._model, torch.tensor(is_long), border))
 
             def ordinary() -> torch.Tensor:
-                return self._model(**inputs).logits.flatten(0, -2)
+                with nullcontext() if kept is None else head_sees_only(self._model, kept):
+                    return self._model(**inputs).logits.flatten(0, -2)
 
-            replays = self._replays if keeps_all else None
-            logits = replays.forward(inputs, lengths, ordinary) if replays else ordinary()
+            replays = self._replays
+            logits = replays.forward(inputs, lengths, kept, ordinary) if replays else ordinary()
         if self.streams_weights and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # who measures what a forward costs looks at a clock
         if batch.num_positions >= _MANY_POSITIONS:
@@ -148,25 +146,6 @@ class ModelRunner:
             during.enter_context(gpt_neo_sees(self._model, masks))
             return masks["full_attention"]
         return masks if hasattr(self._config, "layer_types") else masks["sliding_attention"]
-
-    @contextmanager
-    def _head_sees_only(self, keep: torch.Tensor) -> Iterator[None]:
-        """Project only positions `keep` [rows, width] on the vocabulary.
-
-        Not the library's `logits_to_keep`: Accelerate moves its tensor to the first device, and the head may be on
-        another.
-        """
-
-        kept = keep.flatten().nonzero().squeeze(1)  # here: a GPU would be waited for to know how many
-
-        def select(module, args):
-            return (args[0].flatten(0, 1).index_select(0, kept.to(args[0].device)),)  # [kept positions, hidden]
-
-        handle = self._head.register_forward_pre_hook(select)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 def _input_device(model: PreTrainedModel) -> torch.device:

@@ -8,7 +8,7 @@ write stays where it is. Most of a forward is such kernels, where they stand for
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, lru_cache
 from types import CodeType
@@ -20,14 +20,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, masking_utils
 
+from handler.kernels.cpu import has_code_for
 from handler.kernels.function import Function, in_turn, watched
 
-from .captured import Captured
+from .captured import Captured, Forward
+from .head import head_sees_only
 from .kv_cache import KVCache
 from .rooms import Rooms
 from .substitutes import substitute
 
-_Forward = Callable[[], torch.Tensor]
+_Run = Callable[[], torch.Tensor]
 
 # What these read would be the same in each repetition, or they make tensors that nobody sees come.
 _REFUSED = {
@@ -52,22 +54,31 @@ class CannotRecord(RuntimeError):
 
 
 class Recordings:
-    """Records forwards of a model that is in a CPU's memory."""
+    """Records forwards of a model that is in a CPU's memory.
+
+    takes_prompts: whether those of one row's first tokens, too: of more of them, those that are missing have to be
+        passed over.
+    """
 
     def __init__(self, model: PreTrainedModel, cache: KVCache):
         self._model, self._cache = model, cache
+        self.takes_prompts = has_code_for(model.dtype)
         self._rooms = Rooms()
 
-    def capture(self, inputs: Mapping[str, Any], lengths: Sequence[int], like: torch.Tensor) -> Captured:
-        """The forward, which runs once more, of inputs and `lengths` as of Captured. Raises CannotRecord."""
-        captured = _Recording(inputs, lengths, self._rooms)
+    def capture(self, forward: Forward, size: int, like: torch.Tensor) -> Captured:
+        """A forward, which runs once more, of so many tokens, at least as many as it has. like: its logits. Raises
+        CannotRecord."""
+        captured = _Recording(forward, size, self._rooms)
 
-        def forward() -> torch.Tensor:
-            self._cache.direct_to(captured.columns)
+        def run() -> torch.Tensor:
+            self._cache.direct_to(captured.columns, None if forward.row is None else captured.row)
             return self._model(**captured.inputs).logits.flatten(0, -2)
 
-        captured.run = recorded(forward, self._rooms)
+        with nullcontext() if forward.row is None else head_sees_only(self._model, captured.last):
+            captured.run = recorded(run, self._rooms)
         captured.takes_fewer = self._cache.context.passes_over
+        if forward.row is not None and not captured.takes_fewer:
+            raise CannotRecord("keys and values of a prompt that are written otherwise than those of single tokens")
         return captured
 
     def forget(self) -> None:
@@ -78,15 +89,15 @@ class Recordings:
 class _Recording(Captured):
     """rooms: what it writes to, but for the cache."""
 
-    def __init__(self, inputs: Mapping[str, Any], lengths: Sequence[int], rooms: Rooms):
-        super().__init__(inputs, lengths, torch.device("cpu"))
+    def __init__(self, forward: Forward, size: int, rooms: Rooms):
+        super().__init__(forward, size, torch.device("cpu"))
         self._rooms = rooms
 
     def spoil(self) -> None:
         self._rooms.spoil()
 
 
-def recorded(forward: _Forward, rooms: Rooms) -> _Forward:
+def recorded(forward: _Run, rooms: Rooms) -> _Run:
     """Run a forward; what computes it anew, from the tensors that were there before it. Raises CannotRecord.
 
     rooms: which forwards may share that run one after the other; what one gives is there until the next."""
@@ -304,7 +315,7 @@ class _Notes:
         self._constants.append(value)
         return f"c{len(self._constants) - 1}"
 
-    def function(self, result: torch.Tensor) -> _Forward:
+    def function(self, result: torch.Tensor) -> _Run:
         """What makes all calls again, and returns what has become of the result."""
         if id(result) not in self._numbers and not self._is_room(result):
             raise CannotRecord("logits that no call made")

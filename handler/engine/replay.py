@@ -1,11 +1,13 @@
 """Forwards that are captured once and then replayed, without the Python of the model and of the library.
 
 A GPU is through with the kernels of a step in which each row gets one token before Python has launched them
-(docs/gpu.md), and a CPU waits for Python between the products of a small one (docs/performance.md). So such forwards
-are captured where all weights are on one device: as CUDA graphs, or call by call.
+(docs/gpu.md), and a CPU waits for Python between the products of a small one, and of a short prompt
+(docs/performance.md). So such forwards are captured where all weights are on one device: as CUDA graphs, or call by
+call.
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,7 @@ from transformers import PreTrainedModel
 from handler.errors import first_line
 from handler.weights.placement import align_hooks
 
-from .captured import Captured, tensors_of
+from .captured import Captured, Forward, tensors_of
 from .cuda_graphs import CudaGraphs
 from .errors import CacheSpoiled, is_out_of_memory
 from .kv_cache import KVCache
@@ -26,13 +28,16 @@ from .rounding import differences, tolerance
 
 logger = logging.getLogger(__name__)
 
-_MOST = 32  # captured at once: of different rows, and of columns that other rows do not let be as many
+_MOST = 48  # captured at once: of different rows, and of columns that other rows do not let be as many
 _SIGHTINGS = 3  # of a forward, before it is worth capturing
 _STAND_INS = 30  # uses of one of more rows, each up to a third longer, before it is
 _TRIALS = 3  # later replays that are tried, and not only the first ones of each capture
+_MOST_TOKENS, _TOKEN_STEP = 128, 8  # of a prompt that is captured, and multiples that it is filled up to
 _PATIENCE = 3  # times that memory ends, before there is no more of it
 
-_Key = tuple[int, tuple]  # rows, and what is the same in forwards of other rows that can stand in
+_Key = tuple[int, tuple]  # tokens, and what is the same in forwards of more that can stand in
+
+_PROMPT = ("prompt",)  # what is the same in them
 
 _is_used = True
 
@@ -56,7 +61,8 @@ def _devices(model: PreTrainedModel) -> set[torch.device]:
 
 
 class Replays:
-    """Replays forwards over the same rows and columns of a cache, in which each row gets one token.
+    """Replays forwards in which each row gets one token, over the same rows and columns of a cache, and, where tokens
+    that are not there can be passed over, those of one row's first few.
 
     model: of which `can_replay` is true.
     """
@@ -65,44 +71,48 @@ class Replays:
         self._model, self._cache = model, cache
         on_cpu = torch.device("cpu") in _devices(model)
         self._kind: Recordings | CudaGraphs = Recordings(model, cache) if on_cpu else CudaGraphs(model, cache)
-        self._is_on = True
+        self._is_on, self._takes_prompts = True, self._kind.takes_prompts
         self._trials, self._memory_ended = _TRIALS, 0
         self._captured: dict[_Key, Captured] = {}
         self._seen: Counter[_Key] = Counter()
+        self._seconds: dict[tuple[int, tuple], float] = {}  # of the model's code, at best: by tokens, and kind
         cache.on_move = self.forget  # what is captured has the addresses of keys and values, or holds on to them
 
     def forward(
-        self, inputs: Mapping[str, Any], lengths: Sequence[int], ordinary: Callable[[], torch.Tensor]
+        self,
+        inputs: Mapping[str, Any],
+        lengths: Sequence[int],
+        kept: torch.Tensor | None,
+        ordinary: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
-        """Logits [rows, vocab] of the forward that the cache is prepared for, until the next one.
+        """Logits [kept positions, vocab] of the forward that the cache is prepared for, until the next one.
 
-        inputs: of the model's forward. lengths: tokens that each row holds. ordinary: runs the forward as the model's
-        code does, and returns its logits.
+        inputs: of the model's forward. lengths: tokens that each row holds. kept: positions that get logits, int64, or
+        None where all do. ordinary: runs the forward as the model's code does, and returns its logits.
         Raises CacheSpoiled where a replay was tried and was wrong.
         """
-        key = self._key(inputs)
-        if key is None:
+        forward = self._forward(inputs, lengths, kept)
+        if forward is None:
             return ordinary()
+        key, count = self._key(forward), len(forward.columns)
         self._seen[key] += 1
-        used = key if key in self._captured else self._stand_in(key)
+        used = self._usable(key, count)
         if used is None:
-            logits, seconds = _timed(ordinary)
-            if self._seen[key] >= _SIGHTINGS and (captured := self._capture(inputs, lengths, logits)):
-                captured.ordinary_seconds = seconds
+            logits = self._run(ordinary, count, key)
+            is_due = key not in self._captured and self._seen[key] >= _SIGHTINGS
+            if is_due and (captured := self._capture(forward, key[0], logits)):
                 self._keep(key, captured)
             return logits
         captured = self._captured.pop(used)
         self._keep(used, captured)
-        if self._trials or (used != key) not in captured.tried:
-            expected, seconds = _timed(ordinary)
-            if used == key:
-                captured.ordinary_seconds = min(captured.ordinary_seconds, seconds)
-            self._try(captured, inputs, lengths, expected)
+        if self._trials or captured.is_for_more(forward) not in captured.tried:
+            expected = self._run(ordinary, count, key)
+            self._try(captured, forward, expected)
             return expected
         try:
-            return captured.replay(inputs, lengths)
+            return captured.replay(forward)
         except Exception as error:
-            self._failed(error)
+            self._failed(error, forward)
         del captured  # as the error, with what it holds of memory
         return ordinary()
 
@@ -110,28 +120,51 @@ class Replays:
         """Give back the memory of all that is captured."""
         self._captured.clear()
         self._seen.clear()
+        self._seconds.clear()
         self._kind.forget()
 
-    def _key(self, inputs: Mapping[str, Any]) -> _Key | None:
-        """Equal for forwards that one capture can stand for; None where none can, or where each would have another:
-        short rows beside one twice as long see no columns that are to come."""
+    def _forward(self, inputs: Mapping[str, Any], lengths: Sequence[int], kept: torch.Tensor | None) -> Forward | None:
+        """None where none that is captured can stand for it, or each such would have another: short rows beside one
+        twice as long see no columns that are to come."""
         context = self._cache.context
-        is_prompt = context.query_length > 1 or context.past_length == 0
-        if not self._is_on or is_prompt or self._cache.growth_is_due or context.kv_length != context.store_shape[1]:
+        if not self._is_on or self._cache.growth_is_due:
             return None
-        shapes = [tuple(tensor.shape[1:]) for tensor in tensors_of(inputs)]  # a mask may be one tensor or several
+        if context.past_length:
+            sees_all = context.query_length == 1 and context.kv_length == context.store_shape[1]
+            return Forward(inputs, lengths) if sees_all and kept is None else None
+        tokens = context.query_length
+        if not self._takes_prompts or context.num_rows > 1 or tokens > _MOST_TOKENS or kept is None:
+            return None
+        is_plain = all(tensor.dim() == 2 for tensor in tensors_of(inputs))  # no mask of its own for each query
+        return Forward(inputs, range(tokens), context.first_row) if is_plain and kept.tolist() == [tokens - 1] else None
+
+    def _key(self, forward: Forward) -> _Key:
+        """Equal for forwards that one capture can stand for."""
+        if forward.row is not None:
+            return -(-len(forward.columns) // _TOKEN_STEP) * _TOKEN_STEP, _PROMPT
+        context = self._cache.context
+        shapes = [tuple(tensor.shape[1:]) for tensor in tensors_of(forward.inputs)]  # a mask may be one or several
         return context.num_rows, (context.first_row, context.kv_length, str(shapes))
 
-    def _stand_in(self, key: _Key) -> _Key | None:
-        """What is captured of the next more rows, if to replay that takes no longer than the model's code takes for
-        these: which is at least their part of what it takes for those."""
-        rows, kind = key
-        more = min((other for other in self._captured if other[0] > rows and other[1] == kind), default=None)
-        if more is None or self._trials or self._seen[key] > _STAND_INS:
+    def _usable(self, key: _Key, count: int) -> _Key | None:
+        """What is captured of as many tokens, or of the next more, if to replay that takes no longer than the model's
+        code took for so many."""
+        size, kind = key
+        used = min((other for other in self._captured if other[0] >= size and other[1] == kind), default=None)
+        if used is None or used[0] == count:
+            return used
+        captured = self._captured[used]
+        if used != key and (self._trials or self._seen[key] > _STAND_INS or not captured.tried):
             return None
-        captured = self._captured[more]
-        is_worth_it = captured.seconds * more[0] <= captured.ordinary_seconds * rows
-        return more if captured.takes_fewer and captured.tried and is_worth_it else None
+        is_worth_it = not captured.tried or captured.seconds <= self._seconds.get((count, kind), 0.0)
+        return used if captured.takes_fewer and is_worth_it else None
+
+    def _run(self, ordinary: Callable[[], torch.Tensor], count: int, key: _Key) -> torch.Tensor:
+        """The model's code, of so many tokens; how long it takes is remembered."""
+        logits, seconds = _timed(ordinary)
+        before = self._seconds.get((count, key[1]), math.inf)
+        self._seconds[count, key[1]] = min(before, seconds)
+        return logits
 
     def _keep(self, key: _Key, captured: Captured) -> None:
         """The last used is the last."""
@@ -140,53 +173,64 @@ class Replays:
             oldest = next(iter(self._captured))
             del self._captured[oldest], self._seen[oldest]
 
-    def _capture(self, inputs: Mapping[str, Any], lengths: Sequence[int], like: torch.Tensor) -> Captured | None:
-        """The forward that has just run, but for where it wrote to; like: its logits."""
+    def _capture(self, forward: Forward, size: int, like: torch.Tensor) -> Captured | None:
+        """The forward that has just run, but for where it wrote to; size: of tokens; like: its logits."""
         context = self._cache.context
         prepared = dict(vars(context))
         try:
-            return self._kind.capture(inputs, lengths, like)
+            return self._kind.capture(forward, size, like)
         except Exception as error:
-            self._failed(error)
+            self._failed(error, forward)
         finally:
             vars(context).update(prepared)
         return None
 
-    def _try(
-        self, captured: Captured, inputs: Mapping[str, Any], lengths: Sequence[int], expected: torch.Tensor
-    ) -> None:
+    def _try(self, captured: Captured, forward: Forward, expected: torch.Tensor) -> None:
         """Hold a replay against the logits that are expected. It has to write everything anew, and other numbers than
         when it was captured."""
-        off, is_tried, of_fewer = 0.0, False, len(lengths) < len(captured.columns)
+        is_for_more = captured.is_for_more(forward)
         try:
+            written = self._written(forward)
             self._cache.spoil_new_tokens()
             captured.spoil()
-            logits = captured.replay(inputs, lengths)
+            logits = captured.replay(forward)
             broken = (expected.isnan() | expected.isposinf()).any(-1)  # rows that say nothing
-            for row in (~broken).nonzero().flatten().tolist():
-                off, is_tried = max(off, _difference(logits[row : row + 1], expected[row : row + 1])), True
+            rows = (~broken).nonzero().flatten().tolist()
+            pairs = [(logits[row], expected[row]) for row in rows]
+            pairs += zip(self._written(forward), written, strict=True) if rows else []
+            off, is_tried = max((_difference(*pair) for pair in pairs), default=0.0), bool(rows)
         except Exception as error:
-            self._failed(error)
+            self._failed(error, forward)
             raise CacheSpoiled from error
         if off > tolerance(self._model):
-            self._turn_off(f"they give other logits, off by {off:.2g} standard deviations")
+            self._turn_off(f"they give other numbers, off by {off:.2g} standard deviations", forward)
             raise CacheSpoiled
         if is_tried:
-            self._trials -= of_fewer in captured.tried
-            captured.tried.add(of_fewer)
+            self._trials -= is_for_more in captured.tried
+            captured.tried.add(is_for_more)
 
-    def _failed(self, error: Exception) -> None:
+    def _written(self, forward: Forward) -> list[torch.Tensor]:
+        """Copies of a prompt's keys and values, which its own attention does not read from the cache."""
+        if forward.row is None:
+            return []
+        return [part.flatten().clone() for part in self._cache.parts(forward.row, len(forward.columns))]
+
+    def _failed(self, error: Exception, forward: Forward) -> None:
         self._memory_ended += is_out_of_memory(error)
         if is_out_of_memory(error) and self._memory_ended < _PATIENCE:
             self.forget()
         else:
-            self._turn_off(f"{type(error).__name__}: {first_line(error)}")
+            self._turn_off(f"{type(error).__name__}: {first_line(error)}", forward)
 
-    def _turn_off(self, reason: str) -> None:
-        logger.warning("forwards are run by the model's code, and not replayed: %s", reason)
-        self._is_on = False
+    def _turn_off(self, reason: str, forward: Forward) -> None:
+        """All replays, or those of prompts alone, if it is one that went wrong."""
+        which = "forwards" if forward.row is None else "prompts"
+        logger.warning("%s are run by the model's code, and not replayed: %s", which, reason)
+        if forward.row is None:
+            self._is_on = False
+            self._cache.on_move = None
+        self._takes_prompts, self._memory_ended = False, 0
         self.forget()
-        self._cache.on_move = None
 
 
 def _timed(forward: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
@@ -195,8 +239,8 @@ def _timed(forward: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
     return forward(), time.monotonic() - start
 
 
-def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of [1, vocab], in standard deviations: rows apart take less memory."""
-    if torch.equal(logits, expected):  # which may have no deviation
+def _difference(numbers: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of logits of one row, or keys or values, in standard deviations: rows apart take less memory."""
+    if torch.equal(numbers, expected):  # which may have no deviation
         return 0.0
-    return differences(logits, expected).nan_to_num(torch.inf).item()
+    return differences(numbers[None], expected[None]).nan_to_num(torch.inf).item()

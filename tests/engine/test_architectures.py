@@ -69,6 +69,13 @@ def test_runs_as_generate_does(case: Case, monkeypatch, own_attention_afterwards
     assert len({token for answer in answers for token in answer}) > 8  # not one word over and over
 
 
+class TakesForEver(dict):
+    """So that a replay of more tokens is always worth it."""
+
+    def get(self, *_):
+        return math.inf
+
+
 class NeverTried(set):
     """So that each replay is held against an ordinary forward."""
 
@@ -81,13 +88,13 @@ def test_replayed_steps_give_what_others_give(case: Case, monkeypatch, own_atten
     """Bit for bit; and about that where more rows stand in."""
     monkeypatch.setattr(replay, "_SIGHTINGS", 1)
     monkeypatch.setattr(replay, "_TRIALS", 0)
-    monkeypatch.setattr(replay, "_timed", lambda forward: (forward(), math.inf))
-    replayed, run, equal, difference = [], Captured.replay, [], replay._difference
+    replayed, prompts, run, equal, difference = [], [], Captured.replay, [], replay._difference
 
-    def tried(captured, inputs, lengths):
+    def tried(captured, forward):
         captured.tried = NeverTried("once")
-        replayed.append(len(lengths) < len(captured.columns))
-        return run(captured, inputs, lengths)
+        replayed.append(captured.is_for_more(forward))
+        prompts.extend([len(forward.columns)] * (forward.row is not None))
+        return run(captured, forward)
 
     monkeypatch.setattr(Captured, "replay", tried)
     monkeypatch.setattr(
@@ -97,11 +104,17 @@ def test_replayed_steps_give_what_others_give(case: Case, monkeypatch, own_atten
     mend(model)
     pack_weights(model)
     engine = Engine(model, make_tokenizer(), EngineConfig(max_batch_size=3, num_speculative_tokens=0))
+    own = engine._runner._replays
+    if own:
+        own._seconds = TakesForEver()
     for seed, new in (1, 15), (2, 15), (3, 8):
         engine.submit(Request(prompt_ids(seed, 5 * seed), {"max_new_tokens": new}, ignore_eos=True))
+    for seed, tokens in (4, 11), (5, 16), (6, 9), (7, WINDOW), (8, WINDOW - 3):  # the first of so few is recorded
+        while engine.has_work:
+            engine.step()
+        engine.submit(Request(prompt_ids(seed, tokens), {"max_new_tokens": 2}, ignore_eos=True))
     while engine.has_work:
         engine.step()
-    own = engine._runner._replays
     if DEVICE.type == "cuda":  # which refuses others
         assert replayed or str(case) != "llama"
         return
@@ -109,6 +122,8 @@ def test_replayed_steps_give_what_others_give(case: Case, monkeypatch, own_atten
     assert bool(own and own._is_on) == (str(case) not in NOT_REPLAYED)
     assert len(equal) >= len(replayed) >= 12 if own and own._is_on else not replayed
     assert not replayed or replayed.count(True) > 3 or not has_code_for(torch.float32)
+    few = {WINDOW - 3} if engine._runner._window else {16, 9}
+    assert not replayed or few <= set(prompts) or not has_code_for(torch.float32)
 
 
 def test_continuations_cross_longropes_border_one_after_the_other():

@@ -289,3 +289,21 @@ def test_columns_of_few_rows_stay_where_forwards_are_replayed():
         cache.prepare_forward(0, [32], [1], (1, 33))
         cache.update(keys, keys, 0)
         assert cache.context.store_shape == (1, columns)
+
+
+def test_rows_stay_where_forwards_are_replayed_and_they_are_a_small_part():
+    """Those who come back find what was captured."""
+    keys = torch.zeros(1, 1, 1, 4)
+
+    def rows_left(capacity, columns=33):
+        cache = KVCache(capacity, None, 1)
+        cache.prepare_forward(0, [0], [1], (1, 1))
+        cache.update(keys, keys, 0)
+        cache.on_move = lambda: None
+        for layer in cache._row_layers():
+            layer.resize(32, 128)
+        return cache._next_shape(1, columns)
+
+    assert rows_left(16 * 32 * 128) == (32, 128)
+    assert rows_left(16 * 32 * 128 - 1) == (2, 128)
+    assert rows_left(16 * 32 * 128, columns=129) == (2, 256)

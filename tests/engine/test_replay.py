@@ -5,15 +5,19 @@ What a CUDA graph captures runs anew at each replay where there is no GPU: all b
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from handler.engine import Engine, EngineConfig, Request, cuda_graphs, kv_cache, replay
-from handler.engine.captured import Captured
+from handler.engine.captured import Captured, Forward
 from handler.engine.scheduler import Batch
 from handler.kernels.cpu import has_code_for
+from handler.loading import mend
+from handler.weights.packed import pack_weights
 from tests.models import DEVICE
 
 from .conftest import KINDS, make_model, make_tokenizer, offloaded_model, prompt_ids, reference
@@ -24,8 +28,8 @@ LENGTHS = (3, 9, 1, 20, 14, 5, 11, 17)
 class Rerun(cuda_graphs._Graph):
     """Stands for a graph: the same forward, on the tensors and by the numbers that were there when it was made."""
 
-    def __init__(self, model, cache, inputs, lengths, logits, stream, pool):
-        Captured.__init__(self, inputs, lengths, logits.device)
+    def __init__(self, model, cache, forward, logits, stream, pool):
+        Captured.__init__(self, forward, len(logits), logits.device)
         self._model, self._cache, self._logits = model, cache, logits
         self._graph, self.run = SimpleNamespace(replay=self._run), self._replay
         cache.direct_to(self.columns)
@@ -92,7 +96,7 @@ def test_a_replay_that_gives_other_logits_is_not_believed(replays, monkeypatch, 
 
     monkeypatch.setattr(Captured, "replay", wrong)
     assert serve(engine) == expected("llama")
-    assert not own._is_on and "other logits" in caplog.text
+    assert not own._is_on and "other numbers" in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,13 +106,14 @@ def test_a_replay_that_writes_keys_elsewhere_is_not_believed(kind, replays, monk
     engine, own = replays(kind)
     own._trials, replayed, run = 3, [], Captured.replay
 
-    def elsewhere(captured, inputs, lengths):
-        replayed.append(lengths)
-        return run(captured, inputs, [0] * len(lengths) if len(replayed) > from_replay else lengths)
+    def elsewhere(captured, forward):
+        replayed.append(forward)
+        wrong = replace(forward, columns=[0] * len(forward.columns))
+        return run(captured, wrong if len(replayed) > from_replay else forward)
 
     monkeypatch.setattr(Captured, "replay", elsewhere)
     assert serve(engine) == expected(kind)
-    assert not own._is_on and len(replayed) == from_replay + 1 and "other logits" in caplog.text
+    assert not own._is_on and len(replayed) == from_replay + 1 and "other numbers" in caplog.text
     assert not any(store.isnan().any() for store in engine._cache._stores())
 
 
@@ -216,9 +221,9 @@ def test_short_rows_beside_a_long_one_are_not_captured(replays):
     engine.step()
     inputs = {"input_ids": torch.ones(1, 1)}
     context.query_length, context.past_length, context.kv_length = 1, 5, 6
-    assert own._key(inputs) is None
+    assert own._forward(inputs, [5], None) is None
     context.kv_length = context.store_shape[1]
-    assert own._key(inputs) is not None
+    assert own._forward(inputs, [5], None) is not None
 
 
 def test_each_capture_is_tried_once(replays, monkeypatch):
@@ -241,7 +246,7 @@ def test_what_is_another_number_in_each_forward_is_noticed_at_once(replays, capl
         assert serve(engine) == expected("llama")
     finally:
         handle.remove()
-    assert not own._is_on and "other logits" in caplog.text
+    assert not own._is_on and "other numbers" in caplog.text
 
 
 @pytest.mark.parametrize("trials", [0, 3])
@@ -250,12 +255,12 @@ def test_a_forward_that_cannot_be_captured_is_run(replays, monkeypatch, caplog, 
     engine, own = replays("llama")
     own._trials, made, capture = trials, [], own._kind.capture
 
-    def fail(inputs, lengths, like):
-        made.append(lengths)
+    def fail(forward, size, like):
+        made.append(forward)
         if len(made) <= at:
-            return capture(inputs, lengths, like)
+            return capture(forward, size, like)
         cache = engine._cache
-        cache.direct_to(torch.zeros(len(lengths), dtype=torch.long, device=DEVICE))
+        cache.direct_to(torch.zeros(size, dtype=torch.long, device=DEVICE))
         cache.context.rows.zero_()  # what is captured has not run
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -342,10 +347,10 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(replay, "_timed", lambda forward: (forward(), math.inf))
     taken, run = [], Captured.replay
 
-    def replayed(captured, inputs, lengths):
-        logits = run(captured, inputs, lengths)
-        if len(lengths) < len(captured.columns):
-            taken.append((len(lengths), len(captured.columns)))
+    def replayed(captured, forward):
+        logits = run(captured, forward)
+        if forward.row is None and captured.is_for_more(forward):
+            taken.append((len(forward.columns), len(captured.columns)))
         return logits
 
     monkeypatch.setattr(Captured, "replay", replayed)
@@ -370,6 +375,7 @@ def test_rows_that_are_missing_write_nothing(stand_ins):
     jobs = [engine.submit(Request(prompt_ids(n, 5), {"max_new_tokens": 40 - 16 * (n > 1)})) for n in range(4)]
     while not all(job.finished for job in jobs[2:]):
         engine.step()
+    engine.step()  # how long it takes is known now
     with torch.inference_mode():
         for store in engine._cache._stores():  # else the same would be written once more
             store[2:] = 7
@@ -389,7 +395,7 @@ def test_rows_that_go_on_are_captured_themselves(stand_ins, monkeypatch):
         engine.submit(Request(prompt_ids(n, 5), {"max_new_tokens": 40 - 16 * (n > 1)}))
     while engine.has_work:
         engine.step()
-    assert stand_ins.count((2, 4)) == 5 and 2 in {rows for rows, _ in own._captured}
+    assert stand_ins.count((2, 4)) == 4 and 2 in {rows for rows, _ in own._captured}
 
 
 @can_pass_over
@@ -404,12 +410,15 @@ def test_rows_stand_in_where_that_takes_no_longer():
     _, own = replaying_engine("llama")
     own._trials, kind = 0, ("kind",)
     for rows in (4, 8):
-        own._captured[rows, kind] = more = Captured({}, [1] * rows, torch.device("cpu"))
-        more.seconds, more.ordinary_seconds, more.takes_fewer, more.tried = 1.0, 2.0, True, {False}
-    assert own._stand_in((2, kind)) == (4, kind) and own._stand_in((5, kind)) == (8, kind)
-    assert own._stand_in((1, kind)) is None and own._stand_in((3, ("another",))) is None
-    own._captured[4, kind].tried = set()
-    assert own._stand_in((2, kind)) is None
+        own._captured[rows, kind] = more = Captured(Forward({}, [1] * rows), rows, torch.device("cpu"))
+        more.seconds, more.takes_fewer, more.tried = 2.0, True, {False}
+    own._seconds |= {(1, kind): 1.9, (2, kind): 2.0, (3, ("another",)): 2.0, (5, kind): 2.1, (7, kind): 1.9}
+    assert own._usable((2, kind), 2) == (4, kind) and own._usable((5, kind), 5) == (8, kind)
+    assert own._usable((1, kind), 1) is None and own._usable((3, ("another",)), 3) is None
+    assert own._usable((3, kind), 3) is None  # how long the model's code takes is not known
+    assert own._usable((4, kind), 4) == (4, kind) and own._usable((8, kind), 7) is None
+    own._captured[4, kind].tried = own._captured[8, kind].tried = set()
+    assert own._usable((2, kind), 2) is None and own._usable((8, kind), 7) == (8, kind)
 
 
 @can_pass_over
@@ -418,13 +427,178 @@ def test_the_first_that_stands_in_is_tried(stand_ins, monkeypatch, caplog):
     engine, own = replaying_engine("llama")
     replay_all = Captured.replay
 
-    def wrong(captured, inputs, lengths):
-        logits = replay_all(captured, inputs, lengths)
-        return logits.roll(1, dims=-1) if len(lengths) < len(captured.columns) else logits
+    def wrong(captured, forward):
+        logits = replay_all(captured, forward)
+        return logits.roll(1, dims=-1) if captured.is_for_more(forward) else logits
 
     monkeypatch.setattr(Captured, "replay", wrong)
     assert serve(engine) == expected("llama")
-    assert len(stand_ins) == 1 and not own._is_on and "other logits" in caplog.text
+    assert len(stand_ins) == 1 and not own._is_on and "other numbers" in caplog.text
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """Tokens, row and size of each replayed prompt, where prompts are captured when they are first met and the model's
+    code takes for ever."""
+    monkeypatch.setattr(replay, "_SIGHTINGS", 1)
+    monkeypatch.setattr(replay, "_timed", lambda forward: (forward(), math.inf))
+    taken, run = [], Captured.replay
+
+    def replayed(captured, forward):
+        if forward.row is not None:
+            taken.append((len(forward.columns), forward.row, len(captured.columns)))
+        return run(captured, forward)
+
+    monkeypatch.setattr(Captured, "replay", replayed)
+    return taken
+
+
+def prompting_engine(kind):
+    """With room for several rows."""
+    engine = Engine(make_model(kind), make_tokenizer(), EngineConfig(max_batch_size=4, num_speculative_tokens=0))
+    for seed in range(2):
+        engine.submit(Request(prompt_ids(90 + seed, 5), {"max_new_tokens": 30}, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
+    answer(engine, prompt_ids(92, 12))  # takes few columns, which stay
+    assert engine._cache.num_rows == 2
+    return engine, engine._runner._replays
+
+
+def answer(engine, ids, new=4, **parameters):
+    job = engine.submit(Request(ids, {"max_new_tokens": new} | parameters))
+    while not job.finished:
+        engine.step()
+    return job.sequences[0].token_ids
+
+
+@can_pass_over
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_replayed_in_any_row(kind, prompts):
+    engine, own = prompting_engine(kind)
+    for seed in range(4):  # they make room, and two of them stay
+        engine.submit(Request(prompt_ids(30 + seed, 3), {"max_new_tokens": 150 - 50 * (seed > 1)}, ignore_eos=True))
+    for _ in range(110):
+        engine.step()
+    answers = {}
+    for n, length in enumerate((12, 16, 11, 11, 9, 9)):  # how long each takes is known when it comes again
+        if n == 4:
+            engine.submit(Request(prompt_ids(20, 3), {"max_new_tokens": 60}, ignore_eos=True))
+            engine.step()
+        ids = tuple(prompt_ids(n, length))
+        answers[ids] = answer(engine, list(ids), 2)
+    assert answers == {ids: reference(kind, ids)[:2] for ids in answers}
+    assert own._is_on and prompts == [(16, 2, 16), (11, 2, 16), (9, 3, 16)]
+
+
+@can_pass_over
+def test_a_prompt_writes_no_more_than_its_tokens(prompts):
+    engine, _ = prompting_engine("llama")
+    for seed, length in enumerate((12, 11, 11)):
+        answer(engine, prompt_ids(seed, length))
+    engine.submit(Request(prompt_ids(5, 11), {"max_new_tokens": 1}, ignore_eos=True))
+    with torch.inference_mode():
+        for store in engine._cache._stores():
+            store.fill_(7)
+    prompts.clear()
+    engine.step()
+    assert prompts == [(11, 0, 16)]
+    for store in engine._cache._stores():
+        assert (store[0, :, :11] != 7).any(-1).all() and (store[0, :, 11:] == 7).all()
+        assert len(store) > 1 and (store[1:] == 7).all()
+
+
+@can_pass_over
+def test_nothing_is_left_of_the_prompt_before(prompts):
+    """A token that makes no number would make none of others'."""
+    engine, own = prompting_engine("llama")
+    for seed, length in enumerate((16, 11, 16, 11)):
+        answer(engine, prompt_ids(seed, length), 1)
+    assert prompts[-2:] == [(16, 0, 16), (11, 0, 16)]
+    inputs = own._captured[16, replay._PROMPT].inputs
+    assert not any(inputs[name][0, 11:].any() for name in ("input_ids", "position_ids", "attention_mask"))
+
+
+@can_pass_over
+@pytest.mark.parametrize("wrong", [{"row": 1}, {"columns": range(1, 12)}, {"columns": range(11)[::-1]}], ids=str)
+def test_a_prompt_that_is_written_elsewhere_is_not_believed(prompts, monkeypatch, caplog, wrong):
+    """Though its own logits are right."""
+    engine, own = prompting_engine("llama")
+    answer(engine, prompt_ids(1, 12))
+    run = Captured.replay
+
+    def elsewhere(captured, forward):
+        return run(captured, forward if forward.row is None else replace(forward, **wrong))
+
+    monkeypatch.setattr(Captured, "replay", elsewhere)
+    ids = tuple(prompt_ids(0, 11))
+    assert answer(engine, list(ids)) == reference("llama", ids)[:4]
+    assert prompts and own._is_on and not own._takes_prompts and "prompts are run by" in caplog.text
+    assert not any(store.isnan().any() for store in engine._cache._stores())
+
+
+@can_pass_over
+def test_a_prompt_that_cannot_be_recorded_is_run_and_steps_are_replayed(prompts, monkeypatch, caplog):
+    engine, own = prompting_engine("llama")
+    monkeypatch.setattr(kv_cache, "can_scatter", lambda *_: False)
+    for seed in range(3):
+        ids = tuple(prompt_ids(seed, 11))
+        assert answer(engine, list(ids), 12) == reference("llama", ids)[:12]
+    assert own._is_on and own._captured and not own._takes_prompts
+    assert not prompts and caplog.text.count("prompts are run by") == 1
+
+
+@can_pass_over
+def test_prompts_for_which_memory_ends_leave_steps_alone(prompts, monkeypatch):
+    engine, own = prompting_engine("llama")
+    capture = own._kind.capture
+
+    def fail(forward, *given):
+        if forward.row is not None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return capture(forward, *given)
+
+    monkeypatch.setattr(own._kind, "capture", fail)
+    for seed in range(4):
+        ids = tuple(prompt_ids(seed, 11))
+        assert answer(engine, list(ids), 12) == reference("llama", ids)[:12]
+    assert own._is_on and own._captured and not own._takes_prompts and not prompts
+
+
+@can_pass_over
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prompts_whose_attention_is_a_kernel(prompts, dtype):
+    """As of real models: each is held against the model's code."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 320}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).to(dtype).eval()
+    mend(model)
+    pack_weights(model)
+    engine = Engine(model, make_tokenizer(), EngineConfig(max_batch_size=2, num_speculative_tokens=0))
+    own = engine._runner._replays
+    answer(engine, prompt_ids(0, 5), 30, min_new_tokens=30)
+    own._trials = 1000
+    for seed, length in enumerate((16, 16, 11, 11, 40, 37, 37)):
+        answer(engine, prompt_ids(seed, length), 2)
+    assert own._takes_prompts and prompts == [(16, 0, 16), (11, 0, 16), (37, 0, 40), (37, 0, 40)]
+
+
+@can_pass_over
+def test_which_prompts_are_not_replayed(prompts):
+    """Long ones, and those of which more or less than the last token's logits are wanted."""
+    engine, own = prompting_engine("llama")
+    assert not prompts
+    for seed in range(3):
+        answer(engine, prompt_ids(seed, replay._MOST_TOKENS + 1))
+        engine.submit(Request(prompt_ids(seed, 12), {"max_new_tokens": 1}, prompt_logprobs=True))
+        while engine.has_work:
+            engine.step()
+        pair = [engine.submit(Request(prompt_ids(seed + n, 13), {"max_new_tokens": 1})) for n in (10, 20)]
+        while engine.has_work:
+            engine.step()
+        assert all(job.error is None for job in pair)
+    assert not prompts and own._is_on
 
 
 def test_there_are_not_too_many(replays, monkeypatch):

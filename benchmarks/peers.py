@@ -1,11 +1,12 @@
 """This package's TorchServe beside vLLM's CPU server on the same machine, and both beside what memory allows.
 
-    python -m benchmarks.peers                       # half an hour on 2 cores; an hour without bfloat16
+    python -m benchmarks.peers                       # half an hour on 2 cores
     python -m benchmarks.peers --only SmolLM2-135M --skip-vllm
 
 GuideLLM sends 1, 8 and 32 clients in a closed loop to each, in turns; it runs on the same cores. Neither guesses tokens
 ahead: what that gives stands apart ("guessing"), of the model whose weights are real. vLLM gets a virtual environment
-of its own in .run/ (3.5 GB). JSON goes to benchmarks/results/, with date, processor and commit, and a plot to docs/.
+of its own in .run/ (3.5 GB), and bfloat16, or float32 where the CPU has no instructions for it, which is the faster there
+(docs/performance.md). JSON goes to benchmarks/results/, with date, processor and commit, and a plot to docs/.
 """
 
 import argparse
@@ -43,7 +44,11 @@ from server.torchserve import free_port
 ROUNDS = 2
 MODELS = ("BLOOM-560m", "SmolLM2-135M")
 VLLM = "0.32.0"
-RESULTS, PLOT = Path("benchmarks/results"), Path("docs/performance.svg")
+RESULTS, PLOTS = (
+    Path("benchmarks/results"),
+    {"bfloat16": "docs/performance.svg", "float32": "docs/performance-float32.svg"},
+)
+FEWEST_REQUESTS = 6  # of a load: the median of two first tokens would say little
 
 
 def checkpoint(model: str) -> Path:
@@ -166,15 +171,15 @@ def worker(peer: Peer) -> dict[str, Any]:
 
 
 def ask_by_turns(peers: list[Peer], folder: Path) -> float:
-    """1, 8 and 32 clients of each, after a request that warms it up: the better of some rounds, because what else the
+    """1, 8 and 32 clients of each, after requests that warm it up: the better of some rounds, because what else the
     machine does at one time is no one's fault. Bytes a second that memory gave, best of the rounds."""
     for peer in peers:
-        peer.ask(folder, 1, 1)
+        peer.ask(folder, 1, FEWEST_REQUESTS)
     rates = []
     for _ in range(ROUNDS):
         rates.append(bandwidth())
         for n, peer in itertools.product(CLIENTS, peers):
-            found = peer.ask(folder, n, 2 * n)
+            found = peer.ask(folder, n, max(2 * n, FEWEST_REQUESTS))
             print(f"{peer.name}, {n} clients: {found['tokens_per_second']:.1f} tokens/s", file=sys.stderr, flush=True)
             peer.loads[n] = max(found, peer.loads.get(n, found), key=lambda load: load["tokens_per_second"])
     return max(rates)
@@ -187,14 +192,18 @@ def bandwidth() -> float:
     return numbers.nbytes / best
 
 
+def dtype() -> str:
+    """In which others compute the fastest here."""
+    return "float32" if cpu_lacks(torch.bfloat16) else "bfloat16"
+
+
 def compare(model: str, with_vllm: bool) -> dict[str, Any]:
     """Of one model: everything, and the ratios that count."""
     folder = checkpoint(model)
     numbers = sum(math.prod(tensor) for file in weight_files(folder) for tensor in _shapes(file))
-    dtypes = ["bfloat16"] if not cpu_lacks(torch.bfloat16) else ["float32", "bfloat16"]
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(torchserve(folder))
-        theirs = {dtype: stack.enter_context(vllm_server(folder, dtype)) for dtype in dtypes if with_vllm}
+        theirs = {dtype(): stack.enter_context(vllm_server(folder, dtype()))} if with_vllm else {}
         rate = ask_by_turns([ours, *theirs.values()], folder)
         result: dict[str, Any] = {"torchserve": ours.report() | worker(ours)}
     result["vllm"] = {dtype: peer.report() for dtype, peer in theirs.items()}
@@ -202,7 +211,7 @@ def compare(model: str, with_vllm: bool) -> dict[str, Any]:
         with torchserve(folder, num_speculative_tokens=16) as guessing:
             ask_by_turns([guessing], folder)
         result["guessing"] = guessing.loads
-    result["static_generate"] = {n: max(static_generate(folder, dtypes[0], n) for _ in range(ROUNDS)) for n in CLIENTS}
+    result["static_generate"] = {n: max(static_generate(folder, dtype(), n) for _ in range(ROUNDS)) for n in CLIENTS}
     result["weights_bytes"] = numbers * (4 if result["torchserve"]["products"].startswith("float32") else 2)
     speed = {n: result["torchserve"]["loads"][n]["tokens_per_second"] for n in CLIENTS}
     result["limit_tokens_per_second"] = rate / result["weights_bytes"]
@@ -254,13 +263,13 @@ def main() -> None:
     results = {model: compare(model, not args.skip_vllm) for model in models}
     report = {"date": date.today().isoformat(), "processor": processor(), "commit": commit(), "models": results}
     if "BLOOM-560m" in results:
-        report["mixed"] = mixed(checkpoint("BLOOM-560m"), "bfloat16")
+        report["mixed"] = mixed(checkpoint("BLOOM-560m"), "bfloat16", dtype())
     text = json.dumps(report, indent=2)
     print(text)
     if not args.only and not args.skip_vllm:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"serving-{report['date']}.json").write_text(f"{text}\n")
-        plot(results, PLOT)
+        plot(results, Path(PLOTS[dtype()]))
 
 
 if __name__ == "__main__":

@@ -134,12 +134,12 @@ def aligned(folder: Path, dtype: str) -> dict:
     }
 
 
-def mixed(folder: Path, dtype: str) -> dict:
+def mixed(folder: Path, dtype: str, static_dtype: str | None = None) -> dict:
     """Lengths of 8 to 128 tokens, Poisson arrivals faster than they are served. A static batch runs until its
-    longest request is done, so of its tokens only mean/max are asked for."""
+    longest request is done, so of its tokens only mean/max are asked for; it may compute in another dtype."""
     output = f"output_tokens={MIXED['mean']},output_tokens_min={MIXED['min']},output_tokens_max={MIXED['max']}"
     output += ",output_tokens_stdev=40"
-    useful = static_generate(folder, dtype, 32, MIXED["max"]) * MIXED["mean"] / MIXED["max"]
+    useful = static_generate(folder, static_dtype or dtype, 32, MIXED["max"]) * MIXED["mean"] / MIXED["max"]
     with served(folder, dtype=dtype, max_wait=600) as server:  # or the last ones are refused where this takes minutes
         ours = load(server, folder, "kind=poisson,rate=8", 96, output)
     return {

@@ -5,8 +5,8 @@
 
 GuideLLM sends 1, 8 and 32 clients in a closed loop to each, in turns; it runs on the same cores. Neither guesses tokens
 ahead: what that gives stands apart ("guessing"), of the model whose weights are real. vLLM gets a virtual environment
-of its own in .run/ (3.5 GB), and bfloat16, or float32 where the CPU has no instructions for it, which is the faster there
-(docs/performance.md). JSON goes to benchmarks/results/, with date, processor and commit, and a plot to docs/.
+of its own in .run/ (3.5 GB), and bfloat16, or float32 where the CPU has no instructions for that (docs/performance.md).
+JSON goes to benchmarks/results/, with date, processor and commit, and a plot to docs/.
 """
 
 import argparse

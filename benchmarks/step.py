@@ -1,15 +1,15 @@
 """A step of the engine in this process, without a server: milliseconds at 1, 8 and 32 rows, for 1,000 tokens of as many
-clients in a closed loop, whose answers have one length or 8 to 128 tokens, and for a prompt of 1,000 tokens, as it is,
-with products that share an input made apart, with SDPA, and without replaying steps, or, of answers of many lengths,
-without letting replayed steps stand in for others, in turns; and where they go.
+clients in a closed loop, whose answers have one length or 8 to 128 tokens, and for prompts of 8 to 1,000 tokens, as it
+is, with products that share an input made apart, with SDPA, and without replaying, or, of answers of many lengths,
+without letting what is replayed stand in for fewer rows, in turns; and where they go.
 
     python -m benchmarks.step                       # SmolLM2-135M and BLOOM-560m's shape in bfloat16
     python -m benchmarks.step --cpu-time            # of one thread, on a machine that has other things to do
     python -m benchmarks.step --only SmolLM2-135M --profile
-    python -m benchmarks.step --of prompt           # a minute
+    python -m benchmarks.step --of prompt           # three minutes
 
-Beside a prompt's time stands that of its linear layers alone, on as many rows, and what both make of the processor: the
-operations a second of the prompt, attention's included, over those of the layers.
+Beside the longest prompt's time stands that of its linear layers alone, on as many rows, and what both make of the
+processor: the operations a second of the prompt, attention's included, over those of the layers.
 """
 
 import argparse
@@ -45,7 +45,8 @@ from handler.loading import load_model
 from handler.settings import Settings
 from handler.weights import packed
 
-PROMPT_TOKENS, NEW_TOKENS, ROWS, LONG_PROMPT, ROUNDS = 32, 64, (1, 8, 32), 1000, 3
+PROMPT_TOKENS, NEW_TOKENS, ROWS, ROUNDS = 32, 64, (1, 8, 32), 3
+LONG_PROMPT, SHORT_PROMPTS, OF_EACH = 1000, (8, 16, 32, 64, 128), 8
 MIXED = random.Random(0).choices(range(8, 129), k=3 * max(ROWS))  # new tokens
 
 
@@ -83,9 +84,9 @@ def closed_loop(engine: Engine, clients: int, lengths: Sequence[int], clock: Cal
     return (clock() - began) * 1000 / sum(lengths)
 
 
-def prefill(engine: Engine, clock: Callable[[], float]) -> float:
+def prefill(engine: Engine, tokens: int, clock: Callable[[], float]) -> float:
     """Seconds of a prompt that nothing is known of."""
-    jobs = start(engine, 1, LONG_PROMPT, 1)
+    jobs = start(engine, 1, tokens, 1)
     engine._scheduler._cache.prefixes.shrink(0)
     began = clock()
     finish(engine, jobs)
@@ -120,7 +121,8 @@ def operations(engine: Engine) -> tuple[int, int]:
 
 class NoStandIns(Replays):
     def _usable(self, key: Any, count: int) -> Any:
-        return key if key in self._captured else None
+        used = super()._usable(key, count)
+        return used if used == key else None
 
 
 def main() -> None:
@@ -154,8 +156,13 @@ def main() -> None:
                 answers = list(itertools.islice(itertools.cycle(lengths), 3 * clients))
                 name = f"1,000 tokens of {clients} clients{kind}"
                 measures[name] = lambda engine, of=(clients, answers): closed_loop(engine, *of, clock)
-        measures[f"a prompt of {LONG_PROMPT} tokens"] = lambda engine: prefill(engine, clock)
-        measures["that prompt's products"] = lambda engine: products(engine, clock)
+        for tokens in SHORT_PROMPTS:
+            measures[f"a prompt of {tokens} tokens"] = lambda engine, tokens=tokens: statistics.median(
+                prefill(engine, tokens, clock) for _ in range(OF_EACH)
+            )
+        long, alone = f"a prompt of {LONG_PROMPT} tokens", "that prompt's products"
+        measures[long] = lambda engine: prefill(engine, LONG_PROMPT, clock)
+        measures[alone] = lambda engine: products(engine, clock)
         reports = {}
         for name in (name for name in measures if args.of in name):
             measure, measured = measures[name], engines
@@ -174,7 +181,8 @@ def main() -> None:
                 with profile(activities=[ProfilerActivity.CPU]) as profiler:
                     measure(engines["as it is"])
                 print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
-        if len(both := [report["as it is"] for name, report in reports.items() if "prompt" in name]) == 2:
+        if {long, alone} <= reports.keys():
+            both = [reports[name]["as it is"] for name in (long, alone)]
             linear, attending = operations(engines["as it is"])
             shares = {"its linear layers' time": round(both[1] / both[0], 3)}
             shares["their operations a second"] = round((linear + attending) / linear * both[1] / both[0], 3)

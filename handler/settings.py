@@ -134,7 +134,7 @@ class Settings(EngineConfig):
         True, description="Decode on an x86 CPU with code that is compiled for it, in place of PyTorch's operators."
     )
     replay_steps: bool = Field(
-        True, description="Replay steps in which each sequence gets one token, where one device holds all weights."
+        True, description="Replay steps of one token a sequence, and a CPU's short prompts, where one device holds all."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_BEYOND = 1 << 40  # a column that no store has
+BEYOND = 1 << 40  # a column that no store has
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Forward:
     """One that may be captured: of one token of each row, or of the first ones of one row.
 
     inputs: of the model's forward, [rows, new tokens, ...]. columns: of the cache, where each token goes.
-    row: which the tokens go to, if all are one row's. Of its logits only the last token's are kept then.
+    row: of a prompt, which its tokens go to; it is None in a step. A prompt has the logits of its last token alone.
     """
 
     inputs: Mapping[str, Any]
@@ -36,7 +36,7 @@ class Captured:
     computes logits [rows, vocab] from these tensors.
     tried: of which replays one has been held against an ordinary forward: of all tokens (False), of fewer (True).
     takes_fewer: whether it may be run for fewer, because what goes to a column that is not there is passed over.
-    seconds: that a replay took, at best.
+    seconds: that a replay took, at best, of so many: `num_replays`.
     """
 
     run: Callable[[], torch.Tensor]
@@ -45,9 +45,9 @@ class Captured:
     def __init__(self, forward: Forward, size: int, device: torch.device):
         """size: tokens, at least as many as the forward has."""
         self.inputs = _copied(forward.inputs, None if forward.row is None else size)
-        self.columns = torch.full([size], _BEYOND).to(device)
+        self.columns = torch.full([size], BEYOND).to(device)
         self.row, self.last = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
-        self.seconds = math.inf
+        self.seconds, self.num_replays = math.inf, 0
         self.tried: set[bool] = set()
         self._take(forward)
 
@@ -62,6 +62,7 @@ class Captured:
         self._take(forward)
         logits = self.run()[: forward.num_logits]
         self.seconds = min(self.seconds, time.monotonic() - start)
+        self.num_replays += 1
         return logits
 
     def _take(self, forward: Forward) -> None:
@@ -72,7 +73,7 @@ class Captured:
                 own[:, count:] = 0
         self.columns[:count].copy_(torch.tensor(forward.columns))
         if count < len(self.columns):
-            self.columns[count:] = _BEYOND
+            self.columns[count:] = BEYOND
         if forward.row is not None:
             self.row.fill_(forward.row)
             self.last.fill_(count - 1)

@@ -222,7 +222,8 @@ class KVCache(Cache):
         stays = self.on_move and is_small and columns <= allocated_columns
         if rows > allocated_rows or (rows <= allocated_rows // 4 and not stays):
             allocated_rows = 2 * min(rows, allocated_rows)
-        step = replayed_step(max(rows, allocated_rows), capacity) if self.on_move else COLUMN_STEP
+        many = rows if stays else max(rows, allocated_rows)
+        step = replayed_step(many, capacity) if self.on_move else COLUMN_STEP
         if columns <= allocated_columns < 2 * (columns + step if step > COLUMN_STEP else columns):
             columns = max(columns, min(allocated_columns, room // rows))
         else:  # prefixes make way for the spare columns too, or the store would be copied for each few tokens

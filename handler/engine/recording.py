@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, masking_utils
 from handler.kernels.cpu import has_code_for
 from handler.kernels.function import Function, in_turn, watched
 
-from .captured import Captured, Forward
+from .captured import BEYOND, Captured, Forward
 from .head import head_sees_only
 from .kv_cache import KVCache
 from .rooms import Rooms
@@ -69,6 +69,8 @@ class Recordings:
         """A forward, which runs once more, of so many tokens, at least as many as it has. like: its logits. Raises
         CannotRecord."""
         captured = _Recording(forward, size, self._rooms)
+        if forward.row is not None:  # nothing reads what it writes now, and nobody has looked at it
+            captured.columns.fill_(BEYOND)
 
         def run() -> torch.Tensor:
             self._cache.direct_to(captured.columns, None if forward.row is None else captured.row)

@@ -28,11 +28,12 @@ from .rounding import differences, tolerance
 
 logger = logging.getLogger(__name__)
 
-_MOST = 48  # captured at once: of different rows, and of columns that other rows do not let be as many
-_SIGHTINGS = 3  # of a forward, before it is worth capturing
-_STAND_INS = 30  # uses of one of more rows, each up to a third longer, before it is
+_MOST = 48  # captured at once: of different rows and prompts, and of columns that other rows do not let be as many
+_SIGHTINGS = 3  # of a forward, before it is worth capturing; and replays, before they are too slow for fewer tokens
+_STAND_INS = 30  # uses of one of more tokens, before a forward is worth capturing that one stands in for
 _TRIALS = 3  # later replays that are tried, and not only the first ones of each capture
 _MOST_TOKENS, _TOKEN_STEP = 128, 8  # of a prompt that is captured, and multiples that it is filled up to
+_MOST_SECONDS = 0.5  # that its forward takes: of a longer one Python is little
 _PATIENCE = 3  # times that memory ends, before there is no more of it
 
 _Key = tuple[int, tuple]  # tokens, and what is the same in forwards of more that can stand in
@@ -70,12 +71,13 @@ class Replays:
     def __init__(self, model: PreTrainedModel, cache: KVCache):
         self._model, self._cache = model, cache
         on_cpu = torch.device("cpu") in _devices(model)
-        self._kind: Recordings | CudaGraphs = Recordings(model, cache) if on_cpu else CudaGraphs(model, cache)
-        self._is_on, self._takes_prompts = True, self._kind.takes_prompts
-        self._trials, self._memory_ended = _TRIALS, 0
+        self._backend: Recordings | CudaGraphs = Recordings(model, cache) if on_cpu else CudaGraphs(model, cache)
+        self._is_on, self._takes_prompts = True, self._backend.takes_prompts
+        self._trials = _TRIALS
+        self._memory_ended: Counter[bool] = Counter()  # for prompts, and for steps
         self._captured: dict[_Key, Captured] = {}
         self._seen: Counter[_Key] = Counter()
-        self._seconds: dict[tuple[int, tuple], float] = {}  # of the model's code, at best: by tokens, and kind
+        self._seconds: dict[_Key, float] = {}  # of the model's code, at best
         cache.on_move = self.forget  # what is captured has the addresses of keys and values, or holds on to them
 
     def forward(
@@ -99,8 +101,7 @@ class Replays:
         used = self._usable(key, count)
         if used is None:
             logits = self._run(ordinary, count, key)
-            is_due = key not in self._captured and self._seen[key] >= _SIGHTINGS
-            if is_due and (captured := self._capture(forward, key[0], logits)):
+            if self._is_due(key, count) and (captured := self._capture(forward, key[0], logits)):
                 self._keep(key, captured)
             return logits
         captured = self._captured.pop(used)
@@ -120,8 +121,8 @@ class Replays:
         """Give back the memory of all that is captured."""
         self._captured.clear()
         self._seen.clear()
-        self._seconds.clear()
-        self._kind.forget()
+        self._seconds = {key: seconds for key, seconds in self._seconds.items() if key[1] == _PROMPT}
+        self._backend.forget()
 
     def _forward(self, inputs: Mapping[str, Any], lengths: Sequence[int], kept: torch.Tensor | None) -> Forward | None:
         """None where none that is captured can stand for it, or each such would have another: short rows beside one
@@ -147,23 +148,33 @@ class Replays:
         return context.num_rows, (context.first_row, context.kv_length, str(shapes))
 
     def _usable(self, key: _Key, count: int) -> _Key | None:
-        """What is captured of as many tokens, or of the next more, if to replay that takes no longer than the model's
-        code took for so many."""
+        """What is captured of as many tokens, or of the next more where to replay that takes no longer than the model's
+        code takes."""
         size, kind = key
         used = min((other for other in self._captured if other[0] >= size and other[1] == kind), default=None)
-        if used is None or used[0] == count:
+        if used is None or (used[0] == count and kind != _PROMPT):
             return used
         captured = self._captured[used]
-        if used != key and (self._trials or self._seen[key] > _STAND_INS or not captured.tried):
+        is_known = captured.num_replays >= _SIGHTINGS
+        if used != key and (self._trials or self._seen[key] > _STAND_INS or not (captured.tried and is_known)):
             return None
-        is_worth_it = not captured.tried or captured.seconds <= self._seconds.get((count, kind), 0.0)
-        return used if captured.takes_fewer and is_worth_it else None
+        is_worth_it = not is_known or captured.seconds <= self._code_seconds(count, kind)
+        return used if is_worth_it and (captured.takes_fewer or used[0] == count) else None
+
+    def _is_due(self, key: _Key, count: int) -> bool:
+        """Whether a forward is worth capturing."""
+        is_short = key[1] != _PROMPT or self._code_seconds(count, key[1]) < _MOST_SECONDS
+        return is_short and key not in self._captured and self._seen[key] >= _SIGHTINGS
+
+    def _code_seconds(self, count: int, kind: tuple) -> float:
+        """That the model's code takes for so many tokens: at least what it took for as many or fewer."""
+        known = (seconds for (tokens, of), seconds in self._seconds.items() if tokens <= count and of == kind)
+        return max(known, default=0.0)
 
     def _run(self, ordinary: Callable[[], torch.Tensor], count: int, key: _Key) -> torch.Tensor:
         """The model's code, of so many tokens; how long it takes is remembered."""
         logits, seconds = _timed(ordinary)
-        before = self._seconds.get((count, key[1]), math.inf)
-        self._seconds[count, key[1]] = min(before, seconds)
+        self._seconds[count, key[1]] = min(seconds, self._seconds.get((count, key[1]), math.inf))
         return logits
 
     def _keep(self, key: _Key, captured: Captured) -> None:
@@ -178,7 +189,7 @@ class Replays:
         context = self._cache.context
         prepared = dict(vars(context))
         try:
-            return self._kind.capture(forward, size, like)
+            return self._backend.capture(forward, size, like)
         except Exception as error:
             self._failed(error, forward)
         finally:
@@ -190,14 +201,18 @@ class Replays:
         when it was captured."""
         is_for_more = captured.is_for_more(forward)
         try:
-            written = self._written(forward)
+            before = [part.clone() for part in self._written(forward)]
+        except Exception as error:  # nothing is spoiled yet
+            self._failed(error, forward)
+            return
+        try:
             self._cache.spoil_new_tokens()
             captured.spoil()
             logits = captured.replay(forward)
             broken = (expected.isnan() | expected.isposinf()).any(-1)  # rows that say nothing
             rows = (~broken).nonzero().flatten().tolist()
             pairs = [(logits[row], expected[row]) for row in rows]
-            pairs += zip(self._written(forward), written, strict=True) if rows else []
+            pairs += zip(self._written(forward), before, strict=True) if rows else []
             off, is_tried = max((_difference(*pair) for pair in pairs), default=0.0), bool(rows)
         except Exception as error:
             self._failed(error, forward)
@@ -210,14 +225,13 @@ class Replays:
             captured.tried.add(is_for_more)
 
     def _written(self, forward: Forward) -> list[torch.Tensor]:
-        """Copies of a prompt's keys and values, which its own attention does not read from the cache."""
-        if forward.row is None:
-            return []
-        return [part.flatten().clone() for part in self._cache.parts(forward.row, len(forward.columns))]
+        """A prompt's keys and values, which its own attention does not read from the cache."""
+        return [] if forward.row is None else self._cache.parts(forward.row, len(forward.columns))
 
     def _failed(self, error: Exception, forward: Forward) -> None:
-        self._memory_ended += is_out_of_memory(error)
-        if is_out_of_memory(error) and self._memory_ended < _PATIENCE:
+        is_prompt = forward.row is not None
+        self._memory_ended[is_prompt] += is_out_of_memory(error)
+        if is_out_of_memory(error) and self._memory_ended[is_prompt] < _PATIENCE:
             self.forget()
         else:
             self._turn_off(f"{type(error).__name__}: {first_line(error)}", forward)
@@ -229,7 +243,7 @@ class Replays:
         if forward.row is None:
             self._is_on = False
             self._cache.on_move = None
-        self._takes_prompts, self._memory_ended = False, 0
+        self._takes_prompts = False
         self.forget()
 
 
@@ -240,7 +254,7 @@ def _timed(forward: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
 
 
 def _difference(numbers: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of logits of one row, or keys or values, in standard deviations: rows apart take less memory."""
+    """Of logits of one row, or keys or values, in standard deviations: one after the other takes less memory."""
     if torch.equal(numbers, expected):  # which may have no deviation
         return 0.0
-    return differences(numbers[None], expected[None]).nan_to_num(torch.inf).item()
+    return differences(numbers.flatten()[None], expected.flatten()[None]).nan_to_num(torch.inf).item()

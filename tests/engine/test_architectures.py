@@ -1,7 +1,5 @@
 """Every architecture of the table runs as `generate` does, token for token, packed; or is refused with its reason."""
 
-import math
-
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -69,13 +67,6 @@ def test_runs_as_generate_does(case: Case, monkeypatch, own_attention_afterwards
     assert len({token for answer in answers for token in answer}) > 8  # not one word over and over
 
 
-class TakesForEver(dict):
-    """So that a replay of more tokens is always worth it."""
-
-    def get(self, *_):
-        return math.inf
-
-
 class NeverTried(set):
     """So that each replay is held against an ordinary forward."""
 
@@ -88,6 +79,7 @@ def test_replayed_steps_give_what_others_give(case: Case, monkeypatch, own_atten
     """Bit for bit; and about that where more rows stand in."""
     monkeypatch.setattr(replay, "_SIGHTINGS", 1)
     monkeypatch.setattr(replay, "_TRIALS", 0)
+    monkeypatch.setattr(replay.Replays, "_code_seconds", lambda *_: 0.4)  # long for such models, short for a prompt
     replayed, prompts, run, equal, difference = [], [], Captured.replay, [], replay._difference
 
     def tried(captured, forward):
@@ -105,8 +97,6 @@ def test_replayed_steps_give_what_others_give(case: Case, monkeypatch, own_atten
     pack_weights(model)
     engine = Engine(model, make_tokenizer(), EngineConfig(max_batch_size=3, num_speculative_tokens=0))
     own = engine._runner._replays
-    if own:
-        own._seconds = TakesForEver()
     for seed, new in (1, 15), (2, 15), (3, 8):
         engine.submit(Request(prompt_ids(seed, 5 * seed), {"max_new_tokens": new}, ignore_eos=True))
     for seed, tokens in (4, 11), (5, 16), (6, 9), (7, WINDOW), (8, WINDOW - 3):  # the first of so few is recorded

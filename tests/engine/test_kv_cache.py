@@ -295,15 +295,16 @@ def test_rows_stay_where_forwards_are_replayed_and_they_are_a_small_part():
     """Those who come back find what was captured."""
     keys = torch.zeros(1, 1, 1, 4)
 
-    def rows_left(capacity, columns=33):
+    def rows_left(capacity, columns=33, allocated=128):
         cache = KVCache(capacity, None, 1)
         cache.prepare_forward(0, [0], [1], (1, 1))
         cache.update(keys, keys, 0)
         cache.on_move = lambda: None
         for layer in cache._row_layers():
-            layer.resize(32, 128)
+            layer.resize(32, allocated)
         return cache._next_shape(1, columns)
 
     assert rows_left(16 * 32 * 128) == (32, 128)
     assert rows_left(16 * 32 * 128 - 1) == (2, 128)
     assert rows_left(16 * 32 * 128, columns=129) == (2, 256)
+    assert rows_left(16 * 32 * 512, columns=60, allocated=512) == (32, 512)  # as many columns as one row alone has

@@ -167,9 +167,9 @@ class Replays:
         return is_short and key not in self._captured and self._seen[key] >= _SIGHTINGS
 
     def _code_seconds(self, count: int, kind: tuple) -> float:
-        """That the model's code takes for so many tokens: at least what it took for as many or fewer."""
-        known = (seconds for (tokens, of), seconds in self._seconds.items() if tokens <= count and of == kind)
-        return max(known, default=0.0)
+        """That the model's code takes for so many tokens; where that is not known, what it took for fewer."""
+        fewer = (seconds for (tokens, of), seconds in self._seconds.items() if tokens < count and of == kind)
+        return self._seconds.get((count, kind)) or max(fewer, default=0.0)
 
     def _run(self, ordinary: Callable[[], torch.Tensor], count: int, key: _Key) -> torch.Tensor:
         """The model's code, of so many tokens; how long it takes is remembered."""

@@ -446,6 +446,8 @@ def test_long_forwards_of_prompts_are_not_captured():
     own._seen[key] = 3
     own._seconds[16, replay._PROMPT] = replay._MOST_SECONDS
     assert not own._is_due(key, 16) and own._is_due(key, 15)
+    own._seconds[12, replay._PROMPT], own._seconds[13, replay._PROMPT] = replay._MOST_SECONDS, 0.1
+    assert own._is_due(key, 13)  # as fewer took longer once
 
 
 @can_pass_over

@@ -44,10 +44,8 @@ from server.torchserve import free_port
 ROUNDS = 2
 MODELS = ("BLOOM-560m", "SmolLM2-135M")
 VLLM = "0.32.0"
-RESULTS, PLOTS = (
-    Path("benchmarks/results"),
-    {"bfloat16": "docs/performance.svg", "float32": "docs/performance-float32.svg"},
-)
+RESULTS = Path("benchmarks/results")
+PLOTS = {"bfloat16": Path("docs/performance.svg"), "float32": Path("docs/performance-float32.svg")}
 FEWEST_REQUESTS = 6  # of a load: the median of two first tokens would say little
 
 
@@ -192,7 +190,7 @@ def bandwidth() -> float:
     return numbers.nbytes / best
 
 
-def dtype() -> str:
+def fastest_dtype() -> str:
     """In which others compute the fastest here."""
     return "float32" if cpu_lacks(torch.bfloat16) else "bfloat16"
 
@@ -201,17 +199,18 @@ def compare(model: str, with_vllm: bool) -> dict[str, Any]:
     """Of one model: everything, and the ratios that count."""
     folder = checkpoint(model)
     numbers = sum(math.prod(tensor) for file in weight_files(folder) for tensor in _shapes(file))
+    dtype = fastest_dtype()
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(torchserve(folder))
-        theirs = {dtype(): stack.enter_context(vllm_server(folder, dtype()))} if with_vllm else {}
+        theirs = {dtype: stack.enter_context(vllm_server(folder, dtype))} if with_vllm else {}
         rate = ask_by_turns([ours, *theirs.values()], folder)
         result: dict[str, Any] = {"torchserve": ours.report() | worker(ours)}
-    result["vllm"] = {dtype: peer.report() for dtype, peer in theirs.items()}
+    result["vllm"] = {name: peer.report() for name, peer in theirs.items()}
     if model != "BLOOM-560m":
         with torchserve(folder, num_speculative_tokens=16) as guessing:
             ask_by_turns([guessing], folder)
         result["guessing"] = guessing.loads
-    result["static_generate"] = {n: max(static_generate(folder, dtype(), n) for _ in range(ROUNDS)) for n in CLIENTS}
+    result["static_generate"] = {n: max(static_generate(folder, dtype, n) for _ in range(ROUNDS)) for n in CLIENTS}
     result["weights_bytes"] = numbers * (4 if result["torchserve"]["products"].startswith("float32") else 2)
     speed = {n: result["torchserve"]["loads"][n]["tokens_per_second"] for n in CLIENTS}
     result["limit_tokens_per_second"] = rate / result["weights_bytes"]
@@ -263,13 +262,13 @@ def main() -> None:
     results = {model: compare(model, not args.skip_vllm) for model in models}
     report = {"date": date.today().isoformat(), "processor": processor(), "commit": commit(), "models": results}
     if "BLOOM-560m" in results:
-        report["mixed"] = mixed(checkpoint("BLOOM-560m"), "bfloat16", dtype())
+        report["mixed"] = mixed(checkpoint("BLOOM-560m"), "bfloat16", fastest_dtype())
     text = json.dumps(report, indent=2)
     print(text)
     if not args.only and not args.skip_vllm:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"serving-{report['date']}.json").write_text(f"{text}\n")
-        plot(results, Path(PLOTS[dtype()]))
+        plot(results, PLOTS[fastest_dtype()])
 
 
 if __name__ == "__main__":

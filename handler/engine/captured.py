@@ -23,10 +23,6 @@ class Forward:
     columns: Sequence[int]
     row: int | None = None
 
-    @property
-    def num_logits(self) -> int:
-        return len(self.columns) if self.row is None else 1
-
 
 class Captured:
     """A forward, and the tensors that it reads its inputs from.
@@ -60,7 +56,7 @@ class Captured:
         that are missing write nothing: rows get what some had before, and a prompt is filled up with zeros."""
         start = time.monotonic()
         self._take(forward)
-        logits = self.run()[: forward.num_logits]
+        logits = self.run()[: len(forward.columns)]
         self.seconds = min(self.seconds, time.monotonic() - start)
         self.num_replays += 1
         return logits

@@ -106,7 +106,7 @@ class ModelRunner:
                 during.enter_context(longrope_by_row(self._model, torch.tensor(is_long), border))
 
             def ordinary() -> torch.Tensor:
-                with nullcontext() if kept is None else head_sees_only(self._model, kept):
+                with head_sees_only(self._model, kept):
                     return self._model(**inputs).logits.flatten(0, -2)
 
             replays = self._replays

@@ -69,18 +69,17 @@ class Recordings:
         """A forward, which runs once more, of so many tokens, at least as many as it has. like: its logits. Raises
         CannotRecord."""
         captured = _Recording(forward, size, self._rooms)
-        if forward.row is not None:  # nothing reads what it writes now, and nobody has looked at it
+        # Nothing reads what a prompt writes now, and nobody has looked at it. What would not pass it over fails.
+        if forward.row is not None:
             captured.columns.fill_(BEYOND)
 
         def run() -> torch.Tensor:
             self._cache.direct_to(captured.columns, None if forward.row is None else captured.row)
             return self._model(**captured.inputs).logits.flatten(0, -2)
 
-        with nullcontext() if forward.row is None else head_sees_only(self._model, captured.last):
+        with head_sees_only(self._model, None if forward.row is None else captured.last):
             captured.run = recorded(run, self._rooms)
         captured.takes_fewer = self._cache.context.passes_over
-        if forward.row is not None and not captured.takes_fewer:
-            raise CannotRecord("keys and values of a prompt that are written otherwise than those of single tokens")
         return captured
 
     def forget(self) -> None:

@@ -365,8 +365,9 @@ can_pass_over = pytest.mark.skipif(DEVICE.type == "cuda" or not has_code_for(tor
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_rows_stand_in_for_fewer(kind, stand_ins):
     engine, own = replaying_engine(kind)
-    assert serve(engine) == expected(kind)
-    assert own._is_on and len(stand_ins) >= 3
+    for _ in range(2):  # of what takes long nothing is known at first
+        assert serve(engine) == expected(kind)
+    assert own._is_on and len(stand_ins) > 3
 
 
 @can_pass_over

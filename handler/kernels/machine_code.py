@@ -373,7 +373,10 @@ class Code:
         return self.same(self.intrinsic(name, _F32, _F32(0.0), value.of, fastmath=("reassoc",)).of)
 
     def most_of(self, value: Value) -> Value:
-        return self.same(self.intrinsic(f"llvm.vector.reduce.fmax.v{lanes()}f32", _F32, value.of).of)
+        """Of all lanes, in every lane: LLVM would compare one after the other."""
+        for distance in (lanes() >> turn for turn in range(1, lanes().bit_length())):
+            value = self.most(value, self.shuffle(value, value, [lane ^ distance for lane in range(lanes())]))
+        return value
 
     def any_of(self, condition: Value) -> Value:
         return self.intrinsic(f"llvm.vector.reduce.or.v{lanes()}i1", ir.IntType(1), condition.of)

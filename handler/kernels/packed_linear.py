@@ -15,14 +15,18 @@ once for all rows, which then read them out of the cache.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from llvmlite import ir
 from torch.nn.functional import pad
 
-from .cpu import cpu_has, has_code_for, lanes, multiplies_pairs
+from . import tile_product
+from .cpu import has_code_for, lanes, multiplies_pairs
 from .function import Function, share
 from .machine_code import LINE, Code, Place, Value, Variable
+from .panels import PanelWriter
+from .tiles import has_tiles
 
 _MOST_ROWS = 128  # with more, oneDNN is as fast (python -m benchmarks.kernels)
 _PANEL = 64
@@ -44,10 +48,13 @@ def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | 
     if one is named, "tanh" or "none"; [..., out]. packed: the matrix [out, in] in oneDNN's order, which is tried.
     """
     (out, columns), dtype = packed.shape, packed.dtype
-    filled, most_rows = _filled(out), _most_rows(dtype)
-    if not most_rows or torch.ops.mkldnn._nbytes(packed) != filled * columns * dtype.itemsize:
+    kernels = _kernels(dtype, columns)
+    if kernels is None:
         return product
-    biases = _whole_bias(bias, out)
+    filled, most_rows = _filled(out, kernels.panel), kernels.most_rows
+    if torch.ops.mkldnn._nbytes(packed) != filled * columns * dtype.itemsize:
+        return product
+    biases = _whole_bias(bias, filled)
     matrix = torch.ops.mkldnn.data_ptr(packed)
 
     def multiply_by(function: Function, biases: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -58,11 +65,11 @@ def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | 
 
     # Without the bias and the function, which would hide what another order makes of the product.
     tried = torch.arange(columns).sin().to(dtype).unsqueeze(0)
-    ours = multiply_by(_function(dtype, None), _zeros(filled), tried).float()
+    ours = multiply_by(kernels.function(None), _zeros(filled), tried).float()
     theirs = torch.ops.mkldnn._linear_pointwise(tried, packed, None, "none", [], "").float()
     if not (ours - theirs).abs().max() < _NEAR * theirs.abs().max():
         return product
-    function = _function(dtype, gelu)
+    function = kernels.function(gelu)
 
     def multiply(inputs: torch.Tensor, keep: torch.Tensor = packed) -> torch.Tensor:  # `matrix` is its memory
         is_whole = inputs.shape[-1] == columns and inputs.dtype == dtype and inputs.device.type == "cpu"
@@ -91,7 +98,8 @@ def widened_product(panels: torch.Tensor, out: int, bias: torch.Tensor | None, g
 
     panels: the matrix, from `in_panels`; inputs and outputs are in its dtype. Raises TypeError for other inputs."""
     columns, dtype = panels.shape[1], panels.dtype
-    biases, function = _whole_bias(bias, out), _function(dtype, gelu, widens=True)
+    biases = _whole_bias(bias, _filled(out))
+    function = _vector_function(dtype, gelu, widens=True)
 
     def multiply(inputs: torch.Tensor) -> torch.Tensor:
         if inputs.shape[-1] != columns or inputs.dtype != dtype or inputs.device.type != "cpu":
@@ -106,12 +114,12 @@ def widened_product(panels: torch.Tensor, out: int, bias: torch.Tensor | None, g
     return multiply
 
 
-def _filled(out: int) -> int:
-    return -(-out // _PANEL) * _PANEL
+def _filled(out: int, panel: int = _PANEL) -> int:
+    return -(-out // panel) * panel
 
 
-def _whole_bias(bias: torch.Tensor | None, out: int) -> torch.Tensor:
-    return _zeros(_filled(out)) if bias is None else pad(bias.float(), (0, _filled(out) - out))
+def _whole_bias(bias: torch.Tensor | None, filled: int) -> torch.Tensor:
+    return _zeros(filled) if bias is None else pad(bias.float(), (0, filled - len(bias)))
 
 
 @functools.cache
@@ -120,36 +128,52 @@ def _zeros(count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.float32)
 
 
-def _most_rows(dtype: torch.dtype) -> int:
-    """0 if there is no code. With AMX, rows that need the matrix more than once are oneDNN's: that is not measured."""
-    if not has_code_for(dtype) or not (dtype == torch.float32 or multiplies_pairs(dtype)):
-        return 0
-    return _ROWS_AT_ONCE if dtype == torch.bfloat16 and cpu_has("amx-bf16") else _MOST_ROWS
+class _Kernels(NamedTuple):
+    """For up to so many rows, of matrices in panels of so many; function: of the GELU's name."""
+
+    panel: int
+    most_rows: int
+    function: Callable[[str | None], Function]
+
+
+def _kernels(dtype: torch.dtype, columns: int) -> _Kernels | None:
+    """Those for oneDNN's matrices, if there are any."""
+    if not has_code_for(dtype):
+        return None
+    if dtype == torch.bfloat16 and has_tiles() and columns % tile_product.COLUMNS == 0:
+        return _Kernels(tile_product.PANEL, tile_product.MOST_ROWS, _tile_function)
+    if dtype == torch.float32 or multiplies_pairs(dtype):
+        return _Kernels(_PANEL, _MOST_ROWS, functools.partial(_vector_function, dtype))
+    return None
 
 
 @functools.cache
-def _function(dtype: torch.dtype, gelu: str | None, widens: bool = False) -> Function:
+def _tile_function(gelu: str | None) -> Function:
+    return _function(functools.partial(tile_product.TileWriter, gelu))
+
+
+@functools.cache
+def _vector_function(dtype: torch.dtype, gelu: str | None, widens: bool = False) -> Function:
+    return _function(functools.partial(_VectorWriter, dtype, gelu, widens))
+
+
+def _function(writer: Callable[..., PanelWriter]) -> Function:
     def write(code: Code, thread: Value, threads: Value, *arguments: Value) -> None:
-        _Writer(code, dtype, gelu, widens, *arguments).write(thread, threads)
+        writer(*arguments, code=code).write(thread, threads)
 
     return Function(write, 7)
 
 
-class _Writer:
-    """Writes the function of: inputs, matrix, bias in float32 of whole panels, outputs; rows, columns, out.
+class _VectorWriter(PanelWriter):
+    """In vectors. widens: whether the matrix is made float32, which inputs are already."""
 
-    widens: whether the matrix is made float32, which inputs are already."""
-
-    def __init__(self, code: Code, dtype: torch.dtype, gelu: str | None, widens: bool, *arguments: Value):
-        inputs, matrix, bias, outputs, self._rows, self._columns, self._out = arguments
-        self._code, self._gelu, self._widens = code, gelu, widens
-        self._matrix, self._outputs = code.place(matrix, dtype), code.place(outputs, dtype)
+    def __init__(self, dtype: torch.dtype, gelu: str | None, widens: bool, *given: Value, code: Code):
         self._dtype = torch.float32 if widens else dtype  # of what is multiplied
-        self._inputs, self._bias = code.place(inputs, self._dtype), code.place(bias, torch.float32)
+        super().__init__(code, dtype, self._dtype, _PANEL, _ROWS_IN_CACHE, gelu, *given)
+        self._widens = widens
         self._in_step = 4 // self._dtype.itemsize  # columns
         self._steps = self._columns // self._in_step
         self._vectors = 4 if lanes() == 16 else 2  # of a step at a time: with six rows' sums, all that registers hold
-        self._sums = code.room(_ROWS_IN_CACHE * _PANEL)
         self._wide = code.room(_STEPS_AT_ONCE * _PANEL if widens else 0)
         self._adding = {stored: self._functions(stored) for stored in {dtype, self._dtype}}
 
@@ -165,20 +189,15 @@ class _Writer:
     def write(self, thread: Value, threads: Value) -> None:
         """Each thread gets as many rows of panels as the others, of panels one after the other."""
         code, rows = self._code, self._rows
-        begin, end = share((self._out + (_PANEL - 1)) // _PANEL * rows, thread, threads)
+        begin, end = share(self._panels * rows, thread, threads)
         with code.loop(begin // rows, (end + rows - 1) // rows) as panel:
             first = code.most(begin - panel * rows, code.integer(0))
             stop = code.least(end - panel * rows, rows)
             with code.loop(first, stop, _ROWS_IN_CACHE) as row:
                 self._write_panel(panel, row, code.least(stop - row, code.integer(_ROWS_IN_CACHE)))
 
-    def _write_panel(self, panel: Value, first: Value, count: Value) -> None:
-        """Outputs of a panel for `count` rows of inputs from the first."""
+    def _write_sums(self, panel: Value, inputs: Place, count: Value) -> None:
         code = self._code
-        column = panel * _PANEL
-        with code.loop(0, count) as row, code.loop(0, _PANEL, lanes()) as at:
-            self._sums[row * _PANEL + at].store(self._bias[column + at].bits())
-        inputs = self._inputs[first * self._columns]
         with code.loop(0, self._steps, _STEPS_AT_ONCE) as step:
             steps = code.least(code.integer(_STEPS_AT_ONCE), self._steps - step)
             block = self._matrix[(panel * self._steps + step) * (_PANEL * self._in_step)]
@@ -192,12 +211,6 @@ class _Writer:
                     self._write_block(block, block, steps, here, count)
             else:
                 self._write_block(block, block, steps, here, count)
-        outputs, left = self._outputs[first * self._out + column], self._out - column
-        with code.loop(0, count) as row, code.loop(0, code.least(code.integer(_PANEL), left), lanes()) as at:
-            values = self._sums[row * _PANEL + at].bits()
-            if self._gelu:
-                values = code.gelu(values, self._gelu)
-            outputs[row * self._out + at].store(values, code.first_lanes(left - at))
 
     def _write_block(self, block: Place, numbers: Place, steps: Value, inputs: Place, rows: Value) -> None:
         """Add up some steps for all rows, in groups. The next block, which lies behind it, is fetched meanwhile: each

@@ -7,6 +7,7 @@ from torch.nn.functional import gelu, linear
 from handler.kernels import packed_linear
 from handler.kernels.cpu import has_code_for, multiplies_pairs
 from handler.kernels.packed_linear import in_panels, widened_product, with_few_rows
+from handler.kernels.tiles import has_tiles
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
@@ -42,6 +43,12 @@ def make(dtype, width, height, activation=None, biased=True):
     return with_few_rows(never, packed, bias, activation), exactly(weight, bias, activation)
 
 
+def few_rows(dtype, numbers):
+    """Those of the numbers of rows that oneDNN does not get."""
+    most = packed_linear._kernels(dtype, 64).most_rows
+    return [rows for rows in numbers if rows <= most]
+
+
 def exactly(weight, bias, activation):
     def exact(inputs):
         product = linear(inputs.double(), weight.double(), None if bias is None else bias.double())
@@ -67,7 +74,7 @@ def agree(product, exact, inputs):
 @pytest.mark.parametrize("sizes", [(64, 64), (1088, 128), (96, 640), (576, 2560)])
 def test_each_number_of_rows(dtype, threads, sizes):
     product, exact = make(dtype, *sizes)
-    for rows in (*range(1, 27), 61, 127, 128):
+    for rows in few_rows(dtype, (*range(1, 35), 61, 127, 128)):
         agree(product, exact, torch.randn(rows, sizes[0]).to(dtype))
 
 
@@ -94,7 +101,7 @@ def test_inputs_of_any_shape_and_order(dtype):
 
 def test_more_rows_and_none_are_left_to_the_other_product(dtype):
     product, _ = make(dtype, 64, 64)
-    for rows in (0, 129):
+    for rows in (0, packed_linear._kernels(dtype, 64).most_rows + 1):
         with pytest.raises(AssertionError, match="few rows"):
             product(torch.zeros(rows, 64, dtype=dtype))
 
@@ -139,11 +146,21 @@ def test_a_matrix_that_tells_no_order_is_left(dtype):
     assert with_few_rows(never, packed, None, None) is never
 
 
-def test_with_amx_few_rows_are_those_that_need_the_matrix_once(monkeypatch):
-    monkeypatch.setattr(packed_linear, "has_code_for", lambda dtype: True)
-    monkeypatch.setattr(packed_linear, "multiplies_pairs", lambda dtype: True)
-    monkeypatch.setattr(packed_linear, "cpu_has", lambda feature: feature == "amx-bf16")
-    assert packed_linear._most_rows(torch.bfloat16) == 6 and packed_linear._most_rows(torch.float32) == 128
+@pytest.mark.skipif(not has_tiles(), reason="no AMX here")
+def test_with_amx_bfloat16_is_in_tiles_where_columns_fill_them(monkeypatch):
+    assert packed_linear._kernels(torch.bfloat16, 96).panel == 32
+    assert packed_linear._kernels(torch.bfloat16, 48).panel == packed_linear._kernels(torch.float32, 96).panel == 64
+    monkeypatch.setattr(packed_linear, "has_tiles", lambda: False)
+    assert packed_linear._kernels(torch.bfloat16, 96).panel == 64
+
+
+@pytest.mark.skipif(not has_tiles(), reason="no AMX here")
+def test_rows_in_tiles_are_the_same_whatever_is_beside_them(threads):
+    product, _ = make(torch.bfloat16, 640, 96)
+    inputs = torch.randn(32, 640).bfloat16()
+    one_by_one = torch.cat([product(row) for row in inputs.split(1)])
+    for rows in range(1, 33):
+        assert torch.equal(one_by_one[:rows], product(inputs[:rows]))
 
 
 @pytest.mark.parametrize("sizes", [(64, 64), (1088, 128), (96, 640), (1, 64), (600, 65), (37, 63), (70, 64)])

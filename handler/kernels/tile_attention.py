@@ -1,0 +1,54 @@
+"""Attention of several new tokens a row, whose products are made in tiles (AMX)."""
+
+import torch
+
+from . import tiles
+from .cpu import lanes
+from .machine_code import Value
+from .prompt_chunks import KEYS, ChunkWriter
+
+_SUMS, _LEFT, _RIGHT = range(4), 4, (5, 6, 7)  # registers
+_UNITS = 16  # in a row of a tile
+
+
+class TileWriter(ChunkWriter):
+    """Of bfloat16 in pairs."""
+
+    at_once = tiles.TILE_ROWS
+
+    def write(self, thread: Value, threads: Value) -> None:
+        code = self._code
+        tiles.configure(code, code.room(lanes()), [tiles.TILE_ROWS] * 8)
+        super().write(thread, threads)
+        tiles.release(code)
+
+    def _write_scores(self, first: Value) -> None:
+        code = self._code
+        for tile in _SUMS:
+            tiles.zero(code, tile)
+        for unit in range(0, self._units, _UNITS):
+            tiles.load(code, _LEFT, self._queries[first * self._units + unit], self._units)
+            for tile in _SUMS:
+                right = _RIGHT[tile % len(_RIGHT)]
+                tiles.load(code, right, self._keys[unit * KEYS + tile * _UNITS], KEYS)
+                tiles.multiply_add(code, tile, _LEFT, right)
+        for tile in _SUMS:
+            tiles.store(code, tile, self._scores[tile * _UNITS], KEYS)
+
+    def _write_sums(self, first: Value, starts: range, keys: Value) -> None:
+        code, size = self._code, self._size
+        with code.loop(0, self.at_once) as index:
+            factor = self._factors[index * lanes()].bits()
+            for at in starts:
+                place = self._sums[(first + index) * size + at]
+                place.store(place.bits() * factor)
+        for tile, at in enumerate(starts):
+            tiles.load(code, tile, self._sums[first * size + at], size)
+        for unit in range(0, KEYS // 2, _UNITS):
+            tiles.load(code, _LEFT, self._scores[0].as_dtype(torch.bfloat16)[2 * unit], 2 * KEYS)
+            for tile, at in enumerate(starts):
+                right = _RIGHT[tile % len(_RIGHT)]
+                tiles.load(code, right, self._values[unit * size + at], size)
+                tiles.multiply_add(code, tile, _LEFT, right)
+        for tile, at in enumerate(starts):
+            tiles.store(code, tile, self._sums[first * size + at], size)

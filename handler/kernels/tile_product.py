@@ -1,0 +1,85 @@
+"""Products of few rows with oneDNN's matrices of bfloat16, in tiles (AMX).
+
+A matrix [out, in] lies in panels of 32 of its rows there, two tiles for each 32 columns: 2 KB, read one after another.
+Up to 32 rows of inputs are two tiles, so all four sums stay in registers for a whole panel, and each part of it is read
+once. What lies some KB behind is fetched meanwhile.
+"""
+
+import functools
+
+import torch
+
+from . import tiles
+from .function import share
+from .machine_code import Code, Place, Value
+from .panels import PanelWriter
+
+PANEL, COLUMNS, MOST_ROWS = 32, 32, 2 * tiles.TILE_ROWS
+_LANES = 16  # numbers of a row of sums in a tile, or pairs of a matrix
+_AHEAD = 8192 // 2  # numbers of bfloat16
+
+
+class TileWriter(PanelWriter):
+    """For up to 32 rows of inputs, of a multiple of 32 columns."""
+
+    def __init__(self, gelu: str | None, *given: Value, code: Code):
+        super().__init__(code, torch.bfloat16, torch.bfloat16, PANEL, MOST_ROWS, gelu, *given)
+        self._configuration = code.room(_LANES)
+        kinds = [torch.bfloat16, None, None, torch.bfloat16, None, torch.float32]
+        self._adding = [
+            code.function(f"add_{tiles_of_rows}", kinds, functools.partial(self._write_adding, tiles_of_rows))
+            for tiles_of_rows in (1, 2)
+        ]
+
+    def write(self, thread: Value, threads: Value) -> None:
+        """Each thread gets as many panels as the others, one after the other."""
+        code, rows = self._code, self._rows
+        self._tiles_of_rows = (rows + (tiles.TILE_ROWS - 1)) // tiles.TILE_ROWS
+        self._first = (rows + (self._tiles_of_rows - 1)) // self._tiles_of_rows  # rows in the first tile
+        second = code.most(rows - self._first, code.integer(1))
+        tiles.configure(
+            code, self._configuration, [self._first, second, *[tiles.TILE_ROWS] * 2, *[self._first] * 2, *[second] * 2]
+        )
+        begin, end = share(self._panels, thread, threads)
+        with code.loop(begin, end) as panel:
+            self._write_panel(panel, code.integer(0), rows)
+        tiles.release(code)
+
+    def _write_sums(self, panel: Value, inputs: Place, count: Value) -> None:
+        matrix = self._matrix[panel * PANEL * self._columns]
+        given: list[Value | Place] = [inputs, self._columns, self._first, matrix, self._columns // COLUMNS, self._sums]
+        self._code.call_one(self._adding, self._tiles_of_rows, given)
+
+    def _write_adding(
+        self,
+        tiles_of_rows: int,
+        code: Code,
+        inputs: Place,
+        columns: Value,
+        first: Value,
+        matrix: Place,
+        steps: Value,
+        sums: Place,
+    ) -> None:
+        """Of a function that adds a panel's products with one or two tiles of inputs. first: rows in the first tile."""
+        left, right, totals = (0, 1), (2, 3), ((4, 5), (6, 7))
+        halves = range(PANEL // _LANES)
+
+        def place(tile: int, half: int) -> Place:
+            return sums[first * (tile * PANEL) + half * _LANES]
+
+        for tile in range(tiles_of_rows):
+            for half in halves:
+                tiles.load(code, totals[tile][half], place(tile, half), PANEL)
+        with code.loop(0, steps) as step:
+            here = matrix[step * (PANEL * COLUMNS)]
+            here[_AHEAD].fetch(PANEL * COLUMNS * here.dtype.itemsize)
+            for half in halves:
+                tiles.load(code, right[half], here[half * _LANES * 2], PANEL * 2)
+            for tile in range(tiles_of_rows):
+                tiles.load(code, left[tile], inputs[first * columns * tile + step * COLUMNS], columns)
+                for half in halves:
+                    tiles.multiply_add(code, totals[tile][half], left[tile], right[half])
+        for tile in range(tiles_of_rows):
+            for half in halves:
+                tiles.store(code, totals[tile][half], place(tile, half), PANEL)

@@ -169,12 +169,12 @@ class Place:
             name, align = f"llvm.masked.store.v{lanes()}{kind}.p0", I32(self.dtype.itemsize)
             code.intrinsic(name, ir.VoidType(), of, self.of, align, within.of)
 
-    def fetch(self, size: int) -> None:
-        """Have so many bytes from here on brought into the cache while other things go on."""
-        read, second_level, data = I32(0), I32(2), I32(1)
+    def fetch(self, size: int, level: int = 2) -> None:
+        """Have so many bytes from here on brought into a cache, the first or the second, while other things go on."""
+        read, locality, data = I32(0), I32(4 - level), I32(1)
         for at in range(0, size, LINE):
             line = self._code.ir.gep(self.of, [I64(at)], source_etype=_I8)
-            self._code.intrinsic("llvm.prefetch.p0", ir.VoidType(), line, read, second_level, data)
+            self._code.intrinsic("llvm.prefetch.p0", ir.VoidType(), line, read, locality, data)
 
 
 class Code:

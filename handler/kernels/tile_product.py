@@ -16,7 +16,7 @@ from .panels import PanelWriter
 
 PANEL, COLUMNS, MOST_ROWS = 32, 32, 2 * tiles.TILE_ROWS
 _LANES = 16  # numbers of a row of sums in a tile, or pairs of a matrix
-_AHEAD = 8192 // 2  # numbers of bfloat16
+_AHEAD = 4096 // 2  # numbers of bfloat16
 
 
 class TileWriter(PanelWriter):
@@ -73,7 +73,7 @@ class TileWriter(PanelWriter):
                 tiles.load(code, totals[tile][half], place(tile, half), PANEL)
         with code.loop(0, steps) as step:
             here = matrix[step * (PANEL * COLUMNS)]
-            here[_AHEAD].fetch(PANEL * COLUMNS * here.dtype.itemsize)
+            here[_AHEAD].fetch(PANEL * COLUMNS * here.dtype.itemsize, level=1)
             for half in halves:
                 tiles.load(code, right[half], here[half * _LANES * 2], PANEL * 2)
             for tile in range(tiles_of_rows):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from handler.kernels.tiles import has_tiles
 from handler.weights.cpu_linear import cpu_lacks
 
 
@@ -20,6 +21,7 @@ def commit() -> str:
 def processor() -> str:
     names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     capability = torch.backends.cpu.get_cpu_capability() + ("" if cpu_lacks(torch.bfloat16) else " with bfloat16")
+    capability += " and AMX" if has_tiles() else ""
     return f"{len(names)} x {names[0] if names else platform.processor()}, {capability}"
 
 

@@ -6,7 +6,7 @@
 GuideLLM sends 1, 8 and 32 clients in a closed loop to each, in turns; it runs on the same cores. Neither guesses tokens
 ahead: what that gives stands apart ("guessing"), of the model whose weights are real. vLLM gets a virtual environment
 of its own in .run/ (3.5 GB), and bfloat16, or float32 where the CPU has no instructions for that (docs/performance.md).
-JSON goes to benchmarks/results/, with date, processor and commit, and a plot to docs/.
+JSON goes to benchmarks/results/, with date, processor and commit, and a plot to docs/, one of each kind of processor.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from benchmarks.checkpoints import WORK, bloom_560m
 from benchmarks.machine import commit, processor
 from benchmarks.running import seconds
 from benchmarks.serving import CLIENTS, guidellm, measure, mixed, served, static_generate
+from handler.kernels.tiles import has_tiles
 from handler.weights.cpu_linear import cpu_lacks
 from handler.weights.files import weight_files
 from scripts.demo_model import demo_model
@@ -45,7 +46,6 @@ ROUNDS = 2
 MODELS = ("BLOOM-560m", "SmolLM2-135M")
 VLLM = "0.32.0"
 RESULTS = Path("benchmarks/results")
-PLOTS = {"bfloat16": Path("docs/performance.svg"), "float32": Path("docs/performance-float32.svg")}
 FEWEST_REQUESTS = 6  # of a load: the median of two first tokens would say little
 
 
@@ -267,8 +267,9 @@ def main() -> None:
     print(text)
     if not args.only and not args.skip_vllm:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"serving-{report['date']}.json").write_text(f"{text}\n")
-        plot(results, PLOTS[fastest_dtype()])
+        kind = "amx" if has_tiles() else fastest_dtype()
+        (RESULTS / f"serving-{report['date']}-{kind}.json").write_text(f"{text}\n")
+        plot(results, Path(f"docs/performance-{kind}.svg"))
 
 
 if __name__ == "__main__":

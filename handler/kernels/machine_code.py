@@ -373,7 +373,8 @@ class Code:
         return self.same(self.intrinsic(name, _F32, _F32(0.0), value.of, fastmath=("reassoc",)).of)
 
     def most_of(self, value: Value) -> Value:
-        """Of all lanes, in every lane: LLVM would compare one after the other."""
+        """Of all lanes, in every lane: LLVM would compare one after the other. A NaN stays
+        in its own lane, and others get some of the rest."""
         for distance in (lanes() >> turn for turn in range(1, lanes().bit_length())):
             value = self.most(value, self.shuffle(value, value, [lane ^ distance for lane in range(lanes())]))
         return value

@@ -4,10 +4,10 @@
 oneDNN reads a part of a matrix, then computes with it, and the next one is still to wait for. Here the next is on its
 way meanwhile.
 
-A matrix [out, in] lies in panels of 64 of its rows, column by column. In oneDNN's order two columns of bfloat16 are
-together, so a step along a panel is 256 bytes of it and 4 bytes of each row of inputs, whatever the dtype. Of some
-steps, 16 KB that stay in the smallest cache, all inputs' part is added up before the next. Six rows' sums are in
-registers at a time.
+With AMX, few rows of bfloat16 are multiplied in tiles (tile_product.py), all else in vectors, for which a matrix [out,
+in] lies in panels of 64 of its rows, column by column. In oneDNN's order two columns of bfloat16 are together, so a
+step along a panel is 256 bytes of it and 4 bytes of each row of inputs, whatever the dtype. Of some steps, 16 KB that
+stay in the smallest cache, all inputs' part is added up before the next. Six rows' sums are in registers at a time.
 
 Numbers of 16 bits that the CPU cannot multiply become float32 on their way into registers, where few rows take them, or
 once for all rows, which then read them out of the cache.
@@ -15,7 +15,8 @@ once for all rows, which then read them out of the cache.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from llvmlite import ir
@@ -26,6 +27,7 @@ from .cpu import has_code_for, lanes, multiplies_pairs
 from .function import Function, share
 from .machine_code import LINE, Code, Place, Value, Variable
 from .panels import PanelWriter
+from .tile_product import TileProduct
 from .tiles import has_tiles
 
 _MOST_ROWS = 128  # with more, oneDNN is as fast (python -m benchmarks.kernels)
@@ -47,13 +49,38 @@ def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | 
     product: of inputs [..., in] in the dtype of the matrix; times the matrix transposed, plus bias [out], with a GELU
     if one is named, "tanh" or "none"; [..., out]. packed: the matrix [out, in] in oneDNN's order, which is tried.
     """
+    for kernels in _kernels(packed.dtype):
+        if (multiply := _tried(kernels, product, packed, bias, gelu)) is not None:
+            return multiply
+    return product
+
+
+class _Kernels(NamedTuple):
+    """For up to so many rows, of matrices in panels of so many; function: of the GELU's name."""
+
+    panel: int
+    most_rows: int
+    function: Callable[[str | None], Function]
+
+
+def _kernels(dtype: torch.dtype) -> list[_Kernels]:
+    """Those for oneDNN's matrices, which lie in the order of one of them, or of none."""
+    found = []
+    if has_code_for(dtype) and dtype == torch.bfloat16 and has_tiles():
+        found.append(_Kernels(tile_product.PANEL, tile_product.MOST_ROWS, partial(_function, TileProduct)))
+    if has_code_for(dtype) and (dtype == torch.float32 or multiplies_pairs(dtype)):
+        found.append(_Kernels(_PANEL, _MOST_ROWS, partial(_function, _VectorProduct, dtype, False)))
+    return found
+
+
+def _tried(
+    kernels: _Kernels, product: _Product, packed: torch.Tensor, bias: torch.Tensor | None, gelu: str | None
+) -> _Product | None:
+    """The product with these kernels, if the matrix lies in their order."""
     (out, columns), dtype = packed.shape, packed.dtype
-    kernels = _kernels(dtype, columns)
-    if kernels is None:
-        return product
-    filled, most_rows = _filled(out, kernels.panel), kernels.most_rows
+    filled = _filled(out, kernels.panel)
     if torch.ops.mkldnn._nbytes(packed) != filled * columns * dtype.itemsize:
-        return product
+        return None
     biases = _whole_bias(bias, filled)
     matrix = torch.ops.mkldnn.data_ptr(packed)
 
@@ -68,12 +95,12 @@ def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | 
     ours = multiply_by(kernels.function(None), _zeros(filled), tried).float()
     theirs = torch.ops.mkldnn._linear_pointwise(tried, packed, None, "none", [], "").float()
     if not (ours - theirs).abs().max() < _NEAR * theirs.abs().max():
-        return product
+        return None
     function = kernels.function(gelu)
 
     def multiply(inputs: torch.Tensor, keep: torch.Tensor = packed) -> torch.Tensor:  # `matrix` is its memory
         is_whole = inputs.shape[-1] == columns and inputs.dtype == dtype and inputs.device.type == "cpu"
-        if is_whole and 0 < inputs.numel() <= most_rows * columns:
+        if is_whole and 0 < inputs.numel() <= kernels.most_rows * columns:
             return multiply_by(function, biases, inputs)
         return product(inputs)
 
@@ -99,7 +126,7 @@ def widened_product(panels: torch.Tensor, out: int, bias: torch.Tensor | None, g
     panels: the matrix, from `in_panels`; inputs and outputs are in its dtype. Raises TypeError for other inputs."""
     columns, dtype = panels.shape[1], panels.dtype
     biases = _whole_bias(bias, _filled(out))
-    function = _vector_function(dtype, gelu, widens=True)
+    function = _function(_VectorProduct, dtype, True, gelu)
 
     def multiply(inputs: torch.Tensor) -> torch.Tensor:
         if inputs.shape[-1] != columns or inputs.dtype != dtype or inputs.device.type != "cpu":
@@ -128,48 +155,22 @@ def _zeros(count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.float32)
 
 
-class _Kernels(NamedTuple):
-    """For up to so many rows, of matrices in panels of so many; function: of the GELU's name."""
-
-    panel: int
-    most_rows: int
-    function: Callable[[str | None], Function]
-
-
-def _kernels(dtype: torch.dtype, columns: int) -> _Kernels | None:
-    """Those for oneDNN's matrices, if there are any."""
-    if not has_code_for(dtype):
-        return None
-    if dtype == torch.bfloat16 and has_tiles() and columns % tile_product.COLUMNS == 0:
-        return _Kernels(tile_product.PANEL, tile_product.MOST_ROWS, _tile_function)
-    if dtype == torch.float32 or multiplies_pairs(dtype):
-        return _Kernels(_PANEL, _MOST_ROWS, functools.partial(_vector_function, dtype))
-    return None
-
-
 @functools.cache
-def _tile_function(gelu: str | None) -> Function:
-    return _function(functools.partial(tile_product.TileWriter, gelu))
+def _function(writer: type[PanelWriter], *kind: Any) -> Function:
+    """kind: what a writer is told besides the function's arguments."""
 
-
-@functools.cache
-def _vector_function(dtype: torch.dtype, gelu: str | None, widens: bool = False) -> Function:
-    return _function(functools.partial(_VectorWriter, dtype, gelu, widens))
-
-
-def _function(writer: Callable[..., PanelWriter]) -> Function:
     def write(code: Code, thread: Value, threads: Value, *arguments: Value) -> None:
-        writer(*arguments, code=code).write(thread, threads)
+        writer(*kind, *arguments, code=code).write(thread, threads)
 
     return Function(write, 7)
 
 
-class _VectorWriter(PanelWriter):
+class _VectorProduct(PanelWriter):
     """In vectors. widens: whether the matrix is made float32, which inputs are already."""
 
-    def __init__(self, dtype: torch.dtype, gelu: str | None, widens: bool, *given: Value, code: Code):
+    def __init__(self, dtype: torch.dtype, widens: bool, gelu: str | None, *given: Value, code: Code):
         self._dtype = torch.float32 if widens else dtype  # of what is multiplied
-        super().__init__(code, dtype, self._dtype, _PANEL, _ROWS_IN_CACHE, gelu, *given)
+        super().__init__(dtype, self._dtype, _PANEL, _ROWS_IN_CACHE, gelu, *given, code=code)
         self._widens = widens
         self._in_step = 4 // self._dtype.itemsize  # columns
         self._steps = self._columns // self._in_step
@@ -182,7 +183,7 @@ class _VectorWriter(PanelWriter):
         kinds = [self._dtype, None, stored, None, torch.float32, self._matrix.dtype, None]
         at_once = _UNROLLED if stored == self._dtype else 1  # where it is widened here, that would gain nothing
         return [
-            self._code.function(f"add_{rows}_{stored}", kinds, functools.partial(self._write_adding, rows, at_once))
+            self._code.function(f"add_{rows}_{stored}", kinds, partial(self._write_adding, rows, at_once))
             for rows in range(1, _ROWS_AT_ONCE + 1)
         ]
 

@@ -1,6 +1,6 @@
 """What all kernels of products with packed matrices have in common.
 
-A matrix [out, in] lies in panels of some of its rows, column by column. Two columns of bfloat16 are together.
+A matrix [out, in] lies in panels of some of its rows, column by column, or two columns of bfloat16 together.
 """
 
 from abc import ABC, abstractmethod
@@ -18,16 +18,16 @@ class PanelWriter(ABC):
 
     def __init__(
         self,
-        code: Code,
         dtype: torch.dtype,
         computed: torch.dtype,
         panel: int,
         most_rows: int,
         gelu: str | None,
         *given: Value,
+        code: Code,
     ):
         inputs, matrix, bias, outputs, self._rows, self._columns, self._out = given
-        self._code, self._panel, self._most_rows, self._gelu = code, panel, most_rows, gelu
+        self._code, self._panel, self._gelu = code, panel, gelu
         self._inputs, self._bias = code.place(inputs, computed), code.place(bias, torch.float32)
         self._matrix, self._outputs = code.place(matrix, dtype), code.place(outputs, dtype)
         self._panels = (self._out + (panel - 1)) // panel

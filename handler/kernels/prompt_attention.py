@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from .attention import is_enough, is_taken
-from .cpu import cpu_has, lanes, multiplies_pairs
+from .cpu import lanes, multiplies_pairs
 from .function import Function, bits_of_float
 from .machine_code import Code, Value, Variable
 from .prompt_chunks import CHUNK, KEYS, ChunkWriter
-from .tile_attention import TileWriter
+from .tile_attention import TileAttention
 from .tiles import has_tiles
 
 _MOST_DIMENSIONS = 512  # of a head: what a chunk of it takes is on the thread's stack
@@ -33,8 +33,8 @@ def can_attend(
     kv_heads, columns = key.shape[1:3]
     if new < 2 or columns < new or size > _MOST_DIMENSIONS or not is_taken(query, key, value, mask, bias):
         return False
-    if query.dtype == torch.bfloat16 and cpu_has("amx-bf16") and not multiplies_pairs(query.dtype, size):
-        return False  # SDPA is faster
+    if query.dtype == torch.bfloat16 and has_tiles() and not multiplies_pairs(query.dtype, size):
+        return False  # what would be made in float32 here, PyTorch's operators make in tiles
     return is_enough(rows * kv_heads * -(-new * heads // (kv_heads * CHUNK)), columns)
 
 
@@ -58,7 +58,7 @@ def prompt_attention(
     strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides
     pairs = multiplies_pairs(query.dtype, size)
     kind = query.dtype, size, None if mask is None else mask.dtype, bias is not None, pairs
-    function = _function(TileWriter if pairs and has_tiles() else _VectorWriter, *kind)
+    function = _function(TileAttention if pairs and has_tiles() else _VectorAttention, *kind)
     function(
         *tensors,
         *strides,
@@ -77,8 +77,8 @@ def _function(writer: type[ChunkWriter], *kind: Any) -> Function:
     return Function(write, 23)
 
 
-class _VectorWriter(ChunkWriter):
-    at_once = 6
+class _VectorAttention(ChunkWriter):
+    at_once, values_at_once = 6, 2
 
     def _write_scores(self, first: Value) -> None:
         code = self._code

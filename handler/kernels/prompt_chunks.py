@@ -19,9 +19,11 @@ KEYS = 64  # in a block
 
 class ChunkWriter(ABC):
     """A unit is what a lane has of keys, queries and values: one float32, or two bfloat16, of neighbouring dimensions
-    or, in values, of neighbouring columns. at_once: queries in a tile."""
+    or, in values, of neighbouring columns. at_once: queries in a tile. values_at_once: columns that are added up
+    together, the last of which have no weight."""
 
     at_once: int
+    values_at_once: int
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class ChunkWriter(ABC):
             keys = code.least(stop - column, code.integer(KEYS))
             with self._when_seen(mask, code.integer(0), count, column, keys):
                 self._write_keys(key, column)
-                self._write_values(value, column)
+                self._write_values(value, column, keys)
                 with code.loop(0, tiles) as tile:
                     self._write_fetching(key, value, column + KEYS, share(code.integer(KEYS), tile, tiles))
                     start = tile * self.at_once
@@ -154,10 +156,11 @@ class ChunkWriter(ABC):
             for lane, vector in enumerate(code.transposed(vectors)):
                 self._keys[(unit + lane) * KEYS + at].store(vector)
 
-    def _write_values(self, value: Place, column: Value) -> None:
+    def _write_values(self, value: Place, column: Value, keys: Value) -> None:
         """Of bfloat16 two columns are put side by side, number by number. Beyond the last one it is there again."""
         code, last = self._code, self._columns - 1
-        with code.loop(0, KEYS, self._in_unit) as index:
+        filled = (keys + (self.values_at_once - 1)) // self.values_at_once * self.values_at_once
+        with code.loop(0, filled, self._in_unit) as index:
             place = self._values[index // self._in_unit * self._size]
             one, other = (value[code.least(column + index + n, last) * self._value_column] for n in (0, 1))
             for at in range(0, self._size, lanes() * self._in_unit):

@@ -11,10 +11,11 @@ _SUMS, _LEFT, _RIGHT = range(4), 4, (5, 6, 7)  # registers
 _UNITS = 16  # in a row of a tile
 
 
-class TileWriter(ChunkWriter):
+class TileAttention(ChunkWriter):
     """Of bfloat16 in pairs."""
 
     at_once = tiles.TILE_ROWS
+    values_at_once = 2 * _UNITS
 
     def write(self, thread: Value, threads: Value) -> None:
         code = self._code
@@ -44,11 +45,12 @@ class TileWriter(ChunkWriter):
                 place.store(place.bits() * factor)
         for tile, at in enumerate(starts):
             tiles.load(code, tile, self._sums[first * size + at], size)
-        for unit in range(0, KEYS // 2, _UNITS):
-            tiles.load(code, _LEFT, self._scores[0].as_dtype(torch.bfloat16)[2 * unit], 2 * KEYS)
+        weights = self._scores.as_dtype(torch.bfloat16)
+        with code.loop(0, keys, self.values_at_once) as key:
+            tiles.load(code, _LEFT, weights[key], 2 * KEYS)
             for tile, at in enumerate(starts):
                 right = _RIGHT[tile % len(_RIGHT)]
-                tiles.load(code, right, self._values[unit * size + at], size)
+                tiles.load(code, right, self._values[key // 2 * size + at], size)
                 tiles.multiply_add(code, tile, _LEFT, right)
         for tile, at in enumerate(starts):
             tiles.store(code, tile, self._sums[first * size + at], size)

@@ -2,7 +2,7 @@
 
 A matrix [out, in] lies in panels of 32 of its rows there, two tiles for each 32 columns: 2 KB, read one after another.
 Up to 32 rows of inputs are two tiles, so all four sums stay in registers for a whole panel, and each part of it is read
-once. What lies some KB behind is fetched meanwhile.
+once. What lies some KB behind is fetched meanwhile. Of more rows, oneDNN's products are as fast or faster.
 """
 
 import functools
@@ -19,11 +19,11 @@ _LANES = 16  # numbers of a row of sums in a tile, or pairs of a matrix
 _AHEAD = 4096 // 2  # numbers of bfloat16
 
 
-class TileWriter(PanelWriter):
+class TileProduct(PanelWriter):
     """For up to 32 rows of inputs, of a multiple of 32 columns."""
 
     def __init__(self, gelu: str | None, *given: Value, code: Code):
-        super().__init__(code, torch.bfloat16, torch.bfloat16, PANEL, MOST_ROWS, gelu, *given)
+        super().__init__(torch.bfloat16, torch.bfloat16, PANEL, MOST_ROWS, gelu, *given, code=code)
         self._configuration = code.room(_LANES)
         kinds = [torch.bfloat16, None, None, torch.bfloat16, None, torch.float32]
         self._adding = [

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from handler.engine import Engine, EngineConfig, Request, block_attention, cuda_graphs, kv_cache, replay
 from handler.engine.captured import Captured, Forward
 from handler.engine.scheduler import Batch
-from handler.kernels.cpu import cpu_has, has_code_for
+from handler.kernels.cpu import has_code_for
 from handler.loading import mend
 from handler.weights.packed import pack_weights
 from tests.models import DEVICE
@@ -650,7 +650,7 @@ def test_prompts_whose_attention_is_a_kernel(prompts, dtype, monkeypatch):
     for seed, length in enumerate((16, 16, 11, 40, 37)):
         answer(engine, prompt_ids(seed, length), 2)
     assert own._takes_prompts and prompts == [(16, 0, 16), (11, 0, 16), (37, 0, 40)]
-    assert made.called or (dtype == torch.bfloat16 and cpu_has("amx-bf16"))
+    assert made.called
 
 
 @can_pass_over

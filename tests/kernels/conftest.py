@@ -28,16 +28,13 @@ def multiply_add(code, one, other, sum, dtype=torch.float32):
 @pytest.fixture(params=["float32", "float16", "bfloat16", "bfloat16 in pairs", "bfloat16 in tiles"])
 def dtype(request, monkeypatch):
     """bfloat16 both ways, whatever this CPU has; in tiles where it has them."""
-    name, _, in_pairs = request.param.partition(" ")
-    dtype, in_tiles = getattr(torch, name), in_pairs == "in tiles"
+    name, _, how = request.param.partition(" ")
+    dtype, in_pairs, in_tiles = getattr(torch, name), how != "", how == "in tiles"
     if not has_code_for(dtype) or (in_pairs and lanes() != 16) or (in_tiles and not has_tiles()):
         pytest.skip("not on this CPU")
     monkeypatch.setattr(prompt_attention, "has_tiles", lambda: in_tiles)
     for module in (decode_attention, prompt_attention):
-        monkeypatch.setattr(
-            module, "multiplies_pairs", lambda dtype, size: bool(in_pairs) and size % (2 * lanes()) == 0
-        )
-        monkeypatch.setattr(module, "cpu_has", lambda feature: False, raising=False)  # AMX, with which some are left
+        monkeypatch.setattr(module, "multiplies_pairs", lambda dtype, size: in_pairs and size % (2 * lanes()) == 0)
     if in_pairs and not cpu_has("avx512bf16"):
         monkeypatch.setattr(Code, "multiply_add", multiply_add)
     return dtype

@@ -33,6 +33,15 @@ def test_exp():
     torch.testing.assert_close(applied(Code.exp, near).double(), near.double().exp(), rtol=3e-7, atol=0)
 
 
+def test_the_most_of_all_lanes_is_in_every_lane_and_nan_stays_in_its_own():
+    for place in range(lanes()):
+        inputs = -torch.rand(lanes())
+        inputs[place] = 1.0
+        assert applied(Code.most_of, inputs).tolist() == [1.0] * lanes()
+        inputs[place] = math.nan
+        assert applied(Code.most_of, inputs).isnan().nonzero().tolist() == [[place]]
+
+
 def test_what_is_beyond_float32_is_nothing_or_its_end_and_nan_stays():
     inputs = torch.tensor([-math.inf, -200.0, 200.0, math.inf, math.nan, -math.nan] + [0.0] * 10)
     first, second, third, fourth, *others = applied(Code.exp, inputs)[:6].tolist()

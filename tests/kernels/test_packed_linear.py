@@ -43,10 +43,9 @@ def make(dtype, width, height, activation=None, biased=True):
     return with_few_rows(never, packed, bias, activation), exactly(weight, bias, activation)
 
 
-def few_rows(dtype, numbers):
-    """Those of the numbers of rows that oneDNN does not get."""
-    most = packed_linear._kernels(dtype, 64).most_rows
-    return [rows for rows in numbers if rows <= most]
+def most_rows(dtype):
+    """That oneDNN does not get."""
+    return 32 if dtype == torch.bfloat16 and has_tiles() else 128
 
 
 def exactly(weight, bias, activation):
@@ -74,15 +73,15 @@ def agree(product, exact, inputs):
 @pytest.mark.parametrize("sizes", [(64, 64), (1088, 128), (96, 640), (576, 2560)])
 def test_each_number_of_rows(dtype, threads, sizes):
     product, exact = make(dtype, *sizes)
-    for rows in few_rows(dtype, (*range(1, 35), 61, 127, 128)):
+    for rows in (*range(1, 33), *(rows for rows in (61, 127, 128) if rows <= most_rows(dtype))):
         agree(product, exact, torch.randn(rows, sizes[0]).to(dtype))
 
 
 @pytest.mark.parametrize("height", [40, 63, 65, 100])
-def test_matrices_that_do_not_fill_their_last_panel(height, threads):
-    product, exact = make(torch.float32, 48, height)
-    for rows in (1, 7, 40):
-        agree(product, exact, torch.randn(rows, 48))
+def test_matrices_that_do_not_fill_their_last_panel(dtype, height, threads):
+    product, exact = make(dtype, 64, height)
+    for rows in (1, 7, 17, 32):
+        agree(product, exact, torch.randn(rows, 64).to(dtype))
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -101,7 +100,7 @@ def test_inputs_of_any_shape_and_order(dtype):
 
 def test_more_rows_and_none_are_left_to_the_other_product(dtype):
     product, _ = make(dtype, 64, 64)
-    for rows in (0, packed_linear._kernels(dtype, 64).most_rows + 1):
+    for rows in (0, most_rows(dtype) + 1):
         with pytest.raises(AssertionError, match="few rows"):
             product(torch.zeros(rows, 64, dtype=dtype))
 
@@ -146,12 +145,20 @@ def test_a_matrix_that_tells_no_order_is_left(dtype):
     assert with_few_rows(never, packed, None, None) is never
 
 
-@pytest.mark.skipif(not has_tiles(), reason="no AMX here")
-def test_with_amx_bfloat16_is_in_tiles_where_columns_fill_them(monkeypatch):
-    assert packed_linear._kernels(torch.bfloat16, 96).panel == 32
-    assert packed_linear._kernels(torch.bfloat16, 48).panel == packed_linear._kernels(torch.float32, 96).panel == 64
-    monkeypatch.setattr(packed_linear, "has_tiles", lambda: False)
-    assert packed_linear._kernels(torch.bfloat16, 96).panel == 64
+@pytest.mark.parametrize(
+    "has_tiles, dtype, found",
+    [
+        (True, torch.bfloat16, [(32, 32), (64, 128)]),
+        (False, torch.bfloat16, [(64, 128)]),
+        (True, torch.float32, [(64, 128)]),
+        (True, torch.float16, []),
+    ],
+)
+def test_which_orders_are_tried(monkeypatch, has_tiles, dtype, found):
+    monkeypatch.setattr(packed_linear, "has_code_for", lambda dtype: True)
+    monkeypatch.setattr(packed_linear, "multiplies_pairs", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(packed_linear, "has_tiles", lambda: has_tiles)
+    assert [(kernels.panel, kernels.most_rows) for kernels in packed_linear._kernels(dtype)] == found
 
 
 @pytest.mark.skipif(not has_tiles(), reason="no AMX here")

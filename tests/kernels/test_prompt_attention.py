@@ -168,7 +168,7 @@ def test_a_mask_for_all_queries_alike_is_left():
 
 
 def test_with_amx_bfloat16_that_fills_no_pairs_is_left(monkeypatch):
-    monkeypatch.setattr(module, "cpu_has", lambda feature: feature == "amx-bf16")
+    monkeypatch.setattr(module, "has_tiles", lambda: True)
     monkeypatch.setattr(module, "multiplies_pairs", lambda dtype, size: dtype == torch.bfloat16 and size % 32 == 0)
     for dtype, size, is_taken in ((torch.bfloat16, 80, False), (torch.bfloat16, 64, True), (torch.float32, 80, True)):
         query, key, value = tensors(dtype, 2, 4, 4, size, 33, new=5)

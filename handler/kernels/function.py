@@ -16,12 +16,25 @@ import torch
 from llvmlite import binding, ir
 
 from .cpu import OF_THREADS, features, lanes, parallel
-from .machine_code import I32, I64, POINTER, Code, Value
+from .machine_code import I32, I64, POINTER, Code, Place, Value
 
 
 def share(count: Value, thread: Value, threads: Value) -> tuple[Value, Value]:
     """Where a thread's share of so many things begins and ends."""
     return count * thread // threads, count * (thread + 1) // threads
+
+
+@contextmanager
+def parts(code: Code, count: Value, threads: Value) -> Iterator[tuple[Value, Value]]:
+    """Where parts of so many things begin and end; a thread comes for the next when it is through with one. Of two
+    cores the one may be several times as fast as the other, half of which is somebody else's. Once in a function."""
+    taken, ended = code.counters
+    size = code.most(count // (threads * _PARTS), code.integer(1))
+    with code.loop(taken.add_integer(size), count, lambda: taken.add_integer(size)) as start:
+        yield start, code.least(start + size, count)
+    with code.when(ended.add_integer(code.integer(1)) > threads - 2):  # nobody comes any more: for the next call
+        for counter in (taken, ended):
+            counter.store_integer(code.integer(0))
 
 
 def bits_of_float(number: float) -> int:
@@ -30,6 +43,7 @@ def bits_of_float(number: float) -> int:
     return bits
 
 
+_PARTS = 8  # of what a thread would have to do if all were as fast
 _FEW_NUMBERS = 1 << 15  # one thread is through with them before another has begun
 Argument = torch.Tensor | int | None  # a tensor means its address, nothing means address 0
 _Watcher = Callable[["Function", tuple[Argument, ...]], None]
@@ -65,14 +79,15 @@ class Function:
         function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), "run")
         code = Code(function)
         threads = [code.ir.sext(code.intrinsic(name, I32).of, I64) for name in OF_THREADS]
-        places = [code.ir.gep(function.args[0], [I64(index)], source_etype=I64) for index in range(arguments)]
-        given = [*threads, *(code.ir.load(place, typ=I64) for place in places)]
+        places = Place(code, function.args[0], torch.int64)
+        code.counters = places[arguments], places[arguments + 1]
+        given = [*threads, *(places[index].integer().of for index in range(arguments))]
         write(code, *(Value(code, value) for value in given))
         code.ir.ret_void()
         self._engine = _compiled(str(module))  # owns the code
         self._address = self._engine.get_function_address(function.name)
         self._alone = _FUNCTION(self._address)
-        self._array = ctypes.c_int64 * arguments
+        self._arguments = arguments
 
     def __call__(self, *arguments: Argument) -> None:
         """In as many threads as PyTorch computes in; returns when all have."""
@@ -91,9 +106,11 @@ class Function:
         return self.alone if count <= _FEW_NUMBERS else self
 
     def _given(self, arguments: Sequence[Argument]) -> ctypes.Array:
-        if len(arguments) != self._array._length_:
-            raise TypeError(f"{self._array._length_} arguments, not {len(arguments)}")
-        return self._array(*(a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments))
+        """And the counters behind them."""
+        if len(arguments) != self._arguments:
+            raise TypeError(f"{self._arguments} arguments, not {len(arguments)}")
+        numbers = (a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments)
+        return (ctypes.c_int64 * (self._arguments + 2))(*numbers)
 
 
 def in_turn(calls: Sequence[tuple[Function, Sequence[Argument]]]) -> Callable[[], None]:

@@ -150,6 +150,10 @@ class Place:
     def store_integer(self, value: Value) -> None:
         self._code.ir.store(value.of, self.of, align=8)
 
+    def add_integer(self, value: Value) -> Value:
+        """What was there before; no other thread comes between."""
+        return Value(self._code, self._code.ir.atomic_rmw("add", self.of, value.of, "acq_rel"))
+
     def booleans(self, within: Value) -> Value:
         none = ir.Constant(ir.VectorType(_I8, lanes()), None)
         return Value(self._code, self._code.ir.icmp_unsigned("!=", self._masked("i8", within, none).of, none))
@@ -180,6 +184,8 @@ class Place:
 class Code:
     """A function's instructions."""
 
+    counters: tuple[Place, Place]  # of a call, 0 when it begins and when it ends
+
     def __init__(self, function: ir.Function):
         self.ir = ir.IRBuilder(function.append_basic_block())
 
@@ -209,8 +215,11 @@ class Code:
         return self.room(2 * count).as_dtype(torch.int64)
 
     @contextmanager
-    def loop(self, start: Value | int, stop: Value | int, step: Value | int = 1) -> Iterator[Value]:
-        """What is written inside runs for each number from `start` to below `stop`, which is what it gets."""
+    def loop(
+        self, start: Value | int, stop: Value | int, step: Value | int | Callable[[], Value] = 1
+    ) -> Iterator[Value]:
+        """What is written inside runs for each number from `start` to below `stop`, which is what it gets. step: what
+        is between them, or what gives the next."""
         start, stop = (self.integer(end) if isinstance(end, int) else end for end in (start, stop))
         counter = Variable(self, start)
         test, body, end = (self.ir.append_basic_block() for _ in range(3))
@@ -220,7 +229,7 @@ class Code:
         self.ir.cbranch((index < stop).of, body, end)
         self.ir.position_at_end(body)
         yield index
-        counter.set(index + step)
+        counter.set(step() if callable(step) else index + step)
         self.ir.branch(test)
         self.ir.position_at_end(end)
 

@@ -10,7 +10,7 @@ import torch
 
 from .attention import LEAST, visible
 from .cpu import lanes
-from .function import share
+from .function import parts, share
 from .machine_code import Code, Place, Value, Variable
 
 CHUNK = 96  # queries for which a block of keys is turned once: whole tiles
@@ -60,11 +60,11 @@ class ChunkWriter(ABC):
         self._scores, self._factors = code.room(self.at_once * KEYS), code.room(self.at_once * lanes())
 
     def write(self, thread: Value, threads: Value) -> None:
-        """Chunks of queries that share a key head take turns, first those that see most."""
+        """Chunks of queries that share a key head, first those that see most."""
         code = self._code
         queries, heads = self._new * self._shared, self._rows * self._kv_heads
         chunks = (queries + (CHUNK - 1)) // CHUNK
-        with code.loop(thread, chunks * heads, threads) as item:
+        with parts(code, chunks * heads, threads) as part, code.loop(*part) as item:
             first = (chunks - 1 - item // heads) * CHUNK
             row, head = item % heads // self._kv_heads, item % self._kv_heads
             self._write_chunk(row, head, first, code.least(queries - first, code.integer(CHUNK)))

@@ -10,7 +10,7 @@ import functools
 import torch
 
 from . import tiles
-from .function import share
+from .function import parts
 from .machine_code import Code, Place, Value
 from .panels import PanelWriter
 
@@ -32,7 +32,6 @@ class TileProduct(PanelWriter):
         ]
 
     def write(self, thread: Value, threads: Value) -> None:
-        """Each thread gets as many panels as the others, one after the other."""
         code, rows = self._code, self._rows
         self._tiles_of_rows = (rows + (tiles.TILE_ROWS - 1)) // tiles.TILE_ROWS
         self._first = (rows + (self._tiles_of_rows - 1)) // self._tiles_of_rows  # rows in the first tile
@@ -40,8 +39,7 @@ class TileProduct(PanelWriter):
         tiles.configure(
             code, self._configuration, [self._first, second, *[tiles.TILE_ROWS] * 2, *[self._first] * 2, *[second] * 2]
         )
-        begin, end = share(self._panels, thread, threads)
-        with code.loop(begin, end) as panel:
+        with parts(code, self._panels, threads) as part, code.loop(*part) as panel:
             self._write_panel(panel, code.integer(0), rows)
         tiles.release(code)
 

@@ -3,13 +3,14 @@
 import gc
 import math
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.nn.functional import gelu
 
 from handler.kernels.cpu import has_code_for, lanes, use_machine_code
-from handler.kernels.function import Function, in_turn, share
+from handler.kernels.function import Function, in_turn, parts, share
 from handler.kernels.machine_code import Code, Value, Variable
 
 
@@ -145,3 +146,37 @@ def test_functions_in_turn_keep_what_they_need():
     assert gone() is not None and target.eq(2).all()
     with pytest.raises(TypeError, match="2 arguments, not 1"):
         in_turn([(Function(write, 2), (target,))])
+
+
+@pytest.fixture(scope="module")
+def counting():
+    """A function of integers, whose addresses it gets, and of how many there are: each is increased, in parts."""
+
+    def write(code: Code, thread: Value, threads: Value, numbers: Value, count: Value) -> None:
+        place = code.place(numbers, torch.int64)
+        with parts(code, count, threads) as part, code.loop(*part) as index:
+            place[index].store_integer(place[index].integer() + 1)
+
+    return Function(write, 2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 16, 17, 1000])
+def test_parts_are_everything_once_and_begin_anew_with_each_call(counting, threads, count):
+    numbers = torch.zeros(count + 1, dtype=torch.int64)
+    call = in_turn([(counting, (numbers, count))] * 3)
+    for _ in range(4):
+        counting(numbers, count)
+        call()
+    assert numbers[:count].eq(4 + 3 * 4).all() and numbers[count] == 0
+
+
+def test_parts_of_calls_at_the_same_time_are_each_ones_own(counting):
+    numbers = [torch.zeros(300, dtype=torch.int64) for _ in range(4)]
+
+    def count(own):
+        for _ in range(200):
+            counting(own, 300)
+
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        list(pool.map(count, numbers))
+    assert all(own.eq(200).all() for own in numbers)

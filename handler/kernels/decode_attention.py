@@ -12,7 +12,7 @@ import torch
 
 from .attention import LEAST, is_enough, is_taken, visible
 from .cpu import lanes, multiplies_pairs
-from .function import Function, bits_of_float, share
+from .function import Function, bits_of_float, parts
 from .machine_code import Code, Place, Value, Variable
 
 _KEYS_AT_ONCE = 256
@@ -104,9 +104,9 @@ class _Writer:
         self._best, self._totals = code.room(shared * lanes()), code.room(shared * lanes())
 
     def write(self, thread: Value, threads: Value) -> None:
-        """Each thread gets as many key heads of rows as the others."""
-        shared = self._shared
-        with self._code.loop(*share(self._items, thread, threads)) as item:
+        """Key heads of rows, some of which are longer than others."""
+        code, shared = self._code, self._shared
+        with parts(code, self._items, threads) as part, code.loop(*part) as item:
             row, head = item // self._kv_heads, item % self._kv_heads
             self._write_item(
                 self._query[row * self._query_row + head * shared * self._query_head],

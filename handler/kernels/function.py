@@ -27,12 +27,14 @@ def share(count: Value, thread: Value, threads: Value) -> tuple[Value, Value]:
 @contextmanager
 def parts(code: Code, count: Value, threads: Value) -> Iterator[tuple[Value, Value]]:
     """Where parts of so many things begin and end; a thread comes for the next when it is through with one. Of two
-    cores the one may be several times as fast as the other, half of which is somebody else's. Once in a function."""
+    cores the one may be several times as fast as the other, half of which is somebody else's. Once in a function, for
+    which all threads have the same count."""
     taken, ended = code.counters
-    size = code.most(count // (threads * _PARTS), code.integer(1))
+    del code.counters  # a second use would begin where the first one ended
+    size = code.least(code.most(count // (threads * _PARTS), code.integer(1)), code.integer(_MOST_OF_A_PART))
     with code.loop(taken.add_integer(size), count, lambda: taken.add_integer(size)) as start:
         yield start, code.least(start + size, count)
-    with code.when(ended.add_integer(code.integer(1)) > threads - 2):  # nobody comes any more: for the next call
+    with code.when(ended.add_integer(code.integer(1)) > threads - 2):  # all have come in vain: for the next call
         for counter in (taken, ended):
             counter.store_integer(code.integer(0))
 
@@ -44,6 +46,7 @@ def bits_of_float(number: float) -> int:
 
 
 _PARTS = 8  # of what a thread would have to do if all were as fast
+_MOST_OF_A_PART = 64  # things: the last part keeps all threads waiting for one
 _FEW_NUMBERS = 1 << 15  # one thread is through with them before another has begun
 Argument = torch.Tensor | int | None  # a tensor means its address, nothing means address 0
 _Watcher = Callable[["Function", tuple[Argument, ...]], None]
@@ -115,7 +118,7 @@ class Function:
 
 def in_turn(calls: Sequence[tuple[Function, Sequence[Argument]]]) -> Callable[[], None]:
     """What makes calls one after the other in one parallel region, whose threads wait for each other between them. It
-    keeps the tensors."""
+    keeps the tensors. To be run by one thread at a time: counters lie behind the arguments."""
     arrays = [function._given(arguments) for function, arguments in calls]
     pairs = ((call[0]._address, ctypes.addressof(array)) for call, array in zip(calls, arrays, strict=True))
     table = (ctypes.c_int64 * (2 * len(calls)))(*itertools.chain.from_iterable(pairs))

@@ -175,10 +175,10 @@ class Place:
 
     def fetch(self, size: int, level: int = 2) -> None:
         """Have so many bytes from here on brought into a cache, the first or the second, while other things go on."""
-        read, locality, data = I32(0), I32(4 - level), I32(1)
         for at in range(0, size, LINE):
             line = self._code.ir.gep(self.of, [I64(at)], source_etype=_I8)
-            self._code.intrinsic("llvm.prefetch.p0", ir.VoidType(), line, read, locality, data)
+            # Read, the nearer the greater, data.
+            self._code.intrinsic("llvm.prefetch.p0", ir.VoidType(), line, I32(0), I32(4 - level), I32(1))
 
 
 class Code:
@@ -382,8 +382,8 @@ class Code:
         return self.same(self.intrinsic(name, _F32, _F32(0.0), value.of, fastmath=("reassoc",)).of)
 
     def most_of(self, value: Value) -> Value:
-        """Of all lanes, in every lane: LLVM would compare one after the other. A NaN stays
-        in its own lane, and others get some of the rest."""
+        """Of all lanes, in every lane: LLVM would compare one after the other. A NaN stays in its own lane, and other
+        lanes may miss numbers then."""
         for distance in (lanes() >> turn for turn in range(1, lanes().bit_length())):
             value = self.most(value, self.shuffle(value, value, [lane ^ distance for lane in range(lanes())]))
         return value

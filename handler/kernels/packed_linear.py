@@ -4,10 +4,11 @@
 oneDNN reads a part of a matrix, then computes with it, and the next one is still to wait for. Here the next is on its
 way meanwhile.
 
-With AMX, few rows of bfloat16 are multiplied in tiles (tile_product.py), all else in vectors, for which a matrix [out,
-in] lies in panels of 64 of its rows, column by column. In oneDNN's order two columns of bfloat16 are together, so a
-step along a panel is 256 bytes of it and 4 bytes of each row of inputs, whatever the dtype. Of some steps, 16 KB that
-stay in the smallest cache, all inputs' part is added up before the next. Six rows' sums are in registers at a time.
+With AMX, oneDNN has another order for bfloat16, of which few rows are multiplied in tiles (tile_product.py). All else
+is multiplied in vectors, for which a matrix [out, in] lies in panels of 64 of its rows, column by column. In oneDNN's
+order two columns of bfloat16 are together, so a step along a panel is 256 bytes of it and 4 bytes of each row of
+inputs, whatever the dtype. Of some steps, 16 KB that stay in the smallest cache, all inputs' part is added up before
+the next. Six rows' sums are in registers at a time.
 
 Numbers of 16 bits that the CPU cannot multiply become float32 on their way into registers, where few rows take them, or
 once for all rows, which then read them out of the cache.
@@ -49,7 +50,7 @@ def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | 
     product: of inputs [..., in] in the dtype of the matrix; times the matrix transposed, plus bias [out], with a GELU
     if one is named, "tanh" or "none"; [..., out]. packed: the matrix [out, in] in oneDNN's order, which is tried.
     """
-    for kernels in _kernels(packed.dtype):
+    for kernels in _kernels(packed.dtype, packed.shape[1]):
         if (multiply := _tried(kernels, product, packed, bias, gelu)) is not None:
             return multiply
     return product
@@ -63,12 +64,14 @@ class _Kernels(NamedTuple):
     function: Callable[[str | None], Function]
 
 
-def _kernels(dtype: torch.dtype) -> list[_Kernels]:
+def _kernels(dtype: torch.dtype, columns: int) -> list[_Kernels]:
     """Those for oneDNN's matrices, which lie in the order of one of them, or of none."""
-    found = []
-    if has_code_for(dtype) and dtype == torch.bfloat16 and has_tiles():
+    found: list[_Kernels] = []
+    if not has_code_for(dtype):
+        return found
+    if dtype == torch.bfloat16 and has_tiles() and columns % tile_product.COLUMNS == 0:
         found.append(_Kernels(tile_product.PANEL, tile_product.MOST_ROWS, partial(_function, TileProduct)))
-    if has_code_for(dtype) and (dtype == torch.float32 or multiplies_pairs(dtype)):
+    if dtype == torch.float32 or multiplies_pairs(dtype):
         found.append(_Kernels(_PANEL, _MOST_ROWS, partial(_function, _VectorProduct, dtype, False)))
     return found
 

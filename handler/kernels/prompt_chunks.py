@@ -20,7 +20,7 @@ KEYS = 64  # in a block
 class ChunkWriter(ABC):
     """A unit is what a lane has of keys, queries and values: one float32, or two bfloat16, of neighbouring dimensions
     or, in values, of neighbouring columns. at_once: queries in a tile. values_at_once: columns that are added up
-    together, the last of which have no weight."""
+    together, the last of which may have no weight."""
 
     at_once: int
     values_at_once: int

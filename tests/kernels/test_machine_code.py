@@ -164,10 +164,21 @@ def counting():
 def test_parts_are_everything_once_and_begin_anew_with_each_call(counting, threads, count):
     numbers = torch.zeros(count + 1, dtype=torch.int64)
     call = in_turn([(counting, (numbers, count))] * 3)
-    for _ in range(4):
+    for more in (0, 2, 1, 0):
+        torch.set_num_threads(threads + more)
         counting(numbers, count)
         call()
     assert numbers[:count].eq(4 + 3 * 4).all() and numbers[count] == 0
+
+
+def test_parts_twice_in_a_function_are_refused():
+    def write(code: Code, thread: Value, threads: Value, count: Value) -> None:
+        for _ in range(2):
+            with parts(code, count, threads):
+                pass
+
+    with pytest.raises(AttributeError, match="counters"):
+        Function(write, 1)
 
 
 def test_parts_of_calls_at_the_same_time_are_each_ones_own(counting):

@@ -146,19 +146,40 @@ def test_a_matrix_that_tells_no_order_is_left(dtype):
 
 
 @pytest.mark.parametrize(
-    "has_tiles, dtype, found",
+    "has_tiles, dtype, columns, found",
     [
-        (True, torch.bfloat16, [(32, 32), (64, 128)]),
-        (False, torch.bfloat16, [(64, 128)]),
-        (True, torch.float32, [(64, 128)]),
-        (True, torch.float16, []),
+        (True, torch.bfloat16, 96, [(32, 32), (64, 128)]),
+        (True, torch.bfloat16, 48, [(64, 128)]),
+        (False, torch.bfloat16, 96, [(64, 128)]),
+        (True, torch.float32, 96, [(64, 128)]),
+        (True, torch.float16, 96, []),
     ],
 )
-def test_which_orders_are_tried(monkeypatch, has_tiles, dtype, found):
+def test_which_orders_are_tried(monkeypatch, has_tiles, dtype, columns, found):
     monkeypatch.setattr(packed_linear, "has_code_for", lambda dtype: True)
     monkeypatch.setattr(packed_linear, "multiplies_pairs", lambda dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(packed_linear, "has_tiles", lambda: has_tiles)
-    assert [(kernels.panel, kernels.most_rows) for kernels in packed_linear._kernels(dtype)] == found
+    assert [(kernels.panel, kernels.most_rows) for kernels in packed_linear._kernels(dtype, columns)] == found
+
+
+def test_each_order_is_tried_until_one_is_the_matrixs(dtype, monkeypatch):
+    """Neither one that takes other memory nor one that gives other numbers is the last to be tried."""
+    real = packed_linear._kernels(dtype, 64)
+
+    def nothing(gelu):
+        return lambda inputs, matrix, biases, outputs, *sizes: outputs.zero_()
+
+    others = [packed_linear._Kernels(panel, 128, nothing) for panel in (7, 64)]
+    monkeypatch.setattr(packed_linear, "_kernels", lambda dtype, columns: others + real)
+    agree(*make(dtype, 64, 128), torch.randn(8, 64).to(dtype))
+
+
+@pytest.mark.parametrize("height", [64, 96])
+def test_columns_that_do_not_fill_tiles(height):
+    weight, inputs = torch.randn(height, 48).bfloat16(), torch.randn(5, 48).bfloat16()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 256)
+    product = with_few_rows(lambda inputs: linear(inputs, weight), packed, None, None)
+    agree(product, exactly(weight, None, None), inputs)
 
 
 @pytest.mark.skipif(not has_tiles(), reason="no AMX here")

@@ -1,8 +1,9 @@
 """Attention as two products of matrices, a block of queries at a time: of scores there never is more than a block's.
 
-In bfloat16, on a CPU that has instructions for it, PyTorch's SDPA takes as long as in float32: twice what these take,
-for a prompt and for rows that decode. BLOOM's attention goes so in every dtype, on any device: SDPA takes no ALiBi
-without making it a mask for all heads. The sizes are right for a CPU's caches; a GPU wants fewer and larger blocks.
+In bfloat16, on a CPU that has instructions for it but no AMX, PyTorch's SDPA takes as long as in float32: twice what
+these take, for a prompt and for rows that decode. BLOOM's attention goes so in every dtype, on any device: SDPA takes
+no ALiBi without making it a mask for all heads. The sizes are right for a CPU's caches; a GPU wants fewer and larger
+blocks.
 
 Scores are rounded to the dtype between the products, as in the library's "eager" attention; the softmax counts in
 float32 (python -m benchmarks.step, python -m benchmarks.attention). Only what handler/kernels does not take goes so.
@@ -15,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from handler.kernels.cpu import has_code_for
 from handler.kernels.decode_attention import can_decode, decode_attention
 from handler.kernels.prompt_attention import can_attend, prompt_attention
+from handler.kernels.tiles import has_tiles
 from handler.weights.cpu_linear import cpu_lacks
 
 _FEW_KEYS = 1024  # of all rows and heads: SDPA is through with so few before two products have begun
@@ -110,7 +112,7 @@ def _is_for_products(module, query, key, mask) -> bool:
         return False
     if new == 1:
         return rows * kv_heads * columns > _FEW_KEYS
-    if mask is not None and mask.shape[2] != new:  # one for all queries
+    if has_tiles() or (mask is not None and mask.shape[2] != new):  # SDPA has tiles, too; one for all queries
         return False
     if heads == kv_heads and _most_scores(query) // (rows * heads * columns) < min(new, _FEW_QUERIES):
         return False

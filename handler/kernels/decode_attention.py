@@ -166,8 +166,8 @@ class _Writer:
     ) -> None:
         """Of one query with `count` keys, as many at a time as there are lanes. Values are fetched meanwhile."""
         code, in_vector = self._code, self._in_vector
-        parts = range(0, self._size, in_vector)
-        query_parts = [query[part].vector(self._computed) for part in parts]
+        starts = range(0, self._size, in_vector)
+        query_parts = [query[start].vector(self._computed) for start in starts]
         least, best = code.number(LEAST), Variable(code, code.number(LEAST))
         with code.loop(0, count, lanes()) as start:
             products = []
@@ -175,7 +175,7 @@ class _Writer:
                 column = code.least(start + lane, count - 1)
                 values[column * self._value_column].fetch(self._size * self._dtype.itemsize)
                 key, product = keys[column * self._key_column], code.number(0.0)
-                for part, query_part in zip(parts, query_parts, strict=True):
+                for part, query_part in zip(starts, query_parts, strict=True):
                     product = code.multiply_add(key[part].vector(self._computed), query_part, product, self._computed)
                 products.append(product)
             within = code.first_lanes(count - start)

@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from llvmlite import binding, ir
@@ -27,8 +28,11 @@ def share(count: Value, thread: Value, threads: Value) -> tuple[Value, Value]:
 @contextmanager
 def parts(code: Code, count: Value, threads: Value) -> Iterator[tuple[Value, Value]]:
     """Where parts of so many things begin and end; a thread comes for the next when it is through with one. Of two
-    cores the one may be several times as fast as the other, half of which is somebody else's. Once in a function, for
-    which all threads have the same count."""
+    cores the one may be several times as fast as the other, half of which is somebody else's.
+
+    Each thread has to come here exactly once in a call, with the same count. Raises AttributeError where that is
+    written twice, and in what `Code.function` makes.
+    """
     taken, ended = code.counters
     del code.counters  # a second use would begin where the first one ended
     size = code.least(code.most(count // (threads * _PARTS), code.integer(1)), code.integer(_MOST_OF_A_PART))
@@ -37,6 +41,16 @@ def parts(code: Code, count: Value, threads: Value) -> Iterator[tuple[Value, Val
     with code.when(ended.add_integer(code.integer(1)) > threads - 2):  # all have come in vain: for the next call
         for counter in (taken, ended):
             counter.store_integer(code.integer(0))
+
+
+@functools.cache
+def written_by(writer: Callable[..., Any], arguments: int, *kind: Any) -> "Function":
+    """The function of so many integers that a writer writes. kind: what it is told before them."""
+
+    def write(code: Code, thread: Value, threads: Value, *given: Value) -> None:
+        writer(*kind, *given, code=code).write(thread, threads)
+
+    return Function(write, arguments)
 
 
 def bits_of_float(number: float) -> int:

@@ -4,10 +4,10 @@
 oneDNN reads a part of a matrix, then computes with it, and the next one is still to wait for. Here the next is on its
 way meanwhile.
 
-With AMX, oneDNN has another order for bfloat16, of which few rows are multiplied in tiles (tile_product.py). All else
-is multiplied in vectors, for which a matrix [out, in] lies in panels of 64 of its rows, column by column. In oneDNN's
-order two columns of bfloat16 are together, so a step along a panel is 256 bytes of it and 4 bytes of each row of
-inputs, whatever the dtype. Of some steps, 16 KB that stay in the smallest cache, all inputs' part is added up before
+With AMX, oneDNN has another order for bfloat16, of which up to 32 rows are multiplied in tiles (tile_product.py). In
+vectors, all else that is multiplied here, a matrix [out, in] lies in panels of 64 of its rows, column by column. In
+oneDNN's order two columns of bfloat16 are together, so a step along a panel is 256 bytes of it and 4 bytes of each row
+of inputs, whatever the dtype. Of some steps, 16 KB that stay in the smallest cache, all inputs' part is added up before
 the next. Six rows' sums are in registers at a time.
 
 Numbers of 16 bits that the CPU cannot multiply become float32 on their way into registers, where few rows take them, or
@@ -17,7 +17,7 @@ once for all rows, which then read them out of the cache.
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from llvmlite import ir
@@ -25,14 +25,14 @@ from torch.nn.functional import pad
 
 from . import tile_product
 from .cpu import has_code_for, lanes, multiplies_pairs
-from .function import Function, share
+from .function import Function, share, written_by
 from .machine_code import LINE, Code, Place, Value, Variable
 from .panels import PanelWriter
 from .tile_product import TileProduct
 from .tiles import has_tiles
 
 _MOST_ROWS = 128  # with more, oneDNN is as fast (python -m benchmarks.kernels)
-_PANEL = 64
+_PANEL, _ARGUMENTS = 64, 7
 _STEPS_AT_ONCE = 64
 _UNROLLED = 4  # steps: what is done once for them is as much as a tenth of all instructions
 _ROWS_AT_ONCE = 6
@@ -45,7 +45,7 @@ _Product = Callable[[torch.Tensor], torch.Tensor]
 
 @torch.no_grad()
 def with_few_rows(product: _Product, packed: torch.Tensor, bias: torch.Tensor | None, gelu: str | None) -> _Product:
-    """The product, but of few rows by the code here, where this CPU has some and oneDNN's order is the one above.
+    """The product, but of few rows by the code here, where this CPU has some and oneDNN's order is one of those above.
 
     product: of inputs [..., in] in the dtype of the matrix; times the matrix transposed, plus bias [out], with a GELU
     if one is named, "tanh" or "none"; [..., out]. packed: the matrix [out, in] in oneDNN's order, which is tried.
@@ -70,9 +70,9 @@ def _kernels(dtype: torch.dtype, columns: int) -> list[_Kernels]:
     if not has_code_for(dtype):
         return found
     if dtype == torch.bfloat16 and has_tiles() and columns % tile_product.COLUMNS == 0:
-        found.append(_Kernels(tile_product.PANEL, tile_product.MOST_ROWS, partial(_function, TileProduct)))
+        found.append(_Kernels(tile_product.PANEL, tile_product.MOST_ROWS, partial(written_by, TileProduct, _ARGUMENTS)))
     if dtype == torch.float32 or multiplies_pairs(dtype):
-        found.append(_Kernels(_PANEL, _MOST_ROWS, partial(_function, _VectorProduct, dtype, False)))
+        found.append(_Kernels(_PANEL, _MOST_ROWS, partial(written_by, _VectorProduct, _ARGUMENTS, dtype, False)))
     return found
 
 
@@ -129,7 +129,7 @@ def widened_product(panels: torch.Tensor, out: int, bias: torch.Tensor | None, g
     panels: the matrix, from `in_panels`; inputs and outputs are in its dtype. Raises TypeError for other inputs."""
     columns, dtype = panels.shape[1], panels.dtype
     biases = _whole_bias(bias, _filled(out))
-    function = _function(_VectorProduct, dtype, True, gelu)
+    function = written_by(_VectorProduct, _ARGUMENTS, dtype, True, gelu)
 
     def multiply(inputs: torch.Tensor) -> torch.Tensor:
         if inputs.shape[-1] != columns or inputs.dtype != dtype or inputs.device.type != "cpu":
@@ -156,16 +156,6 @@ def _whole_bias(bias: torch.Tensor | None, filled: int) -> torch.Tensor:
 def _zeros(count: int) -> torch.Tensor:
     """One for all matrices of a size that have no bias."""
     return torch.zeros(count, dtype=torch.float32)
-
-
-@functools.cache
-def _function(writer: type[PanelWriter], *kind: Any) -> Function:
-    """kind: what a writer is told besides the function's arguments."""
-
-    def write(code: Code, thread: Value, threads: Value, *arguments: Value) -> None:
-        writer(*kind, *arguments, code=code).write(thread, threads)
-
-    return Function(write, 7)
 
 
 class _VectorProduct(PanelWriter):

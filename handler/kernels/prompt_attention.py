@@ -5,15 +5,12 @@ of them at a time: six, whose sums stay in registers, or what AMX multiplies (ti
 float32, or bfloat16 where the CPU has instructions for it.
 """
 
-import functools
-from typing import Any
-
 import torch
 
 from .attention import is_enough, is_taken
 from .cpu import lanes, multiplies_pairs
-from .function import Function, bits_of_float
-from .machine_code import Code, Value, Variable
+from .function import bits_of_float, written_by
+from .machine_code import Value, Variable
 from .prompt_chunks import CHUNK, KEYS, ChunkWriter
 from .tile_attention import TileAttention
 from .tiles import has_tiles
@@ -58,23 +55,13 @@ def prompt_attention(
     strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides
     pairs = multiplies_pairs(query.dtype, size)
     kind = query.dtype, size, None if mask is None else mask.dtype, bias is not None, pairs
-    function = _function(TileAttention if pairs and has_tiles() else _VectorAttention, *kind)
+    function = written_by(TileAttention if pairs and has_tiles() else _VectorAttention, 23, *kind)
     function(
         *tensors,
         *strides,
         *(rows, heads, kv_heads, new, columns, bits_of_float(scaling)),
     )
     return output
-
-
-@functools.cache
-def _function(writer: type[ChunkWriter], *kind: Any) -> Function:
-    """kind: what a writer is told besides the function's arguments."""
-
-    def write(code: Code, thread: Value, threads: Value, *arguments: Value) -> None:
-        writer(*kind, *arguments, code=code).write(thread, threads)
-
-    return Function(write, 23)
 
 
 class _VectorAttention(ChunkWriter):

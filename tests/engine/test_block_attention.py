@@ -23,13 +23,14 @@ from .conftest import EOS, VOCAB, make_model, make_tokenizer, prompt_ids
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often SDPA is asked instead, where there is no code of ours."""
+    """How often SDPA is asked instead, where there is no code of ours and no AMX."""
     calls = []
     monkeypatch.setattr(
         block_attention, "sdpa_attention_forward", lambda *a, **k: calls.append(1) or sdpa_attention_forward(*a, **k)
     )
     monkeypatch.setattr(block_attention, "_FEW_KEYS", 0)
     monkeypatch.setattr(block_attention, "cpu_lacks", lambda dtype: False)
+    monkeypatch.setattr(block_attention, "has_tiles", lambda: False)
     for name in ("can_decode", "can_attend"):
         monkeypatch.setattr(block_attention, name, lambda *given: False)
     return calls
@@ -42,6 +43,14 @@ def test_16_bits_that_the_cpu_has_no_instructions_for_are_left_to_sdpa(counted, 
     monkeypatch.setattr(block_attention, "cpu_lacks", lambda dtype: dtype == torch.bfloat16)
     attention(SimpleNamespace(is_causal=True), query, key, value, None)
     assert counted
+
+
+@pytest.mark.parametrize("new, is_left", [(40, True), (1, False)])
+def test_with_amx_several_tokens_are_left_to_sdpa(counted, monkeypatch, new, is_left):
+    monkeypatch.setattr(block_attention, "has_tiles", lambda: True)
+    query, key, value = torch.randn(3, 2, 4, 40, 16, dtype=torch.bfloat16)
+    attention(SimpleNamespace(is_causal=True), query[:, :, -new:], key, value, None)
+    assert bool(counted) is is_left
 
 
 def inputs(rows, heads, kv_heads, new, columns, kind):

@@ -6,13 +6,11 @@ along the way (Milakov and Gimelshein, arXiv:1805.02867), of scores in float32; 
 where the CPU multiplies that, as in the library's "eager" attention.
 """
 
-import functools
-
 import torch
 
 from .attention import LEAST, is_enough, is_taken, visible
 from .cpu import lanes, multiplies_pairs
-from .function import Function, bits_of_float, parts
+from .function import bits_of_float, parts, written_by
 from .machine_code import Code, Place, Value, Variable
 
 _KEYS_AT_ONCE = 256
@@ -53,7 +51,7 @@ def decode_attention(
     mask_row = 0 if mask is None or len(mask) == 1 else mask.stride(0)
     strides = *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], mask_row
     kinds = None if mask is None else mask.dtype, bias is not None, multiplies_pairs(query.dtype, size)
-    function = _function(query.dtype, size, heads // kv_heads, *kinds)
+    function = written_by(_Writer, 19, query.dtype, size, heads // kv_heads, *kinds)
     function(
         *tensors,
         *strides,
@@ -62,23 +60,12 @@ def decode_attention(
     return output
 
 
-@functools.cache
-def _function(
-    dtype: torch.dtype, size: int, shared: int, mask: torch.dtype | None, biased: bool, pairs: bool
-) -> Function:
-    def write(code: Code, thread: Value, threads: Value, *arguments: Value) -> None:
-        _Writer(code, dtype, size, shared, mask, biased, pairs, *arguments).write(thread, threads)
-
-    return Function(write, 19)
-
-
 class _Writer:
     """Writes the function for `shared` queries of a key head. A vector of keys or values has one float32 in each lane,
     or two bfloat16 where the CPU multiplies these."""
 
     def __init__(
         self,
-        code: Code,
         dtype: torch.dtype,
         size: int,
         shared: int,
@@ -86,6 +73,7 @@ class _Writer:
         biased: bool,
         pairs: bool,
         *given: Value,
+        code: Code,
     ):
         self._code, self._dtype, self._size, self._shared = code, dtype, size, shared
         self._is_masked, self._is_biased, self._pairs = mask is not None, biased, pairs

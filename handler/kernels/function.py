@@ -104,7 +104,7 @@ class Function:
         self._engine = _compiled(str(module))  # owns the code
         self._address = self._engine.get_function_address(function.name)
         self._alone = _FUNCTION(self._address)
-        self._arguments = arguments
+        self._arguments, self._array = arguments, ctypes.c_int64 * (arguments + 2)
 
     def __call__(self, *arguments: Argument) -> None:
         """In as many threads as PyTorch computes in; returns when all have."""
@@ -127,7 +127,7 @@ class Function:
         if len(arguments) != self._arguments:
             raise TypeError(f"{self._arguments} arguments, not {len(arguments)}")
         numbers = (a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments)
-        return (ctypes.c_int64 * (self._arguments + 2))(*numbers)
+        return self._array(*numbers)
 
 
 def in_turn(calls: Sequence[tuple[Function, Sequence[Argument]]]) -> Callable[[], None]:

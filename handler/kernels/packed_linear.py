@@ -14,9 +14,8 @@ Numbers of 16 bits that the CPU cannot multiply become float32 on their way into
 once for all rows, which then read them out of the cache.
 """
 
-import functools
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,6 @@ from .cpu import has_code_for, lanes, multiplies_pairs
 from .function import Function, share, written_by
 from .machine_code import LINE, Code, Place, Value, Variable
 from .panels import PanelWriter
-from .tile_product import TileProduct
 from .tiles import has_tiles
 
 _MOST_ROWS = 128  # with more, oneDNN is as fast (python -m benchmarks.kernels)
@@ -70,7 +68,8 @@ def _kernels(dtype: torch.dtype, columns: int) -> list[_Kernels]:
     if not has_code_for(dtype):
         return found
     if dtype == torch.bfloat16 and has_tiles() and columns % tile_product.COLUMNS == 0:
-        found.append(_Kernels(tile_product.PANEL, tile_product.MOST_ROWS, partial(written_by, TileProduct, _ARGUMENTS)))
+        function = partial(written_by, tile_product.TileProduct, _ARGUMENTS)
+        found.append(_Kernels(tile_product.PANEL, tile_product.MOST_ROWS, function))
     if dtype == torch.float32 or multiplies_pairs(dtype):
         found.append(_Kernels(_PANEL, _MOST_ROWS, partial(written_by, _VectorProduct, _ARGUMENTS, dtype, False)))
     return found
@@ -152,7 +151,7 @@ def _whole_bias(bias: torch.Tensor | None, filled: int) -> torch.Tensor:
     return _zeros(filled) if bias is None else pad(bias.float(), (0, filled - len(bias)))
 
 
-@functools.cache
+@cache
 def _zeros(count: int) -> torch.Tensor:
     """One for all matrices of a size that have no bias."""
     return torch.zeros(count, dtype=torch.float32)

@@ -13,9 +13,10 @@ from . import tiles
 from .function import parts
 from .machine_code import Code, Place, Value
 from .panels import PanelWriter
+from .tiles import TILE_ROWS, UNITS
 
-PANEL, COLUMNS, MOST_ROWS = 32, 32, 2 * tiles.TILE_ROWS
-_LANES = 16  # numbers of a row of sums in a tile, or pairs of a matrix
+PANEL, COLUMNS, MOST_ROWS = 32, 32, 2 * TILE_ROWS
+_LEFT, _RIGHT, _SUMS = (0, 1), (2, 3), ((4, 5), (6, 7))  # registers: of rows, of columns, of both
 _AHEAD = 4096 // 2  # numbers of bfloat16
 
 
@@ -24,7 +25,9 @@ class TileProduct(PanelWriter):
 
     def __init__(self, gelu: str | None, *given: Value, code: Code):
         super().__init__(torch.bfloat16, torch.bfloat16, PANEL, MOST_ROWS, gelu, *given, code=code)
-        self._configuration = code.room(_LANES)
+        self._configuration = code.room(UNITS)
+        self._tiles_of_rows = (self._rows + (TILE_ROWS - 1)) // TILE_ROWS
+        self._first = (self._rows + (self._tiles_of_rows - 1)) // self._tiles_of_rows  # rows in the first tile
         kinds = [torch.bfloat16, None, None, torch.bfloat16, None, torch.float32]
         self._adding = [
             code.function(f"add_{tiles_of_rows}", kinds, functools.partial(self._write_adding, tiles_of_rows))
@@ -33,12 +36,10 @@ class TileProduct(PanelWriter):
 
     def write(self, thread: Value, threads: Value) -> None:
         code, rows = self._code, self._rows
-        self._tiles_of_rows = (rows + (tiles.TILE_ROWS - 1)) // tiles.TILE_ROWS
-        self._first = (rows + (self._tiles_of_rows - 1)) // self._tiles_of_rows  # rows in the first tile
-        second = code.most(rows - self._first, code.integer(1))
-        tiles.configure(
-            code, self._configuration, [self._first, second, *[tiles.TILE_ROWS] * 2, *[self._first] * 2, *[second] * 2]
-        )
+        first, second = self._first, code.most(rows - self._first, code.integer(1))
+        # Of those on the left, on the right, and of sums.
+        heights: list[Value | int] = [first, second, TILE_ROWS, TILE_ROWS, first, first, second, second]
+        tiles.configure(code, self._configuration, heights)
         with parts(code, self._panels, threads) as part, code.loop(*part) as panel:
             self._write_panel(panel, code.integer(0), rows)
         tiles.release(code)
@@ -60,24 +61,23 @@ class TileProduct(PanelWriter):
         sums: Place,
     ) -> None:
         """Of a function that adds a panel's products with one or two tiles of inputs. first: rows in the first tile."""
-        left, right, totals = (0, 1), (2, 3), ((4, 5), (6, 7))
-        halves = range(PANEL // _LANES)
+        halves = range(PANEL // UNITS)
 
         def place(tile: int, half: int) -> Place:
-            return sums[first * (tile * PANEL) + half * _LANES]
+            return sums[first * (tile * PANEL) + half * UNITS]
 
         for tile in range(tiles_of_rows):
             for half in halves:
-                tiles.load(code, totals[tile][half], place(tile, half), PANEL)
+                tiles.load(code, _SUMS[tile][half], place(tile, half), PANEL)
         with code.loop(0, steps) as step:
             here = matrix[step * (PANEL * COLUMNS)]
             here[_AHEAD].fetch(PANEL * COLUMNS * here.dtype.itemsize, level=1)
             for half in halves:
-                tiles.load(code, right[half], here[half * _LANES * 2], PANEL * 2)
+                tiles.load(code, _RIGHT[half], here[half * UNITS * 2], PANEL * 2)
             for tile in range(tiles_of_rows):
-                tiles.load(code, left[tile], inputs[first * columns * tile + step * COLUMNS], columns)
+                tiles.load(code, _LEFT[tile], inputs[first * columns * tile + step * COLUMNS], columns)
                 for half in halves:
-                    tiles.multiply_add(code, totals[tile][half], left[tile], right[half])
+                    tiles.multiply_add(code, _SUMS[tile][half], _LEFT[tile], _RIGHT[half])
         for tile in range(tiles_of_rows):
             for half in halves:
-                tiles.store(code, totals[tile][half], place(tile, half), PANEL)
+                tiles.store(code, _SUMS[tile][half], place(tile, half), PANEL)

@@ -14,6 +14,7 @@ from .cpu import cpu_has
 from .machine_code import I64, Code, Place, Value
 
 TILE_ROWS, TILE_BYTES = 16, 64
+UNITS = TILE_BYTES // 4  # in a row: float32, or pairs of bfloat16
 _I8, _I16, _VOID = ir.IntType(8), ir.IntType(16), ir.VoidType()
 _FIRST_WIDTH, _FIRST_ROWS = 16, 48  # bytes of a configuration before them
 _ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
@@ -28,7 +29,7 @@ def has_tiles() -> bool:
 
 
 def configure(code: Code, room: Place, rows: Sequence[Value | int]) -> None:
-    """From here on each register has so many rows, 1 to 16, of 64 bytes. room: for 16 float32."""
+    """From here on each register has so many rows, 1 to 16, of 64 bytes. room: for `UNITS` float32."""
 
     def store(at: int, value: ir.Value) -> None:
         code.ir.store(value, code.ir.gep(room.of, [I64(at)], source_etype=_I8), align=1)

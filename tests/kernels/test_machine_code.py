@@ -35,12 +35,11 @@ def test_exp():
 
 
 def test_the_most_of_all_lanes_is_in_every_lane_and_nan_stays_in_its_own():
-    for place in range(lanes()):
-        inputs = -torch.rand(lanes())
-        inputs[place] = 1.0
-        assert applied(Code.most_of, inputs).tolist() == [1.0] * lanes()
-        inputs[place] = math.nan
-        assert applied(Code.most_of, inputs).isnan().nonzero().tolist() == [[place]]
+    vectors = (-torch.rand(lanes(), lanes())).fill_diagonal_(1.0)  # in each of which another lane has the most
+    assert applied(Code.most_of, vectors.flatten()).tolist() == [1.0] * lanes() ** 2
+    vectors.fill_diagonal_(math.nan)
+    is_nan = applied(Code.most_of, vectors.flatten()).isnan().view(lanes(), lanes())
+    assert torch.equal(is_nan, torch.eye(lanes(), dtype=torch.bool))
 
 
 def test_what_is_beyond_float32_is_nothing_or_its_end_and_nan_stays():

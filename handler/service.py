@@ -20,6 +20,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 from ts.protocol import otf_message_handler
 from ts.torch_handler.base_handler import BaseHandler
 
+import handler.libraries  # noqa: F401  (before all that imports transformers)
 from handler.checkpoint import open_checkpoint, open_draft, work_folder
 from handler.engine import Engine
 from handler.engine.draft_model import DraftModel

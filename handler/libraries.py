@@ -1,13 +1,15 @@
 """Imports transformers and Accelerate without what only compiled models and several processes need.
 
-That is a third of the modules which they bring, and 40 MB. Who asks for torch.distributed.tensor later gets it, and so
-for torch._dynamo, but that what was marked for it before is not.
+That is a third of the modules which they bring, and 40 MB. Both libraries then take this PyTorch for one that cannot
+distribute, for as long as the process lives. Who wants more of torch._dynamo than marks on functions gets it, but what
+was marked before is not.
 """
 
 import gc
 import importlib
 import sys
-from collections.abc import Callable, MutableSequence, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -18,11 +20,13 @@ from unittest.mock import patch
 import torch
 
 _DYNAMO = "torch._dynamo"
-_STANDS_ALONE = f"{_DYNAMO}._trace_wrapped_higher_order_op"  # what makes masks wants this one module of it
+_MASKS = "_trace_wrapped_higher_order_op"  # the one module of it that transformers wants, which needs no other
+_MARKS = ("disable", "allow_in_graph", "assume_constant_result")
+_taking = threading.Lock()
 
 
-def _as_it_is(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Callable[..., Any]:
-    return function or _as_it_is
+def _as_it_is(fn: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Callable[..., Any]:
+    return _as_it_is if fn is None else fn
 
 
 class _Uncompiled(ModuleType):
@@ -31,42 +35,54 @@ class _Uncompiled(ModuleType):
     PyTorch imports it for those marks alone, on the first call of many an operator on meta tensors, for instance.
     """
 
-    __path__: MutableSequence[str] = []
-    disable = allow_in_graph = assume_constant_result = staticmethod(_as_it_is)
+    def __init__(self) -> None:
+        super().__init__(_DYNAMO)
+        self.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
+        self.__spec__ = PathFinder.find_spec(_DYNAMO, [str(Path(torch.__file__).parent)])
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in _MARKS and sys.modules.get(_DYNAMO) is self:
+            return _as_it_is
         return getattr(_real_dynamo(), name)
 
 
 class _Modules(MetaPathFinder, Loader):
-    """Finds the modules in it: with the real one."""
+    """Puts the real one in that place when a module of it is imported."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not name.startswith(f"{_DYNAMO}.") or not isinstance(sys.modules.get(_DYNAMO), _Uncompiled):
-            return None
-        if name == _STANDS_ALONE:
-            return PathFinder.find_spec(name, [str(Path(torch.__file__).parent / "_dynamo")])
-        _real_dynamo()
-        self._found = importlib.import_module(name)
-        self._own_spec = self._found.__spec__
-        del sys.modules[name]  # or else its own spec is taken, and executed once more
-        return ModuleSpec(name, self)
+        replaced = isinstance(sys.modules.get(_DYNAMO), _Uncompiled)
+        ours = replaced and name.startswith(f"{_DYNAMO}.") and not name.endswith(f".{_MASKS}")
+        return ModuleSpec(name, self) if ours else None
 
-    def create_module(self, _: ModuleSpec) -> ModuleType:
-        return self._found
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The one that the real one has imported, so that it is not executed twice."""
+        _real_dynamo()
+        module = importlib.import_module(spec.name)
+        spec.loader_state = module.__spec__
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._own_spec
+        if module.__spec__ and module.__spec__.loader is self:  # torch._dynamo.config lets nobody set it
+            module.__spec__ = module.__spec__.loader_state
 
 
 def _real_dynamo() -> ModuleType:
-    if isinstance(sys.modules.get(_DYNAMO), _Uncompiled):
-        del sys.modules[_DYNAMO]
-    return importlib.import_module(_DYNAMO)
+    with _taking:
+        is_replaced = isinstance(sys.modules.get(_DYNAMO), _Uncompiled)
+        stand_in = sys.modules.pop(_DYNAMO) if is_replaced else None
+    try:
+        dynamo = importlib.import_module(_DYNAMO)  # waits for a thread that does so already
+    except BaseException:
+        if stand_in:
+            sys.modules.setdefault(_DYNAMO, stand_in)
+        raise
+    if masks := sys.modules.get(f"{_DYNAMO}.{_MASKS}"):
+        setattr(dynamo, _MASKS, masks)
+    return dynamo
 
 
 def _import_models() -> None:
@@ -80,7 +96,7 @@ def _import_models() -> None:
 
 
 if _DYNAMO not in sys.modules:
-    sys.modules[_DYNAMO] = _Uncompiled(_DYNAMO)
+    sys.modules[_DYNAMO] = _Uncompiled()
     sys.meta_path.insert(0, _Modules())
 gc.disable()  # each collection would look through all that was imported
 with patch.object(torch.distributed, "is_available", return_value=False):

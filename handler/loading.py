@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.initialization import no_init_weights
 from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -219,7 +218,7 @@ def read_config(folder: Path, settings: Settings) -> PreTrainedConfig:
 def meta_model(config: PreTrainedConfig, settings: Settings, files: Sequence[Path]) -> PreTrainedModel:
     """The model without weights, in the dtype that it is loaded in. files: of its weights, where there are any."""
     dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else config.dtype or _stored_dtype(files)
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
         quantize_modules(model)
     model.tie_weights(recompute_mapping=False)

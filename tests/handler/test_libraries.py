@@ -2,8 +2,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 MISSING = """
 names = "torch._dynamo.utils", "torch._inductor", "torch.distributed.tensor"
 assert not (there := [name for name in names if name in sys.modules]), there
@@ -12,7 +10,52 @@ COMPILE = """
 compiled = torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)
 assert compiled(torch.ones(2)).tolist() == [2, 2]
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-assert sys.modules["torch._dynamo"].__file__
+dynamo = sys.modules["torch._dynamo"]
+assert dynamo.__file__
+for name in "utils", "config", "_trace_wrapped_higher_order_op":
+    module = sys.modules["torch._dynamo." + name]
+    assert module is getattr(dynamo, name) and module.__spec__.origin == module.__file__, module
+"""
+WANTED = (
+    "import torch._dynamo.config",
+    "from torch._dynamo.backends.registry import list_backends",
+    "import importlib.util; assert importlib.util.find_spec('torch._dynamo.utils')",
+    "import torch._dynamo as early; early.reset(); assert early.disable is sys.modules['torch._dynamo'].disable",
+)
+LACKING = """
+try:
+    import torch._dynamo.nothing
+except ModuleNotFoundError as error:
+    assert error.name == "torch._dynamo.nothing"
+else:
+    raise AssertionError
+"""
+THREADS = f"""
+import threading
+errors = []
+def use():
+    try:
+        torch._dynamo.reset()
+    except BaseException as error:
+        errors.append(error)
+threads = [threading.Thread(target=use, daemon=True) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(120)
+assert not errors and not any(thread.is_alive() for thread in threads), errors
+{COMPILE}
+"""
+BROKEN = """
+sys.modules["torch._dynamo.utils"] = None
+for _ in range(2):
+    try:
+        torch._dynamo.reset
+    except ImportError:
+        pass
+    else:
+        raise AssertionError
+assert torch._dynamo.disable(len) is len
 """
 
 
@@ -38,7 +81,11 @@ from handler.settings import Settings
 loaded = load_model(Path(sys.argv[1]), Settings(), Path(sys.argv[2]))
 Engine(loaded.model, loaded.tokenizer, Settings())
 {MISSING}
-assert torch.distributed.is_available()
+assert torch._dynamo.disable(fn=len) is len and torch._dynamo.disable(reason="")(len) is len
+import importlib.util
+assert importlib.util.find_spec("torch._dynamo").origin.endswith("__init__.py")
+from transformers.utils import is_torch_distributed_available
+assert torch.distributed.is_available() and not is_torch_distributed_available()
 from torch.distributed.tensor import DTensor
 {COMPILE}
 """,
@@ -47,36 +94,32 @@ from torch.distributed.tensor import DTensor
     )
 
 
-@pytest.mark.parametrize(
-    "wanted",
-    [
-        "",
-        "import torch._dynamo.utils",
-        "from torch._dynamo import config",
-        "from torch._dynamo.backends.registry import list_backends",
-        "assert torch._dynamo.disable(len) is len and torch._dynamo.disable(reason='')(len) is len",
-    ],
-)
-def test_who_wants_more_of_dynamo_has_all_of_it_once(wanted):
-    run(f"import torch, handler.libraries\n{MISSING}{wanted}\n{COMPILE}")
-
-
-def test_a_module_that_dynamo_lacks():
+def test_who_wants_more_of_dynamo_has_all_of_it_once():
+    codes = [f"{MISSING}{wanted}\n{COMPILE}" for wanted in WANTED] + [LACKING, THREADS, BROKEN]
     run(
-        """
+        f"""
+import os
+import torch
 import handler.libraries
-try:
-    import torch._dynamo.nothing
-except ModuleNotFoundError as error:
-    assert error.name == "torch._dynamo.nothing"
-else:
-    raise AssertionError
+for code in {codes!r}:
+    if child := os.fork():  # each begins with what was imported above
+        assert os.waitpid(child, 0)[1] == 0, code
+        continue
+    exec(code, globals())
+    break
 """
     )
 
 
 def test_where_dynamo_was_imported_it_stays():
-    run("import torch._dynamo\ndynamo = torch._dynamo\nimport handler.libraries\nassert torch._dynamo is dynamo")
+    run(
+        """
+import torch._dynamo
+dynamo = sys.modules["torch._dynamo"]
+import handler.libraries
+assert sys.modules["torch._dynamo"] is dynamo
+"""
+    )
 
 
 def test_all_models_have_their_names():

@@ -12,7 +12,7 @@ from benchmarks.checkpoints import WORK, bloom_560m
 
 CHILD = """
 import json, pathlib, re, sys
-import torch, transformers
+import handler.libraries
 from handler.loading import load_model
 from handler.settings import Settings
 

@@ -56,6 +56,7 @@ ENGINE = """
 import json, re, sys, threading, time
 from functools import partial
 from pathlib import Path
+import handler.libraries  # before all that imports transformers, as in a worker
 from benchmarks.running import finish
 from handler.engine import Engine, Request
 from handler.loading import load_model

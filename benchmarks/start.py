@@ -5,55 +5,53 @@ python -m benchmarks.start --only BLOOM-560m
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-import time
+from pathlib import Path
 from statistics import median
 
 from benchmarks.checkpoints import WORK
 from benchmarks.machine import processor
+from benchmarks.packing import served
 from benchmarks.peers import MODELS, checkpoint
 from scripts.archive import archive
-from server.torchserve import MEMORY, TorchServe, free_port
+from server.torchserve import environment
 
 STAGES = """
 import json, sys, time
+from contextlib import contextmanager
 from pathlib import Path
 
 seconds = {}
 
-def timed(stage, call):
-    def timed_call(*arguments):
-        began = time.perf_counter()
-        result = call(*arguments)
-        seconds[stage] = time.perf_counter() - began
-        return result
-    return timed_call
+@contextmanager
+def timed(stage):
+    began = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - began
 
-def imports():
+with timed("PyTorch"):
+    import torch
+with timed("transformers and the handler"):
     import handler.service
-
-timed("PyTorch", lambda: __import__("torch"))()
-timed("transformers and the handler", imports)()
+import psutil
 from handler import loading
 from handler.engine import engine
 from handler.settings import Settings
-loading.pack_weights = timed("packing", loading.pack_weights)
-engine.check_rows = timed("checking rows", engine.check_rows)
-engine.GrammarCompiler = timed("the grammars' tokenizer", engine.GrammarCompiler)
-loaded = timed("loading and packing", loading.load_model)(Path(sys.argv[1]), Settings(), Path(sys.argv[2]))
+loading.pack_weights = timed("packing")(loading.pack_weights)
+engine.check_rows = timed("checking rows")(engine.check_rows)
+engine.GrammarCompiler = timed("the grammars' tokenizer")(engine.GrammarCompiler)
+with timed("loading and packing"):
+    loaded = loading.load_model(Path(sys.argv[1]), Settings(), Path(sys.argv[2]))
 engine.Engine(loaded.model, loaded.tokenizer, Settings())
-resident = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-print(json.dumps(seconds | {"resident_MB": int(resident.split()[1]) / 1000}))
+print(json.dumps(seconds | {"resident_MB": psutil.Process().memory_info().rss / 1e6}))
 """
 
 
-def stages(folder: str) -> dict[str, float]:
+def stages(folder: Path, work: Path) -> dict[str, float]:
     """Of a process that loads the checkpoint as a worker does."""
-    command = [sys.executable, "-c", STAGES, folder, str(WORK / "start")]
-    environment = {"GOMP_SPINCOUNT": "20000", **MEMORY, **os.environ}
-    ended = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-c", STAGES, str(folder), str(work)]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True, env=environment(work, work))
     return json.loads(ended.stdout.splitlines()[-1])
 
 
@@ -68,11 +66,8 @@ def main() -> None:
         archive_path = archive("bloom", folder, WORK / "start", archive_format="no-archive")
         starts = []
         for _ in range(args.times):
-            parts = stages(str(folder))
-            began = time.perf_counter()
-            with TorchServe(archive_path, free_port(), WORK / "torchserve") as server:
-                server.wait_ready(600)
-                starts.append(parts | {"TorchServe READY": time.perf_counter() - began})
+            ready, _ = served(archive_path)
+            starts.append(stages(folder, WORK) | {"TorchServe READY": ready})
         print(json.dumps({"model": name} | {part: round(median(s[part] for s in starts), 2) for part in starts[0]}))
 
 

@@ -72,8 +72,7 @@ class _Modules(MetaPathFinder, Loader):
 
 def _real_dynamo() -> ModuleType:
     with _taking:
-        is_replaced = isinstance(sys.modules.get(_DYNAMO), _Uncompiled)
-        stand_in = sys.modules.pop(_DYNAMO) if is_replaced else None
+        stand_in = sys.modules.pop(_DYNAMO) if isinstance(sys.modules.get(_DYNAMO), _Uncompiled) else None
     try:
         dynamo = importlib.import_module(_DYNAMO)  # waits for a thread that does so already
     except BaseException:

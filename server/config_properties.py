@@ -71,7 +71,7 @@ def _render(archive: Path, model_store: Path, metrics: Path, ports: dict[str, in
         "metrics_config": metrics,
         "model_metrics_auto_detect": "true",  # for a handler that is newer than that file
         # The model needs the memory, of which Java would take up to a quarter, and the cores, on which it would compile
-        # its code a second time, but for what runs a million times: digests of a .mar, five times as fast so.
+        # its code a second time, but for what runs a million times: else digests of a .mar take three times as long.
         "vmargs": "-Xmx1g -XX:Tier4InvocationThreshold=1000000 -XX:Tier4CompileThreshold=1000000 "
         "-XX:Tier4BackEdgeThreshold=10000000",
         "job_queue_size": 1000,

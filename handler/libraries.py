@@ -5,6 +5,7 @@ distribute, for as long as the process lives. Who wants more of torch._dynamo th
 was marked before is not.
 """
 
+import functools
 import gc
 import importlib
 import sys
@@ -94,6 +95,13 @@ def _import_models() -> None:
         import transformers.models  # noqa: F401
 
 
+def _unless_meta(fill: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """On the meta device there are no numbers to draw. PyTorch would import sympy for that, half a thousand modules."""
+    return functools.wraps(fill)(lambda tensor, *of, **how: tensor if tensor.is_meta else fill(tensor, *of, **how))
+
+
+for _name in "normal_", "uniform_", "kaiming_uniform_":  # what embeddings and linear layers are born with
+    setattr(torch.nn.init, _name, _unless_meta(getattr(torch.nn.init, _name)))
 if _DYNAMO not in sys.modules:
     sys.modules[_DYNAMO] = _Uncompiled()
     sys.meta_path.insert(0, _Modules())

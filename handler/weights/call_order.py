@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
-from handler.weights.quantized import matrices
+from handler.weights.quantized import matrices, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,21 +37,34 @@ class Call(NamedTuple):
 
 @torch.no_grad()  # not inference mode, where tensors do not count their changes
 def watch(model: PreTrainedModel) -> list[Call]:
-    """Calls in a forward, in their order; none of a model whose code cannot run without numbers, or with outputs that
-    have gaps between rows."""
-    ids = torch.zeros(2, 3, dtype=torch.long, device="meta")
-    # As attention uses a mask: at the numbers of any other most models would look. BLOOM and OPT count in it.
-    mask = torch.zeros(2, 1, 3, 3, dtype=torch.bfloat16, device="meta")
-    for attention_mask in (mask, None):
-        try:
-            with torch.device("meta"):
-                twin = type(model)(copy.deepcopy(model.config)).bfloat16().eval()  # what experts want on this device
-            with _Watch(twin) as watched:
-                twin(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-            return watched.calls
-        except Exception as error:  # of the model's own code
-            logger.debug("the order of its products is not known: %s", error)
+    """Calls in a forward, in their order; none of a model whose code cannot run so, or with outputs that have gaps
+    between rows."""
+    try:
+        twin = _twin(model)
+        with _Watch(twin) as watched:
+            ids = torch.zeros(2, 3, dtype=torch.long)
+            twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        return watched.calls
+    except Exception as error:  # of the model's own code
+        logger.debug("the order of its products is not known: %s", error)
     return []
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in bfloat16, which experts want, with matrices that have no numbers, and all else zeros."""
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config)).bfloat16().eval()
+    for module in twin.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else _zeros(buffer)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() < 2:
+                module._parameters[name] = nn.Parameter(_zeros(parameter))
+    return twin
+
+
+def _zeros(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
 class _Watch(TorchDispatchMode):
@@ -64,22 +77,32 @@ class _Watch(TorchDispatchMode):
         self._within: str | None = None  # a function; one that raises stays here, and nothing after it is fused
         linear = [n for n in matrices(model, None) if not isinstance(model.get_submodule(n), nn.Embedding)]
         for name in linear:
-            model.get_submodule(name).register_forward_hook(partial(self._linear, name))
+            module = model.get_submodule(name)
+            module.forward = partial(self._product, name, shape_of(module)[0])
         for name, module in model.named_modules():
             if name not in linear and not any(module.children()) and not module._parameters:
                 module.register_forward_pre_hook(partial(self._begin, name))
                 module.register_forward_hook(partial(self._end, name))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for one in tree_leaves((args, kwargs)):
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        for one in tensors:
             if (readers := self._readers.get(id(one))) is not None:
                 readers.add(self._within)
-        return function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.embedding.default:  # without numbers PyTorch would import sympy for it
+            return torch.zeros(*args[1].shape, args[0].shape[1], dtype=args[0].dtype)
+        if len({one.is_meta for one in tensors}) < 2:
+            return function(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(torch.Tensor, lambda one: one.to("meta"), (args, kwargs or {}))
+        made = function(*args, **kwargs)
+        if tensors[0].is_meta:  # a part of a matrix, an expert's
+            return made
+        return tree_map_only(torch.Tensor, _zeros, made)
 
-    def _linear(self, name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        with_gaps = torch.cat([output, output], dim=-1)[..., : output.shape[-1]]
+    def _product(self, name: str, out: int, input: torch.Tensor) -> torch.Tensor:
+        with_gaps = input.new_zeros(*input.shape[:-1], 2 * out)[..., :out]
         readers = self._readers[id(with_gaps)] = set()
-        self.calls.append(Call(name, args[0], args[0]._version, with_gaps, readers))
+        self.calls.append(Call(name, input, input._version, with_gaps, readers))
         return with_gaps
 
     def _begin(self, name: str, module: nn.Module, args: tuple) -> None:

@@ -165,7 +165,7 @@ def matrices(model: PreTrainedModel, group_size: int | None) -> dict[str, int]:
     wide = {name for name, module in found.items() if isinstance(module, nn.Embedding) or module is head}
     if group_size is None:
         return dict.fromkeys(found, 8)
-    return {name: 8 if name in wide or _shape(module)[1] % group_size else 4 for name, module in found.items()}
+    return {name: 8 if name in wide or shape_of(module)[1] % group_size else 4 for name, module in found.items()}
 
 
 def stored_block(row_block: int | None, height: int) -> int | None:
@@ -195,7 +195,7 @@ def _source(kind: type) -> str:
         return ""
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def shape_of(module: nn.Module) -> tuple[int, int]:
     """[out, in] of its matrix."""
     shape = cast(nn.Parameter, module.weight).shape
     return (shape[1], shape[0]) if type(module) is Conv1D else (shape[0], shape[1])
@@ -204,7 +204,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 def _change(module: nn.Module, group_size: int | None, row_block: int | None, dtype: torch.dtype) -> None:
     """Make `module`, which has no weights yet, one of int4 in groups (and blocks), or of int8. It keeps all else."""
     kind, before = type(module), cast(nn.Parameter, module.weight)
-    height, width = _shape(module)
+    height, width = shape_of(module)
     if group_size is None:
         weight = before.new_empty(height, width, dtype=torch.int8)
         scale = before.new_empty(height, dtype=dtype)

@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 MISSING = """
-names = "torch._dynamo.utils", "torch._inductor", "torch.distributed.tensor"
+names = "torch._dynamo.utils", "torch._inductor", "torch.distributed.tensor", "sympy"
 assert not (there := [name for name in names if name in sys.modules]), there
 """
 COMPILE = """

@@ -1,6 +1,7 @@
 """Products that share an input are made as one: which are found, and that the parts are right whoever asks."""
 
 import copy
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -30,6 +31,45 @@ def test_they_are_found_by_what_runs_and_not_by_names():
     assert found("gpt2") == found("bloom") == []
 
 
+def test_code_may_look_at_numbers():
+    dynamic = next(case for case in RUNS if str(case) == "llama, dynamic RoPE").make_model()
+    assert len(shared_inputs(watch(dynamic))) == len(activations(watch(dynamic))) * 2 == 8
+
+
+class Times(nn.Module):
+    def forward(self, one, other):
+        return one * other
+
+
+def with_mlps(make: Callable[[], nn.Module]) -> LlamaForCausalLM:
+    class Model(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.mlp = make()
+
+    return Model(make_model("llama").config)
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_an_input_that_is_changed_by_a_matrix_is_not_shared(changes):
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(32, 40), nn.Linear(32, 40), nn.Linear(40, 32)
+            self.table = nn.Parameter(torch.zeros(5, 32))
+
+        def forward(self, x):
+            gate = self.gate(x)
+            if changes:
+                x.add_(self.table[torch.tensor([0])])
+            return self.down(gate * self.up(x))
+
+    groups = shared_inputs(watch(with_mlps(Changing)))
+    assert any(group[0].endswith("q_proj") for group in groups)
+    assert any(group[0].endswith("gate") for group in groups) is not changes
+
+
 def test_code_that_cannot_run_so_shares_nothing():
     class Flat(LlamaForCausalLM):
         def forward(self, input_ids=None, **kwargs):
@@ -41,11 +81,6 @@ def test_code_that_cannot_run_so_shares_nothing():
 
 def shared(*calls: tuple[str, torch.Tensor, int]) -> list[list[str]]:
     return shared_inputs([Call(*call, torch.zeros(1)) for call in calls])
-
-
-class Times(nn.Module):
-    def forward(self, one, other):
-        return one * other
 
 
 class Refuses(nn.Module):
@@ -77,13 +112,7 @@ def test_a_product_that_is_read_besides_has_no_activation(gate):
         def forward(self, x):
             return self.down(gate(self, self.up(x)))
 
-    class Model(LlamaForCausalLM):
-        def __init__(self, config):
-            super().__init__(config)
-            for layer in self.model.layers:
-                layer.mlp = Gated()
-
-    model = Model(make_model("llama").config)
+    model = with_mlps(Gated)
     calls, layers = watch(model), len(model.model.layers)
     assert sum(call.name.endswith("mlp.act") for call in calls) == layers
     assert not activations(calls) and len(shared_inputs(calls)) == layers

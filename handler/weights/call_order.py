@@ -122,11 +122,12 @@ class _Watch(TorchDispatchMode):
         for one in tensors:
             if (readers := self._readers.get(id(one))) is not None:
                 readers.add(self._within)
-        is_meta = any(one.is_meta for one in tensors) or str(kwargs.get("device")) == "meta"
+        if not any(one.is_meta for one in tensors) and str(kwargs.get("device")) != "meta":
+            return function(*args, **kwargs)
         if function is _ATEN.embedding.default:
             return args[0].new_empty(*args[1].shape, args[0].shape[1])
         with suppress(Exception):  # where a CPU, or whatever the shapes are, does not go with the operation
-            if is_meta and _numbers(function, args, tensors) <= _MOST_NUMBERS:
+            if _numbers(function, args, tensors) <= _MOST_NUMBERS:
                 return _as_of_zeros(function, args, kwargs)
         return function(*args, **kwargs)
 

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import embedding
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
@@ -82,6 +83,7 @@ HARMLESS = {
     "what is repeated": lambda self, x: x[..., None].repeat(1, 1, 1, 1 << 34),
     "what is broadcast": lambda self, x: x.view(-1, 1) * x.new_empty(1 << 38),
     "numbers of its own": lambda self, x: (torch.ones(2) + 1).tolist(),
+    "rows of its own": lambda self, x: 1 // (embedding(torch.tensor([1]), torch.ones(2, 1)) == 1).int().item(),
     "a product of much": lambda self, x: x.new_empty(1, 1 << 19, 1).bmm(x.new_empty(1, 1, 1 << 19)),
     "a range": lambda self, x: torch.arange(0, 1 << 38, device=x.device),
     "what a CPU cannot make": lambda self, x: x.to(torch.float8_e4m3fn).sqrt(),
